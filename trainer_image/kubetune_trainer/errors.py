@@ -1,0 +1,80 @@
+"""The trainer's errors. Each knows the exit code and the constant reason that reach the job's status.
+
+TrainerError
+├── ConfigError         64  the config file asks for something impossible
+├── DataError           65  a model folder, a dataset or a template is not what it should be
+├── DoesNotFitError     66  the run cannot fit on its devices or its disk
+├── StorageError        69  the object store did not answer after retries
+├── PreemptedError      75  asked to stop; a checkpoint was written
+├── NonFiniteLossError  77  the loss became NaN or infinite
+└── PeerLostError       78  another rank went away
+"""
+
+from typing import ClassVar
+
+from kubetune_trainer.names import ExitCode
+
+
+class TrainerError(Exception):
+    """Base of all errors that the trainer raises on purpose.
+
+    Args:
+        message: Names the object, the field, the rule and the value.
+        hint: What a person can do about it, one sentence; shown in the job's status.
+    """
+
+    exit_code: ClassVar[ExitCode] = ExitCode.CRASHED
+    reason: ClassVar[str] = "Crashed"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(TrainerError):
+    """The config file, or what it points to, cannot be used as written."""
+
+    exit_code = ExitCode.CONFIG
+    reason = "ConfigInvalid"
+
+
+class DataError(TrainerError):
+    """A model folder, a dataset or a chat template is not what it should be."""
+
+    exit_code = ExitCode.DATA
+    reason = "DataInvalid"
+
+
+class DoesNotFitError(TrainerError):
+    """The run does not fit into the memory or the disk that it has."""
+
+    exit_code = ExitCode.DOES_NOT_FIT
+    reason = "DoesNotFit"
+
+
+class StorageError(TrainerError):
+    """The object store did not answer after bounded retries; a later attempt may succeed."""
+
+    exit_code = ExitCode.STORAGE
+    reason = "StorageUnavailable"
+
+
+class PreemptedError(TrainerError):
+    """The run was asked to stop and has written a checkpoint."""
+
+    exit_code = ExitCode.PREEMPTED
+    reason = "Preempted"
+
+
+class NonFiniteLossError(TrainerError):
+    """The loss or the gradient norm is NaN or infinite."""
+
+    exit_code = ExitCode.NON_FINITE_LOSS
+    reason = "NonFiniteLoss"
+
+
+class PeerLostError(TrainerError):
+    """A collective failed because another rank went away."""
+
+    exit_code = ExitCode.PEER_LOST
+    reason = "PeerLost"

@@ -1,0 +1,53 @@
+"""Every name that the trainer shares with the world around it, and who writes it.
+
+The operator has the same names in `kubetune_operator.names`; neither package imports the other, a test holds them equal.
+"""
+
+from enum import IntEnum
+from typing import Final
+
+
+class ExitCode(IntEnum):
+    """How a trainer process ended; Kubernetes reads it off the container."""
+
+    DONE = 0
+    CRASHED = 1
+    CONFIG = 64
+    DATA = 65
+    DOES_NOT_FIT = 66
+    STORAGE = 69
+    PREEMPTED = 75
+    NON_FINITE_LOSS = 77
+    PEER_LOST = 78
+    """This rank ended because another one did; it never explains a failure."""
+
+
+# Environment variables, written by the operator into the pod (or by `kubetune run` into the process).
+ENV_SECRETS_DIR: Final = "KUBETUNE_SECRETS_DIR"
+ENV_CONFIGMAPS_DIR: Final = "KUBETUNE_CONFIGMAPS_DIR"
+ENV_PVC_DIR: Final = "KUBETUNE_PVC_DIR"
+ENV_SCRATCH: Final = "KUBETUNE_SCRATCH"
+ENV_ATTEMPT: Final = "KUBETUNE_ATTEMPT"
+ENV_CPUS: Final = "KUBETUNE_CPUS"
+ENV_METRICS_PORT: Final = "KUBETUNE_METRICS_PORT"
+ENV_TERMINATION_LOG: Final = "KUBETUNE_TERMINATION_LOG"
+
+# Where those stand in a pod when the variable is not set.
+DEFAULT_SECRETS_DIR: Final = "/var/run/kubetune/secrets"
+DEFAULT_CONFIGMAPS_DIR: Final = "/var/run/kubetune/configmaps"
+DEFAULT_PVC_DIR: Final = "/var/run/kubetune/pvc"
+DEFAULT_TERMINATION_LOG: Final = "/dev/termination-log"
+TERMINATION_MESSAGE_BYTES: Final = 4096
+
+# The workspace, written by the trainer.
+PREPARED_FILE: Final = "prepared.json"
+CHECKPOINTS_DIR: Final = "checkpoints"
+OUTPUTS_DIR: Final = "outputs"
+LOGS_DIR: Final = "logs"
+COMPLETE_MARKER: Final = "COMPLETE"
+"""Written last into a checkpoint or a cache entry; without it the folder does not exist."""
+
+IGNORE_LABEL: Final = -100
+"""The label of a position that is not trained; the value that torch's and transformers' losses use."""
+PADDING_DOCUMENT: Final = -1
+"""The document id of padding in a packed row."""
