@@ -5,7 +5,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help env check test demo generate cluster cluster-down clean
 
-CACHE ?= $(HOME)/.cache/kubetune
+export KUBETUNE_CACHE ?= $(HOME)/.cache/kubetune
+CACHE := $(KUBETUNE_CACHE)
 KEY   := $(shell { sed -n '/^\[project/,/^\[tool/p' pyproject.toml; cat constraints.txt; } | sha256sum | cut -c1-12)
 VENV  := $(CACHE)/venv/$(KEY)
 PY    := $(VENV)/bin/python
