@@ -1,0 +1,63 @@
+"""Fixtures that more than one area uses: the real API server, with our custom resources, and a namespace per test."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.controlplane import ControlPlane
+from tests.cluster.paths import ROOT
+
+CRDS = ROOT / "crds"
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """The real kube-apiserver and etcd with the CRDs of `crds/`; no controllers, so nothing acts on what a test writes.
+
+    Its requests are in `control_plane.audit_log`, one JSON line each.
+    """
+    with ControlPlane(audit_log=tmp_path_factory.mktemp("audit") / "audit.jsonl") as running:
+        _apply_crds(running)
+        yield running
+
+
+@pytest.fixture(scope="session")
+def control_plane_with_controllers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """As `control_plane`, with kube-controller-manager: Jobs make Pods, owned objects are collected."""
+    audit_log = tmp_path_factory.mktemp("audit") / "audit.jsonl"
+    with ControlPlane(controller_manager=True, audit_log=audit_log) as running:
+        _apply_crds(running)
+        yield running
+
+
+@pytest.fixture
+def namespace(control_plane: ControlPlane) -> Iterator[str]:
+    """A fresh namespace of `control_plane`."""
+    yield from _namespace(control_plane)
+
+
+@pytest.fixture
+def namespace_with_controllers(control_plane_with_controllers: ControlPlane) -> Iterator[str]:
+    """A fresh namespace of `control_plane_with_controllers`."""
+    yield from _namespace(control_plane_with_controllers)
+
+
+def _namespace(control_plane: ControlPlane) -> Iterator[str]:
+    name = f"test-{next(_numbers)}"
+    control_plane.kubectl("create", "namespace", name)
+    yield name
+    # Without a controller manager it stays "Terminating", which is all that a test needs.
+    control_plane.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def _apply_crds(control_plane: ControlPlane) -> None:
+    if files := _crd_files():
+        control_plane.kubectl("apply", "--server-side", *(f"--filename={path}" for path in files))
+        control_plane.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s")
+
+
+def _crd_files() -> list[Path]:
+    return sorted(CRDS.glob("*.yaml"))
