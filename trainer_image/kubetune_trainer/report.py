@@ -1,0 +1,220 @@
+"""The one way out for progress: JSON lines, Prometheus metrics and the termination message.
+
+Only global rank 0 reports; on the other ranks `report` does nothing, so callers need not ask. Stdout carries JSON lines and
+nothing else: `claim_stdout` sends whatever else is printed to stderr.
+"""
+
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from kubetune_trainer.names import (
+    DEFAULT_TERMINATION_LOG,
+    ENV_ATTEMPT,
+    ENV_METRICS_PORT,
+    ENV_TERMINATION_LOG,
+    TERMINATION_MESSAGE_BYTES,
+)
+
+
+class Report(Protocol):
+    """What takes `report` as an argument."""
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Reports one event."""
+
+
+_GAUGES: dict[str, dict[str, tuple[str, str]]] = {
+    "start": {"total_steps": ("total_steps", "Optimizer steps of the whole run")},
+    "step": {
+        "step": ("step", "Optimizer steps done"),
+        "epoch": ("epoch", "Passes over the data done"),
+        "loss": ("loss", "Mean loss over the trained tokens of the last step"),
+        "learning_rate": ("learning_rate", "Learning rate of the last step"),
+        "grad_norm": ("grad_norm", "Global gradient norm of the last step, before clipping"),
+        "tokens_per_second": ("tokens_per_second", "Tokens per second of the last step, over all ranks"),
+        "peak_memory_bytes": ("peak_memory_bytes", "Peak memory of rank 0"),
+    },
+    "validation": {"validation_loss": ("validation_loss", "Mean loss over the held-out trained tokens")},
+    "checkpoint": {
+        "step": ("checkpoint_step", "Step of the last complete checkpoint"),
+        "seconds": ("checkpoint_seconds", "From the save's beginning until the checkpoint was complete"),
+    },
+}
+_COUNTERS = {
+    "checkpointFailed": ("checkpoint_failures", "Checkpoints that were given up"),
+    "warning": ("warnings", "Warnings reported"),
+}
+
+
+class _Reporter:
+    """The state behind `report`: where lines go, and which metrics they set."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._out: IO[str] = sys.stdout
+        self._log: IO[str] | None = None
+        self._metrics: dict[str, Any] = {}
+        self.last_step: dict[str, Any] = {}
+
+    def claim_stdout(self) -> None:
+        with self._lock:
+            sys.stdout.flush()
+            self._out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
+            os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def open_log(self, path: Path) -> None:
+        with self._lock:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._log = path.open("a", buffering=1, encoding="utf-8")
+
+    def serve_metrics(self, port: int) -> None:
+        from prometheus_client import Counter, Gauge, start_http_server  # noqa: PLC0415 (only where it is asked for)
+
+        for gauges in _GAUGES.values():
+            for name, help_text in gauges.values():
+                self._metrics[name] = Gauge(f"kubetune_trainer_{name}", help_text)
+        for name, help_text in _COUNTERS.values():
+            self._metrics[name] = Counter(f"kubetune_trainer_{name}", help_text)
+        start_http_server(port)
+
+    def emit(self, event: str, fields: Mapping[str, Any]) -> None:
+        record = {
+            "event": event,
+            "time": round(time.time(), 3),
+            **{_camel(k): _json_safe(v) for k, v in fields.items()},
+        }
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        with self._lock:
+            if event == "step":
+                self.last_step = {key: value for key, value in record.items() if key != "event"}
+            print(line, file=self._out, flush=True)
+            if self._log is not None:
+                print(line, file=self._log, flush=True)
+            self._measure(event, fields)
+
+    def _measure(self, event: str, fields: Mapping[str, Any]) -> None:
+        if not self._metrics:
+            return
+        for field, (name, _) in _GAUGES.get(event, {}).items():
+            if fields.get(field) is not None:
+                self._metrics[name].set(fields[field])
+        if event in _COUNTERS:
+            self._metrics[_COUNTERS[event][0]].inc()
+
+
+_reporter = _Reporter()
+
+
+def is_reporting_rank() -> bool:
+    """Whether this process is global rank 0, whose stdout carries the progress."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def attempt() -> int:
+    """Which attempt of the job this is, from 1."""
+    return int(os.environ.get(ENV_ATTEMPT) or "1")
+
+
+def claim_stdout() -> None:
+    """Keeps stdout for JSON lines: what anything else prints there goes to stderr from now on."""
+    _reporter.claim_stdout()
+
+
+def open_log(path: Path) -> None:
+    """Writes every reported line to this file as well, on the reporting rank."""
+    if is_reporting_rank():
+        _reporter.open_log(path)
+
+
+def serve_metrics() -> None:
+    """Serves Prometheus metrics from the reporting rank, if KUBETUNE_METRICS_PORT is set; a taken port only warns."""
+    port = os.environ.get(ENV_METRICS_PORT)
+    if not port or not is_reporting_rank():
+        return
+    try:
+        _reporter.serve_metrics(int(port))
+    except OSError as error:
+        report("warning", message=f"no metrics are served on port {port}: {error}")
+
+
+def report(event: str, **fields: Any) -> None:
+    """Reports one event as a JSON line, from global rank 0 only.
+
+    Args:
+        event: Its kind, as `step`, `phase` or `checkpoint`.
+        fields: In snake_case; they are written in camelCase. A number that is not finite becomes a string.
+    """
+    if is_reporting_rank():
+        _reporter.emit(event, fields)
+
+
+def last_step() -> dict[str, Any]:
+    """The last step's record as it was reported, for the final message; empty before the first."""
+    return dict(_reporter.last_step)
+
+
+def write_termination_message(result: str, **fields: Any) -> None:
+    """Writes the message that Kubernetes takes into the container's status; without a file for it, does nothing.
+
+    Args:
+        result: Complete, Prepared, Preempted or Failed.
+        fields: In snake_case; they are written in camelCase, and those that are None or empty are left out.
+    """
+    told = {_camel(key): _json_safe(value) for key, value in fields.items() if value not in (None, "")}
+    write_termination_record({"result": result, **told})
+
+
+def write_termination_record(record: Mapping[str, Any]) -> None:
+    """Writes a message whose keys are final, cut to the size that Kubernetes keeps."""
+    configured = os.environ.get(ENV_TERMINATION_LOG)
+    # Outside a pod nobody made the default file, and it is not ours to make.
+    flags = os.O_WRONLY | os.O_TRUNC | (os.O_CREAT if configured else 0)
+    try:
+        descriptor = os.open(configured or DEFAULT_TERMINATION_LOG, flags, 0o644)
+    except OSError:
+        return
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(fit(record))
+
+
+def fit(record: Mapping[str, Any], *, limit: int = TERMINATION_MESSAGE_BYTES) -> bytes:
+    """The record as JSON of at most `limit` bytes: the log's tail loses its beginning first, then texts their end."""
+    record = dict(record)
+    for key in ("logTail", "message", "hint"):
+        text = str(record.get(key, ""))
+        while text and len(_encode(record)) > limit:
+            over = len(_encode(record)) - limit
+            keep = max(0, len(text) - max(over // 2, 16))  # a character may be encoded in one byte or in several
+            text = text[len(text) - keep :] if key == "logTail" else text[:keep]
+            record[key] = text
+    encoded = _encode(record)
+    if len(encoded) > limit:
+        record = {key: value for key, value in record.items() if not isinstance(value, list | dict)}
+        encoded = _encode(record)
+    return encoded
+
+
+def _encode(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+
+
+def _camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(part.capitalize() for part in rest)
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _json_safe(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_safe(inner) for inner in value]
+    return value
