@@ -1,8 +1,11 @@
 """The operator's errors.
 
 OperatorError
-├── SpecError     the user's fault: what the manifest asks for cannot be done; retrying changes nothing
-└── ClusterError  the cluster's fault: try again after a delay
+├── SpecError         the user's fault: what the manifest asks for cannot be done; retrying changes nothing
+└── ClusterError      the cluster's fault: try again after a delay
+    ├── NotFoundError     the object is not there
+    ├── ConflictError     somebody else wrote first, or the object exists already
+    └── RefusedError      the API server refuses the request as written (forbidden, invalid, over a quota)
 """
 
 
@@ -35,3 +38,15 @@ class ClusterError(OperatorError):
     def __init__(self, message: str, *, delay_seconds: float = 5.0) -> None:
         super().__init__(message)
         self.delay_seconds = delay_seconds
+
+
+class NotFoundError(ClusterError):
+    """The object is not there."""
+
+
+class ConflictError(ClusterError):
+    """Somebody else wrote first, or the object exists already."""
+
+
+class RefusedError(ClusterError):
+    """The API server refuses the request as written: forbidden, invalid, or over a quota."""

@@ -11,6 +11,10 @@ API_VERSION: Final = "v1alpha1"
 GROUP_VERSION: Final = f"{API_GROUP}/{API_VERSION}"
 
 
+KIND_FINETUNEJOB: Final = "FineTuneJob"
+PLURAL_FINETUNEJOB: Final = "finetunejobs"
+
+
 class ExitCode(IntEnum):
     """How a trainer container ended."""
 
@@ -36,6 +40,16 @@ LABEL_ATTEMPT: Final = f"{API_GROUP}/attempt"
 COMPONENT_PREPARE: Final = "prepare"
 COMPONENT_TRAIN: Final = "train"
 
+LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
+MANAGED_BY: Final = "kubetune"
+
+# Written by the Job controller on the pods of an Indexed Job.
+LABEL_BATCH_JOB_NAME: Final = "batch.kubernetes.io/job-name"
+ANNOTATION_COMPLETION_INDEX: Final = "batch.kubernetes.io/job-completion-index"
+
+# Node labels, written by NVIDIA's GPU feature discovery (the value is in MiB).
+LABEL_NODE_GPU_MEMORY: Final = "nvidia.com/gpu.memory"
+
 # The trainer's container and what is mounted into it.
 TRAINER_CONTAINER: Final = "trainer"
 CONFIG_DIR: Final = "/etc/kubetune"
@@ -57,6 +71,29 @@ ENV_CPUS: Final = "KUBETUNE_CPUS"
 ENV_METRICS_PORT: Final = "KUBETUNE_METRICS_PORT"
 ENV_TERMINATION_LOG: Final = "KUBETUNE_TERMINATION_LOG"
 
+# torch's own variables of the rendezvous.
+ENV_NUM_NODES: Final = "PET_NNODES"
+ENV_PROCESSES_PER_NODE: Final = "PET_NPROC_PER_NODE"
+ENV_NODE_RANK: Final = "PET_NODE_RANK"
+ENV_MASTER_ADDRESS: Final = "PET_MASTER_ADDR"
+ENV_MASTER_PORT: Final = "PET_MASTER_PORT"
+
 # The keys of an S3 credentials Secret.
 S3_ACCESS_KEY: Final = "AWS_ACCESS_KEY_ID"
 S3_SECRET_KEY: Final = "AWS_SECRET_ACCESS_KEY"  # noqa: S105 (the name of a key, not a secret)
+S3_SESSION_TOKEN: Final = "AWS_SESSION_TOKEN"  # noqa: S105 (the name of a key, not a secret)
+
+
+def config_name(job: str) -> str:
+    """Name of the ConfigMap that carries the rendered config."""
+    return f"{job}-config"
+
+
+def prepare_name(job: str) -> str:
+    """Name of the Job that resolves the model and tokenizes the data."""
+    return f"{job}-prepare"
+
+
+def train_name(job: str, *, attempt: int) -> str:
+    """Name of the training Job of an attempt, and of its headless Service."""
+    return f"{job}-train-{attempt}"
