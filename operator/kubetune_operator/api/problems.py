@@ -1,0 +1,95 @@
+"""pydantic's errors in the words of the API server, so that a manifest is refused alike with and without a cluster."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from kubetune_operator.api.model import RULES_BROKEN
+
+_JSON_TYPES: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (list, "array"), (dict, "object"),
+)  # fmt: skip
+_WANTED = {
+    "int_type": "integer", "string_type": "string", "bool_type": "boolean", "list_type": "array", "dict_type": "object", "model_type": "object",
+}  # fmt: skip
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """One sentence per broken rule: the field as the user typed it, the rule and the value."""
+    seen: dict[str, None] = {}
+    for details in error.errors():
+        for problem in _sentences(details):
+            seen.setdefault(problem)
+    return list(seen)
+
+
+def _sentences(details: ErrorDetails) -> list[str]:
+    path, value, context = _path(details["loc"]), details["input"], details.get("ctx", {})
+    kind = details["type"]
+    if kind == RULES_BROKEN:
+        return [f"{_field(path)}: Invalid value: {_shown(value)}: {message}" for message in context["broken"]]
+    if kind == "extra_forbidden":
+        return [f'unknown field "{path}"']
+    if kind == "missing":
+        return [f"{path}: Required value"]
+    if wanted := _WANTED.get(kind):
+        got = _json_type(value)
+        return [f'{path}: Invalid value: "{got}": {path} in body must be of type {wanted}: "{got}"']
+    if sentence := _LIMITS.get(kind):
+        return [f"{path}: {sentence(path, value, context)}"]
+    return [f"{path}: Invalid value: {_shown(value)}: {details['msg']}"]
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """`spec.dataset.sources[0].uri`; the branches of a union, which are no part of a manifest, are left out."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in {"int", "str"} and not part.startswith("function-"):
+            path += f".{part}" if path else part
+    return path
+
+
+def _field(path: str) -> str:
+    return path or "<nil>"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, bool | int | float):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    return f'"{_json_type(value)}"'
+
+
+def _json_type(value: Any) -> str:
+    if value is None:
+        return "null"
+    return next((name for kind, name in _JSON_TYPES if isinstance(value, kind)), "object")
+
+
+def _unsupported(_path: str, value: Any, context: Mapping[str, Any]) -> str:
+    choices = str(context["expected"]).replace("'", '"').replace(" or ", ", ")
+    return f"Unsupported value: {_shown(value)}: supported values: {choices}"
+
+
+_LIMITS: dict[str, Callable[[str, Any, Mapping[str, Any]], str]] = {
+    "literal_error": _unsupported,
+    "greater_than_equal": lambda path, value, limit: (
+        f"Invalid value: {value}: {path} in body should be greater than or equal to {limit['ge']}"
+    ),
+    "less_than_equal": lambda path, value, limit: (
+        f"Invalid value: {value}: {path} in body should be less than or equal to {limit['le']}"
+    ),
+    "string_too_short": lambda path, value, limit: (
+        f"Invalid value: {_shown(value)}: {path} in body should be at least {limit['min_length']} chars long"
+    ),
+    "string_too_long": lambda _path, _value, limit: f"Too long: may not be more than {limit['max_length']} bytes",
+    "too_short": lambda path, value, limit: (
+        f"Invalid value: {len(value)}: {path} in body should have at least {limit['min_length']} items"
+    ),
+    "too_long": lambda _path, value, limit: f"Too many: {len(value)}: must have at most {limit['max_length']} items",
+}
