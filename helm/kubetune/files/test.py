@@ -1,0 +1,43 @@
+"""What `helm test` runs in a pod, with no more than the standard library."""
+
+import json
+import os
+import ssl
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+# ruff: noqa: INP001, S310, T201 (a script that prints, and whose addresses the chart writes)
+
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+GROUP = "https://kubernetes.default.svc/apis/kubetune.dev/v1alpha1"
+
+
+def served_resources() -> set[str]:
+    """Names of the resources that the API server serves in our group."""
+    request = urllib.request.Request(GROUP, headers={"Authorization": f"Bearer {(ACCOUNT / 'token').read_text()}"})
+    context = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt"))
+    with urllib.request.urlopen(request, context=context, timeout=10) as answer:
+        return {resource["name"] for resource in json.load(answer)["resources"]}
+
+
+def wait_ready(url: str, *, seconds: float) -> None:
+    """Return when the operator says that it is ready."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{url} is not ready after {seconds:.0f} s: {error}") from error
+            time.sleep(1)
+
+
+missing = {"finetunejobs", "finetunejobs/status"} - served_resources()
+if missing:
+    raise SystemExit(f"{GROUP} does not serve {', '.join(sorted(missing))}: are the CRDs of this version installed?")
+print(f"{GROUP} is served")
+wait_ready(os.environ["READYZ"], seconds=60)
+print(f"{os.environ['READYZ']} answers")
