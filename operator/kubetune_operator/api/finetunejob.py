@@ -498,6 +498,19 @@ class FinishedOutput(StatusModel):
     """Size of its files."""
 
 
+class AttemptPod(StatusModel):
+    """A pod of the current attempt, as far as the operator has answered what became of it."""
+
+    name: Annotated[str, Field(max_length=253)]
+    """Name of the pod."""
+    uid: Annotated[str, Field(max_length=64)]
+    """Identity of the pod."""
+    index: Count = 0
+    """Its index among the nodes."""
+    ended: bool = False
+    """Whether its end is counted in restarts already."""
+
+
 State = Literal["Pending", "Preparing", "Running", "Restarting", "Suspended", "Complete", "Failed"]
 
 
@@ -520,6 +533,10 @@ class FineTuneJobStatus(StatusModel):
     """Number of the current attempt, from 1."""
     restarts: Count | None = None
     """How often the job started again."""
+    preemptions: Count | None = None
+    """How many of the restarts were preemptions, which maxRestarts does not count."""
+    pods: Annotated[list[AttemptPod], Field(max_length=512, json_schema_extra=item_key("uid"))] | None = None
+    """Pods of the current attempt, so that each failure is answered once."""
     progress: Progress | None = None
     """How far training is."""
     checkpoint: LastCheckpoint | None = None
