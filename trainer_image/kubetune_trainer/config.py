@@ -466,7 +466,9 @@ def _fill_in_run(values: dict[str, Any], path: Path) -> None:
 def _config_error(run: Any, errors: Sequence[ErrorDetails]) -> ConfigError:
     named = run if isinstance(run, dict) else {}
     title = f"FineTuneJob {named.get('namespace', 'local')}/{named.get('name', '')}"
-    problems = [_describe(error) for error in errors]
+    # A list with a wrong item is also reported as too short; only the item is the person's mistake.
+    told = [e for e in errors if not any(o["loc"][: len(e["loc"])] == e["loc"] and o is not e for o in errors)]
+    problems = [_describe(error) for error in told or errors]
     return ConfigError(f"{title}: " + "; ".join(problems), hint="Correct the named fields of the config.")
 
 

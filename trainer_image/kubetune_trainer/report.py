@@ -1,25 +1,29 @@
-"""The one way out for progress: JSON lines, Prometheus metrics and the termination message.
+"""The one way out: progress as JSON lines, Prometheus metrics, the termination message and the exit code.
 
-Only global rank 0 reports; on the other ranks `report` does nothing, so callers need not ask. Stdout carries JSON lines and
-nothing else: `claim_stdout` sends whatever else is printed to stderr.
+Only global rank 0 reports; on the other ranks `report` does nothing, so callers need not ask. Stdout carries JSON lines
+and nothing else: `claim_stdout` sends whatever else is printed to stderr.
 """
 
+import errno
 import json
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NoReturn, Protocol
 
+from kubetune_trainer.errors import DoesNotFitError, TrainerError
 from kubetune_trainer.names import (
     DEFAULT_TERMINATION_LOG,
     ENV_ATTEMPT,
     ENV_METRICS_PORT,
     ENV_TERMINATION_LOG,
     TERMINATION_MESSAGE_BYTES,
+    ExitCode,
 )
 
 
@@ -182,6 +186,53 @@ def write_termination_record(record: Mapping[str, Any]) -> None:
         return
     with os.fdopen(descriptor, "wb") as file:
         file.write(fit(record))
+
+
+def run(main: Callable[[Sequence[str]], object]) -> None:
+    """Runs a recipe's main so that whoever started the process can read how it ended.
+
+    Stdout is kept for JSON lines; an error ends the process with its exit code, an `error` event and a termination message.
+
+    Args:
+        main: Takes the command line's arguments.
+    """
+    claim_stdout()
+    try:
+        main(sys.argv[1:])
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001 (whatever it is, it must reach the job's status)
+        end_with(error)
+
+
+def end_with(error: BaseException) -> NoReturn:
+    """Tells why this process ends, and ends it without waiting for threads or peers."""
+    known = _known(error)
+    if known is None:
+        traceback.print_exception(error)
+        known = TrainerError(f"{type(error).__name__}: {error}")
+    else:
+        sys.stderr.write(f"error: {known}\n" + (f"hint: {known.hint}\n" if known.hint else ""))
+    rank = int(os.environ.get("RANK", "0"))
+    told = {"exit_code": int(known.exit_code), "reason": known.reason, "message": str(known), "hint": known.hint}
+    report("error", **told, rank=rank)
+    result = "Preempted" if known.exit_code == ExitCode.PREEMPTED else "Failed"
+    write_termination_message(result, **told, rank=rank, step=last_step().get("step"))
+    sys.stderr.flush()
+    os._exit(known.exit_code)
+
+
+def _known(error: BaseException) -> TrainerError | None:
+    """The error as one of ours; None when it is a bug or an accident without a name."""
+    if isinstance(error, TrainerError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f" for {error.filename}" if error.filename else ""
+        return DoesNotFitError(f"no space left on the disk{place}", hint="Give the pod or the volume more space.")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        hint = "Lower training.micro_batch_size, or set training.activation_checkpointing to Full."
+        return DoesNotFitError(f"out of memory: {error}", hint=hint)
+    return None
 
 
 def fit(record: Mapping[str, Any], *, limit: int = TERMINATION_MESSAGE_BYTES) -> bytes:

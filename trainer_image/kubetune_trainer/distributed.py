@@ -1,0 +1,240 @@
+"""The ranks of a run: how they meet, what they tell each other every step, how they stop, and how a lost peer shows.
+
+A gang is restarted whole, so the rendezvous is static (MASTER_ADDR and MASTER_PORT) and nothing here handles ranks that
+come or go in the middle.
+"""
+
+import errno
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, Final, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from kubetune_trainer.errors import PeerLostError, TrainerError
+
+RENDEZVOUS_SECONDS: Final = 300.0
+"""How long a rank waits for its peers: their pods may be scheduled, and pull an image, a few minutes later."""
+COLLECTIVE_SECONDS: Final = 1800.0
+"""How long a collective may take; rank 0 may be downloading a model meanwhile."""
+
+_PEER_LOST = re.compile(
+    r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket (timeout|closed)|timed out|timeout|tcpstore",
+    re.IGNORECASE,
+)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank among the others, and the device that it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is global rank 0, which reports, lists checkpoints and exports."""
+        return self.rank == 0
+
+    @property
+    def is_first_of_node(self) -> bool:
+        """Whether this rank downloads for its node."""
+        return self.local_rank == 0
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """Meets the other ranks; one process without torchrun's environment is a world of its own.
+
+    Raises:
+        PeerLostError: The others did not come in time, or, while the block runs, one of them went away.
+    """
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+        os.environ.setdefault(name, alone)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    rank, size, local_rank, local_size = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with peer_losses():
+        _meet("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", rank, size)
+        yield World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)
+    dist.destroy_process_group()
+
+
+def _meet(backend: str, rank: int, size: int) -> None:
+    wait_for_name(os.environ["MASTER_ADDR"], seconds=RENDEZVOUS_SECONDS)
+    try:
+        store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))))
+    except RuntimeError as error:
+        raise PeerLostError(
+            f"rank {rank} of {size} did not meet the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            f" within {RENDEZVOUS_SECONDS:.0f} s: {error}",
+        ) from error
+    store.set_timeout(timedelta(seconds=RENDEZVOUS_SECONDS))
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=COLLECTIVE_SECONDS)
+    )
+
+
+def wait_for_name(host: str, *, seconds: float) -> None:
+    """Waits until a host name resolves: a pod's name appears in DNS some seconds after the pod.
+
+    Raises:
+        PeerLostError: It does not, in time.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+        except socket.gaierror as error:
+            if time.monotonic() > deadline:
+                raise PeerLostError(f"host {host} did not resolve within {seconds:.0f} s: {error}") from error
+            time.sleep(0.25)
+        else:
+            return
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def peer_losses() -> Iterator[None]:
+    """Turns the errors of collectives, which surface wherever one is waited for, into PeerLostError."""
+    try:
+        yield
+    except TrainerError:
+        raise
+    except RuntimeError as error:
+        if dist.is_initialized() and dist.get_world_size() > 1 and is_peer_loss(error):
+            raise PeerLostError(f"rank {dist.get_rank()} lost a peer: {str(error).splitlines()[0]}") from error
+        raise
+    except ConnectionError as error:
+        if error.errno in (errno.ECONNRESET, errno.EPIPE) and dist.is_initialized():
+            raise PeerLostError(f"a rank lost a peer: {error}") from error
+        raise
+
+
+def is_peer_loss(error: RuntimeError) -> bool:
+    """Whether an error is what a collective raises when a rank at its other end is gone.
+
+    Gloo raises plain RuntimeErrors, so its words are all there is to go by.
+    """
+    if isinstance(error, torch.OutOfMemoryError | NotImplementedError | RecursionError):
+        return False
+    return isinstance(error, dist.DistError) or bool(_PEER_LOST.search(str(error)))
+
+
+def broadcast_object(value: _T | None) -> _T:
+    """Rank 0's value, on every rank."""
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]  # type: ignore[no-any-return]
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    gather_vector([0.0])
+
+
+def gather_vector(values: list[float]) -> torch.Tensor:
+    """Every rank's few numbers, in rank order: (ranks, len(values)) in fp64 on the CPU.
+
+    Sums over its first axis are the same on every rank, bit for bit.
+    """
+    mine = torch.tensor(values, dtype=torch.float64)
+    everyone = torch.empty(dist.get_world_size() * len(values), dtype=torch.float64)
+    dist.all_gather_into_tensor(everyone, mine)
+    return everyone.view(-1, len(values))
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What all ranks know of a step after their one exchange."""
+
+    trained_tokens: int
+    """Tokens that carry loss, over all ranks and micro batches."""
+    tokens: int
+    """All tokens but padding."""
+    loss_sum: float
+    """Sum of the loss over the trained tokens."""
+    stop: bool
+    """Some rank was asked to stop."""
+    save: bool
+    """Rank 0 finds that a checkpoint is due."""
+    uploaded_step: int
+    """The newest checkpoint that every rank has uploaded; negative when a rank gave that one up."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over the trained tokens."""
+        return self.loss_sum / max(1, self.trained_tokens)
+
+
+def exchange(
+    *, trained_tokens: int, tokens: int, loss_sum: float, stop: bool = False, save: bool = False, uploaded_step: int = 0
+) -> StepTotals:
+    """The one small collective of a step beside FSDP's own: each rank's part in, the totals out."""
+    columns = gather_vector(
+        [float(trained_tokens), float(tokens), loss_sum, float(stop), float(save), float(uploaded_step)]
+    )
+    total = columns.sum(dim=0).tolist()
+    return StepTotals(
+        trained_tokens=int(total[0]),
+        tokens=int(total[1]),
+        loss_sum=total[2],
+        stop=total[3] > 0,
+        save=total[4] > 0,
+        uploaded_step=int(columns[:, 5].min().item()),
+    )
+
+
+class StopSignal:
+    """SIGTERM, which Kubernetes sends before it takes a pod away.
+
+    While training it becomes a flag that the ranks exchange, so that all stop at the same step. At any other time there
+    is nothing to save that is not saved already, and the process ends at once.
+    """
+
+    def __init__(self, *, leave: Callable[[], object]) -> None:
+        """Listens from now on.
+
+        Args:
+            leave: Called, with no arguments, to end the process outside of training.
+        """
+        self.requested = False
+        self._training = False
+        self._leave = leave
+        signal.signal(signal.SIGTERM, self._handle)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While the block runs, a signal only sets `requested`."""
+        self._training = True
+        yield
+        self._training = False
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self.requested = True
+        if not self._training:
+            self._leave()
