@@ -1,0 +1,189 @@
+"""Read a Hugging Face folder of safetensors straight into a model, whole or sharded: each rank reads only its own rows."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from kubetune_trainer.errors import DataError
+from kubetune_trainer.lora import is_adapter
+from kubetune_trainer.model.config import ModelConfig, read_config, read_json
+from kubetune_trainer.model.decoder import Decoder
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TIED_HEAD = "lm_head.weight"
+NAMES_IN_MESSAGE = 5
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu") -> Decoder:
+    """Load a model folder into memory, on one device.
+
+    Args:
+        path: Folder in Hugging Face format.
+        dtype: Type of all weights.
+        device: Where they go.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        DataError: The folder is incomplete, damaged, or describes a model that is not supported.
+    """
+    model = build_model(read_config(Path(path))).to(dtype).to_empty(device=device)
+    load_weights(model, path)
+    return model.eval()
+
+
+def build_model(config: ModelConfig) -> Decoder:
+    """Build a model without memory (on the meta device); `to_empty` and `load_weights` give it its weights."""
+    with torch.device("meta"):
+        return Decoder(config)
+
+
+def load_weights(model: Decoder, path: str | Path) -> None:
+    """Fill a model's weights from a folder; adapters are left as they are.
+
+    Args:
+        model: Its parameters have memory already, and may be shards over a mesh of one dimension.
+        path: Folder in Hugging Face format.
+
+    Raises:
+        DataError: A tensor is missing, unexpected or of another shape, or a file is missing or damaged.
+    """
+    wanted = {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
+    with WeightFiles(Path(path), tied_embeddings=model.config.tied_embeddings) as files:
+        files.check({name: tuple(parameter.shape) for name, parameter in wanted.items()})
+        with torch.no_grad():
+            for name, parameter in wanted.items():
+                local, rows = local_rows(parameter)
+                local.copy_(files.read(name, rows=rows))
+
+
+def local_rows(parameter: Tensor) -> tuple[Tensor, slice]:
+    """Return this rank's part of a parameter, and which rows of the whole it holds."""
+    if not isinstance(parameter, DTensor):
+        return parameter, slice(0, parameter.shape[0])
+    assert parameter.placements == (Shard(0),), (
+        f"expected shards of rows over one dimension, got {parameter.placements}"
+    )
+    mesh = parameter.device_mesh
+    rows_per_rank = -(-parameter.shape[0] // mesh.size())
+    start = min(mesh.get_local_rank() * rows_per_rank, parameter.shape[0])
+    local = parameter.to_local()
+    return local, slice(start, start + local.shape[0])
+
+
+class WeightFiles:
+    """The safetensors of a model folder, open for reading.
+
+    Args:
+        folder: Folder in Hugging Face format.
+        tied_embeddings: Whether a stored output head is a copy of the embedding, to be passed over.
+    """
+
+    def __init__(self, folder: Path, *, tied_embeddings: bool) -> None:
+        self.folder = folder
+        self._open_files = ExitStack()
+        self._file_of = _index(folder)
+        self._handles = {file: self._open(file) for file in sorted(set(self._file_of.values()))}
+        for name, file in self._file_of.items():
+            if name not in self._handles[file].keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                raise DataError(f"Model folder {folder}: {INDEX_FILE} puts {name} into {file}, which does not have it")
+        self.names = [
+            name
+            for name in self._file_of
+            if not name.endswith("rotary_emb.inv_freq") and not (tied_embeddings and name == TIED_HEAD)
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open_files.close()
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare names and shapes with what the model needs.
+
+        Raises:
+            DataError: They differ.
+        """
+        for what, names in (
+            ("is missing", [name for name in shapes if name not in self.names]),
+            ("has unexpected", [name for name in self.names if name not in shapes]),
+        ):
+            if names:
+                shown = ", ".join(names[:NAMES_IN_MESSAGE])
+                more = f" and {len(names) - NAMES_IN_MESSAGE} more" if len(names) > NAMES_IN_MESSAGE else ""
+                raise DataError(f"Model folder {self.folder} {what} tensors: {shown}{more}")
+        for name, shape in shapes.items():
+            found = tuple(self._slice(name).get_shape())
+            if found != shape:
+                raise DataError(
+                    f"Model folder {self.folder}: {name} in {self._file_of[name]} must have the shape {shape} that config.json asks for, "
+                    f"got {found}"
+                )
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the stored type of a tensor."""
+        return self._slice(name)[0:0].dtype
+
+    def read(self, name: str, *, rows: slice) -> Tensor:
+        """Read some rows of a tensor, in their stored type."""
+        return self._slice(name)[rows]
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor whole, in the files' order."""
+        for name in self.names:
+            yield name, self._handles[self._file_of[name]].get_tensor(name)
+
+    def _slice(self, name: str) -> Any:
+        return self._handles[self._file_of[name]].get_slice(name)
+
+    def _open(self, file: str) -> Any:
+        try:
+            return self._open_files.enter_context(safe_open(self.folder / file, framework="pt"))
+        except FileNotFoundError as error:
+            raise DataError(f"Model folder {self.folder}: {file} is missing, and {INDEX_FILE} names it") from error
+        except SafetensorError as error:
+            raise DataError(
+                f"Model folder {self.folder}: {file} is not a whole safetensors file: {error}",
+                hint="The file may have been cut off while it was copied; copy it again.",
+            ) from error
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Map each tensor to its file."""
+    if (folder / INDEX_FILE).is_file():
+        index = read_json(folder / INDEX_FILE)
+        if not isinstance(index.get("weight_map"), dict):
+            raise DataError(f"Model folder {folder}: {INDEX_FILE} has no weight_map")
+        return index["weight_map"]
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise DataError(
+            f"Model folder {folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there",
+            hint="Weights must be safetensors; convert other formats with transformers' save_pretrained.",
+        )
+    return dict.fromkeys(_names_in(folder / WEIGHTS_FILE), WEIGHTS_FILE)
+
+
+def _names_in(file: Path) -> list[str]:
+    """Read the names in a safetensors file in the order of its bytes, from the header alone."""
+    try:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        header.pop("__metadata__", None)
+        return sorted(header, key=lambda name: header[name]["data_offsets"])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise DataError(
+            f"Model folder {file.parent}: {file.name} is not a safetensors file: its header cannot be read"
+        ) from error

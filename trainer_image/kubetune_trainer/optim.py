@@ -1,0 +1,73 @@
+"""Optimizer, learning-rate schedule and gradient clipping."""
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+
+if TYPE_CHECKING:
+    from kubetune_trainer.config import Training
+
+
+def build_optimizer(model: nn.Module, training: "Training") -> torch.optim.Optimizer:
+    """Build AdamW over the trained weights; norms and biases are not decayed."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=training.learning_rate, fused=True)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, training: "Training", total_steps: int) -> LambdaLR:
+    """Build the schedule; `step()` it once after every optimizer step."""
+
+    def factor(step: int) -> float:
+        return learning_rate_factor(
+            step, scheduler=training.scheduler, warmup_steps=training.warmup_steps, total_steps=total_steps
+        )
+
+    return LambdaLR(optimizer, factor)
+
+
+def learning_rate_factor(step: int, *, scheduler: str, warmup_steps: int, total_steps: int) -> float:
+    """Return what the learning rate is multiplied with in a step, counted from 0.
+
+    It rises in equal parts to 1 in the last warm-up step, then stays (Constant), or falls towards 0, which it would reach
+    in the step after the last (Linear, Cosine).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    match scheduler:
+        case "Constant":
+            return 1.0
+        case "Linear":
+            return 1.0 - progress
+        case "Cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+    raise AssertionError(f"unknown scheduler {scheduler}")
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients in place so that their norm over all ranks is at most `max_norm`.
+
+    Squares are summed in fp64, so that the norm does not depend on how the gradients are sharded.
+
+    Returns:
+        The norm before clipping, an fp64 scalar on the gradients' device.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in local]
+    square = torch.stack(norms).square().sum()
+    if isinstance(gradients[0], DTensor):
+        torch.distributed.all_reduce(square, group=gradients[0].device_mesh.get_group())
+    norm = square.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(local, scale.to(local[0].dtype))  # noqa: SLF001 - what torch's own clipping calls
+    return norm
