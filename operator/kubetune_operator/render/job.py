@@ -1,0 +1,428 @@
+"""Manifests of the Jobs, the Service and the ConfigMap of a run. Pure: the same input gives the same output.
+
+Everything that a pod mounts follows from the rendered config, so an attempt needs nothing but the job and its ConfigMap.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from kubetune_operator.api.common import Compute, Lifecycle
+from kubetune_operator.api.finetunejob import FineTuneJob
+from kubetune_operator.names import (
+    ANNOTATION_COMPLETION_INDEX,
+    COMPONENT_PREPARE,
+    COMPONENT_TRAIN,
+    CONFIG_DIR,
+    CONFIG_FILE,
+    CONFIGMAPS_DIR,
+    ENV_ATTEMPT,
+    ENV_CONFIGMAPS_DIR,
+    ENV_CPUS,
+    ENV_MASTER_ADDRESS,
+    ENV_MASTER_PORT,
+    ENV_METRICS_PORT,
+    ENV_NODE_RANK,
+    ENV_NUM_NODES,
+    ENV_PROCESSES_PER_NODE,
+    ENV_PVC_DIR,
+    ENV_SCRATCH,
+    ENV_SECRETS_DIR,
+    GROUP_VERSION,
+    KIND_FINETUNEJOB,
+    LABEL_ATTEMPT,
+    LABEL_BATCH_JOB_NAME,
+    LABEL_COMPONENT,
+    LABEL_JOB_KIND,
+    LABEL_JOB_NAME,
+    LABEL_MANAGED_BY,
+    MANAGED_BY,
+    METRICS_PORT,
+    PERMANENT_EXIT_CODES,
+    PVC_DIR,
+    RENDEZVOUS_PORT,
+    S3_ACCESS_KEY,
+    S3_SECRET_KEY,
+    S3_SESSION_TOKEN,
+    SCRATCH_DIR,
+    SECRETS_DIR,
+    TRAINER_CONTAINER,
+    ExitCode,
+    config_name,
+    prepare_name,
+    train_name,
+)
+from kubetune_operator.render.config import dump_config
+from kubetune_operator.settings import Settings
+
+Json = dict[str, Any]
+
+USER_ID: Final = 65532
+PREPARE_RETRIES: Final = 3
+UNLIMITED_RETRIES: Final = 2_147_483_647
+"""Back-off limit of a gang's Job: the operator counts its restarts, the Job controller must not give up before."""
+
+
+def processes_per_node(job: FineTuneJob, *, cpu_processes: int) -> int:
+    """Number of ranks on each node: one per device, or as many CPU processes as the installation allows."""
+    accelerator = compute_of(job).accelerator
+    if accelerator is None:
+        return 1
+    return min(accelerator.per_node, cpu_processes) if cpu_processes else accelerator.per_node
+
+
+def compute_of(job: FineTuneJob) -> Compute:
+    """The compute block, with its defaults where the spec has none."""
+    return job.spec.compute or Compute()
+
+
+def lifecycle_of(job: FineTuneJob) -> Lifecycle:
+    """The lifecycle block, with its defaults where the spec has none."""
+    return job.spec.lifecycle or Lifecycle()
+
+
+def backoff_limit(job: FineTuneJob, *, counted: int) -> int:
+    """How many pod failures the Job controller may answer by itself.
+
+    One pod it restarts alone, also while the operator is away. The pods of a gang end together, and the operator counts.
+
+    Args:
+        job: The custom resource.
+        counted: Restarts so far that count against `lifecycle.maxRestarts`.
+    """
+    if compute_of(job).nodes > 1:
+        return UNLIMITED_RETRIES
+    return max(0, lifecycle_of(job).max_restarts - counted)
+
+
+def job_labels(job: FineTuneJob) -> dict[str, str]:
+    """The labels by which everything of a job is found."""
+    return {LABEL_JOB_NAME: job.metadata.name, LABEL_JOB_KIND: KIND_FINETUNEJOB}
+
+
+def render_configmap(job: FineTuneJob, *, config: Json) -> Json:
+    """The config file of a run; made once, never changed."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(job, name=config_name(job.metadata.name), component=None),
+        "immutable": True,
+        "data": {CONFIG_FILE: dump_config(config)},
+    }
+
+
+def render_service(job: FineTuneJob, *, attempt: int) -> Json:
+    """The headless Service that gives the pods of an attempt their host names, ready or not."""
+    name = train_name(job.metadata.name, attempt=attempt)
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(job, name=name, component=COMPONENT_TRAIN, attempt=attempt),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": {LABEL_BATCH_JOB_NAME: name},
+            "ports": [
+                {"name": "rendezvous", "port": RENDEZVOUS_PORT},
+                {"name": "metrics", "port": METRICS_PORT},
+            ],
+        },
+    }
+
+
+def render_prepare_job(job: FineTuneJob, *, config: Json, settings: Settings) -> Json:
+    """The Job that resolves revisions, fetches the model, tokenizes the data and estimates the memory."""
+    name = prepare_name(job.metadata.name)
+    environment = [
+        {"name": ENV_NUM_NODES, "value": "1"},
+        {"name": ENV_PROCESSES_PER_NODE, "value": "1"},
+        {"name": ENV_NODE_RANK, "value": "0"},
+    ]
+    spec = _pod_spec(job, config=config, settings=settings, recipe="prepare", environment=environment)
+    compute = compute_of(job)
+    if compute.accelerator is not None and not settings.cpu_processes:
+        # The data is prepared on CPU nodes; the nodes that the spec selects are the ones with accelerators.
+        spec.pop("nodeSelector", None)
+        spec.pop("affinity", None)
+        requests = {"cpu": settings.prepare_cpu, "memory": settings.prepare_memory}
+        spec["containers"][0]["resources"] = {"requests": requests}
+    labels = _labels(job, component=COMPONENT_PREPARE)
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(job, name=name, component=COMPONENT_PREPARE),
+        "spec": {
+            "completions": 1,
+            "parallelism": 1,
+            "backoffLimit": PREPARE_RETRIES,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": _pod_failure_policy(),
+            "template": {"metadata": {"labels": labels}, "spec": spec},
+        },
+    }
+
+
+def render_train_job(job: FineTuneJob, *, config: Json, attempt: int, backoff_limit: int, settings: Settings) -> Json:
+    """The Indexed Job of one attempt.
+
+    Args:
+        job: The custom resource.
+        config: Its rendered config.
+        attempt: Number of the attempt, from 1.
+        backoff_limit: How many pod failures the Job controller may answer by itself.
+        settings: The operator's settings.
+    """
+    name = train_name(job.metadata.name, attempt=attempt)
+    nodes = compute_of(job).nodes
+    environment = [
+        {"name": ENV_ATTEMPT, "value": str(attempt)},
+        {"name": ENV_NUM_NODES, "value": str(nodes)},
+        {"name": ENV_PROCESSES_PER_NODE, "value": str(config["run"]["processes_per_node"])},
+        {
+            "name": ENV_NODE_RANK,
+            "valueFrom": {"fieldRef": {"fieldPath": f"metadata.annotations['{ANNOTATION_COMPLETION_INDEX}']"}},
+        },
+        {"name": ENV_MASTER_ADDRESS, "value": f"{name}-0.{name}" if nodes > 1 else "localhost"},
+        {"name": ENV_MASTER_PORT, "value": str(RENDEZVOUS_PORT)},
+    ]
+    spec = _pod_spec(job, config=config, settings=settings, recipe="finetune", environment=environment)
+    if nodes > 1:
+        spec["subdomain"] = name
+    labels = _labels(job, component=COMPONENT_TRAIN, attempt=attempt)
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(job, name=name, component=COMPONENT_TRAIN, attempt=attempt),
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": nodes,
+            "parallelism": nodes,
+            "backoffLimit": backoff_limit,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": _pod_failure_policy(),
+            "template": {"metadata": {"labels": labels}, "spec": spec},
+        },
+    }
+
+
+def _labels(job: FineTuneJob, *, component: str | None, attempt: int | None = None) -> dict[str, str]:
+    labels = {LABEL_MANAGED_BY: MANAGED_BY} | job_labels(job)
+    if component is not None:
+        labels[LABEL_COMPONENT] = component
+    if attempt is not None:
+        labels[LABEL_ATTEMPT] = str(attempt)
+    return labels
+
+
+def _metadata(job: FineTuneJob, *, name: str, component: str | None, attempt: int | None = None) -> Json:
+    metadata: Json = {
+        "name": name,
+        "namespace": job.metadata.namespace,
+        "labels": _labels(job, component=component, attempt=attempt),
+    }
+    if job.metadata.uid:  # a manifest that was only rendered has no owner yet
+        metadata["ownerReferences"] = [
+            {
+                "apiVersion": GROUP_VERSION,
+                "kind": KIND_FINETUNEJOB,
+                "name": job.metadata.name,
+                "uid": job.metadata.uid,
+                "controller": True,
+            }
+        ]
+    return metadata
+
+
+def _pod_failure_policy() -> Json:
+    """Fail at once on what another attempt would only repeat; do not count what was no fault of the pod."""
+    permanent = {"containerName": TRAINER_CONTAINER, "operator": "In", "values": sorted(map(int, PERMANENT_EXIT_CODES))}
+    preempted = {"containerName": TRAINER_CONTAINER, "operator": "In", "values": [int(ExitCode.PREEMPTED)]}
+    return {
+        "rules": [
+            {"action": "FailJob", "onExitCodes": permanent},
+            {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+            {"action": "Ignore", "onExitCodes": preempted},
+        ]
+    }
+
+
+def _pod_spec(job: FineTuneJob, *, config: Json, settings: Settings, recipe: str, environment: list[Json]) -> Json:
+    compute = compute_of(job)
+    volumes, mounts = _volumes(job, config=config)
+    container = {
+        "name": TRAINER_CONTAINER,
+        "image": settings.trainer_image,
+        "imagePullPolicy": settings.trainer_image_pull_policy,
+        "command": ["python", "-m", "kubetune_trainer.launch", recipe, "--config", f"{CONFIG_DIR}/{CONFIG_FILE}"],
+        "env": _environment(compute) + environment,
+        "resources": _resources(compute, on_cpu=bool(settings.cpu_processes)),
+        "ports": [{"name": "metrics", "containerPort": METRICS_PORT}],
+        "volumeMounts": mounts,
+        "terminationMessagePolicy": "File",
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+    }
+    spec: Json = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": lifecycle_of(job).grace_period_seconds,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER_ID,
+            "runAsGroup": USER_ID,
+            "fsGroup": USER_ID,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [container],
+        "volumes": volumes,
+    }
+    return spec | _scheduling(compute, settings=settings)
+
+
+def _scheduling(compute: Compute, *, settings: Settings) -> Json:
+    """The parts of a pod's spec that say where it may run."""
+    spec: Json = {}
+    if settings.image_pull_secrets:
+        spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
+    if compute.service_account_name:
+        spec["serviceAccountName"] = compute.service_account_name
+    if compute.priority_class_name:
+        spec["priorityClassName"] = compute.priority_class_name
+    if compute.node_selector:
+        spec["nodeSelector"] = dict(compute.node_selector)
+    if compute.tolerations:
+        spec["tolerations"] = [toleration.to_manifest() for toleration in compute.tolerations]
+    if compute.affinity:
+        expressions = [item.to_manifest() for item in compute.affinity.required_node_labels]
+        terms = {"nodeSelectorTerms": [{"matchExpressions": expressions}]}
+        spec["affinity"] = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
+    return spec
+
+
+def _resources(compute: Compute, *, on_cpu: bool) -> Json:
+    """Requests and limits, with the accelerator on both sides unless it is mapped to the CPU."""
+    resources: Json = {}
+    if compute.resources:
+        resources = {
+            side: {name: str(quantity) for name, quantity in amounts.items()}
+            for side, amounts in compute.resources.to_manifest().items()
+        }
+    if compute.accelerator and not on_cpu:
+        for side in ("requests", "limits"):
+            resources.setdefault(side, {})[compute.accelerator.resource] = str(compute.accelerator.per_node)
+    return resources
+
+
+def _environment(compute: Compute) -> list[Json]:
+    """The variables of every pod; the user's own come last, names of ours are refused at admission."""
+    environment: list[Json] = [
+        {"name": ENV_SECRETS_DIR, "value": SECRETS_DIR},
+        {"name": ENV_CONFIGMAPS_DIR, "value": CONFIGMAPS_DIR},
+        {"name": ENV_PVC_DIR, "value": PVC_DIR},
+        {"name": ENV_SCRATCH, "value": SCRATCH_DIR},
+        {"name": ENV_METRICS_PORT, "value": str(METRICS_PORT)},
+        {
+            "name": ENV_CPUS,
+            "valueFrom": {"resourceFieldRef": {"containerName": TRAINER_CONTAINER, "resource": "limits.cpu"}},
+        },
+        {"name": "HOME", "value": SCRATCH_DIR},
+    ]
+    for variable in compute.env or []:
+        if variable.secret_key_ref is not None:
+            source = {"secretKeyRef": variable.secret_key_ref.to_manifest()}
+            environment.append({"name": variable.name, "valueFrom": source})
+        else:
+            environment.append({"name": variable.name, "value": variable.value})
+    return environment
+
+
+def _volumes(job: FineTuneJob, *, config: Json) -> tuple[list[Json], list[Json]]:
+    """The volumes of a pod and where they are mounted: ours, those that the config names, and the user's."""
+    compute = compute_of(job)
+    shared_memory: Json = {"medium": "Memory"}
+    if compute.shared_memory_bytes:
+        shared_memory["sizeLimit"] = str(compute.shared_memory_bytes)
+    volumes: list[Json] = [
+        {"name": "kubetune-config", "configMap": {"name": config_name(job.metadata.name)}},
+        {"name": "kubetune-scratch", "emptyDir": {}},
+        {"name": "kubetune-tmp", "emptyDir": {}},
+        {"name": "kubetune-shm", "emptyDir": shared_memory},
+    ]
+    mounts: list[Json] = [
+        {"name": "kubetune-config", "mountPath": CONFIG_DIR, "readOnly": True},
+        {"name": "kubetune-scratch", "mountPath": SCRATCH_DIR},
+        {"name": "kubetune-tmp", "mountPath": "/tmp"},  # noqa: S108 (the pod's own)
+        {"name": "kubetune-shm", "mountPath": "/dev/shm"},  # noqa: S108 (the pod's own)
+    ]
+    if secrets := _secret_sources(config):
+        volumes.append({"name": "kubetune-secrets", "projected": {"defaultMode": 0o440, "sources": secrets}})
+        mounts.append({"name": "kubetune-secrets", "mountPath": SECRETS_DIR, "readOnly": True})
+    if configmaps := _configmap_sources(config):
+        volumes.append({"name": "kubetune-configmaps", "projected": {"sources": configmaps}})
+        mounts.append({"name": "kubetune-configmaps", "mountPath": CONFIGMAPS_DIR, "readOnly": True})
+    for number, claim in enumerate(sorted(claims_of(config))):
+        volumes.append({"name": f"kubetune-pvc-{number}", "persistentVolumeClaim": {"claimName": claim}})
+        mounts.append({"name": f"kubetune-pvc-{number}", "mountPath": f"{PVC_DIR}/{claim}"})
+    volumes += [volume.to_manifest() for volume in compute.volumes or []]
+    mounts += [mount.to_manifest() for mount in compute.volume_mounts or []]
+    return volumes, mounts
+
+
+def _walk(node: Any) -> Iterator[tuple[str, Any]]:
+    """Every key and value of a nested config."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield key, value
+            yield from _walk(value)
+    elif isinstance(node, list):
+        for item in node:
+            yield from _walk(item)
+
+
+def secret_keys_of(config: Json) -> dict[str, set[str]]:
+    """The Secrets that a config names, with the keys that must be there."""
+    keys: dict[str, set[str]] = {}
+    for name, value in _walk(config):
+        if name == "token_secret":
+            keys.setdefault(value["name"], set()).add(value["key"])
+        elif name == "credentials_secret":
+            keys.setdefault(value["name"], set()).update({S3_ACCESS_KEY, S3_SECRET_KEY})
+    return keys
+
+
+def configmap_keys_of(config: Json) -> dict[str, set[str]]:
+    """The ConfigMaps that a config names, with the keys that must be there."""
+    keys: dict[str, set[str]] = {}
+    for name, value in _walk(config):
+        if name == "config_map":
+            keys.setdefault(value["name"], set()).add(value["key"])
+    return keys
+
+
+def claims_of(config: Json) -> set[str]:
+    """The PersistentVolumeClaims that the URIs of a config name."""
+    uris = (value for _, value in _walk(config) if isinstance(value, str) and value.startswith("pvc://"))
+    return {uri.removeprefix("pvc://").split("/")[0] for uri in uris}
+
+
+def _secret_sources(config: Json) -> list[Json]:
+    """Sources of the projected volume: the keys that are named and no others, each in the folder of its Secret."""
+    sources: list[Json] = []
+    for name, keys in sorted(secret_keys_of(config).items()):
+        items = [{"key": key, "path": f"{name}/{key}"} for key in sorted(keys)]
+        sources.append({"secret": {"name": name, "items": items}})
+        if S3_ACCESS_KEY in keys:
+            token = [{"key": S3_SESSION_TOKEN, "path": f"{name}/{S3_SESSION_TOKEN}"}]
+            sources.append({"secret": {"name": name, "items": token, "optional": True}})
+    return sources
+
+
+def _configmap_sources(config: Json) -> list[Json]:
+    return [
+        {"configMap": {"name": name, "items": [{"key": key, "path": f"{name}/{key}"} for key in sorted(keys)]}}
+        for name, keys in sorted(configmap_keys_of(config).items())
+    ]
