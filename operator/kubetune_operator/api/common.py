@@ -105,18 +105,17 @@ LabelKey = Annotated[
 LabelValue = Annotated[str, Field(max_length=63)]
 Time = Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"})]
 
-_QUANTITY = r"([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]{1,2})?"
+_QUANTITY = r"\+?([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]{1,2})?"
 Quantity = Annotated[
     int | str,
     Rule(
-        cel=f"type(self) == int ? self >= 0 : string(self).size() <= 32 && string(self).matches('^(?:{_QUANTITY.replace(chr(92), chr(92) * 2)})$')",
-        message="must be a quantity, for example 500m, 2 or 8Gi",
-        check=lambda value: (
-            value >= 0 if isinstance(value, int) else len(value) <= 32 and re.fullmatch(_QUANTITY, value) is not None
-        ),
+        cel="type(self) == int ? self >= 0 : isQuantity(self) && !self.startsWith('-')",
+        message="must be a quantity, 0 or more, for example 500m, 2 or 8Gi",
+        check=lambda value: value >= 0 if isinstance(value, int) else re.fullmatch(_QUANTITY, value) is not None,
     ),
 ]
-Resources = Annotated[dict[str, Quantity], Field(max_length=16)]
+Size = Annotated[str, Field(max_length=32), matches(_QUANTITY, message="must be a size, for example 8Gi")]
+Resources = Annotated[dict[str, Quantity], Field(max_length=12)]
 
 
 def item_key(*names: str) -> dict[str, Any]:
@@ -372,7 +371,7 @@ class EmptyDirVolume(ApiModel):
 
     medium: Literal["Memory"] | None = None
     """Memory keeps it in RAM. Unset: on the node's disk."""
-    size_limit: Quantity | None = None
+    size_limit: Size | None = None
     """Largest size. Unset: no limit."""
 
 
