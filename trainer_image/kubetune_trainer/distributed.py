@@ -29,7 +29,7 @@ COLLECTIVE_SECONDS: Final = 1800.0
 """How long a collective may take; rank 0 may be downloading a model meanwhile."""
 
 _PEER_LOST = re.compile(
-    r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket (timeout|closed)|timed out|timeout|tcpstore",
+    r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket|timed out|timeout|tcpstore",
     re.IGNORECASE,
 )
 _T = TypeVar("_T")

@@ -3,9 +3,9 @@
     python -m kubetune_trainer.launch finetune --config config.yaml training.max_steps=10
 
 The ranks are plain child processes with the environment that torchrun gives. torch's elastic agent is not used: what it
-adds (restarts within the pod, dynamic membership) is the operator's business here, where a gang restarts as a whole; what
-it lacks is what a pod needs, the exit code of the rank that failed first; and it would import torch in PID 1, seconds
-before the ranks could begin to do the same.
+adds (restarts within the pod, dynamic membership) is the operator's business here, where a gang restarts as a whole;
+what it lacks is what a pod needs, the exit code of the rank that failed first; and it would import torch in PID 1,
+seconds before the ranks could begin to do the same.
 """
 
 import argparse

@@ -191,7 +191,8 @@ def write_termination_record(record: Mapping[str, Any]) -> None:
 def run(main: Callable[[Sequence[str]], object]) -> None:
     """Runs a recipe's main so that whoever started the process can read how it ended.
 
-    Stdout is kept for JSON lines; an error ends the process with its exit code, an `error` event and a termination message.
+    Stdout is kept for JSON lines; an error ends the process with its exit code, an `error` event and a termination
+    message.
 
     Args:
         main: Takes the command line's arguments.

@@ -1,0 +1,323 @@
+"""Checkpoints: the trained state of all ranks in a store, complete or not there at all.
+
+A checkpoint is a folder `step-<N>` that torch's distributed checkpoint (DCP) can load into any number of ranks: trained
+parameters and optimizer state, keyed by parameter name, plus trainer.json. Frozen weights are not in it; they come from
+the base model. Every rank uploads its own files, because pods share no disk, and rank 0 writes COMPLETE when all have.
+Without COMPLETE a folder is no checkpoint. The way of one:
+
+    copied to memory -> written to scratch -> uploaded by each rank -> COMPLETE by rank 0 -> older ones pruned
+
+Only the first happens while training waits. That all ranks have uploaded shows in the exchange that they have every
+step anyway. One checkpoint is under way at a time; one that becomes due meanwhile is taken when the way is free.
+"""
+
+import json
+import pickle
+import queue
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from kubetune_trainer.distributed import World, broadcast_object, gather_vector
+from kubetune_trainer.errors import DataError, StorageError, TrainerError
+from kubetune_trainer.names import COMPLETE_MARKER
+from kubetune_trainer.report import report
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from kubetune_trainer.config import Checkpoint
+    from kubetune_trainer.storage import Store
+
+TRAINER_FILE: Final = "trainer.json"
+_METADATA_FILE: Final = ".metadata"
+_OPTIONS: Final = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=False)
+_STEP_FOLDER: Final = re.compile(r"^step-(\d+)$")
+UPLOAD_ATTEMPTS: Final = 8
+"""How often an upload is tried, beyond the retries that a store makes itself; with the pauses, some minutes."""
+_LONGEST_PAUSE_SECONDS: Final = 30.0
+
+
+class Checkpointer:
+    """Saves one run's checkpoints. Every rank has one, and all call the same methods in the same steps."""
+
+    def __init__(
+        self, store: "Store", *, settings: "Checkpoint", world: World, scratch: Path, record: Mapping[str, Any]
+    ) -> None:
+        """Begins with no checkpoint under way.
+
+        Args:
+            store: The run's folder of checkpoints.
+            settings: When to save and how many to keep.
+            world: This rank among the others.
+            scratch: A local folder of this rank's own.
+            record: What trainer.json says beside the step.
+        """
+        self.settings = settings
+        self.in_flight: int | None = None
+        self.saved_step = 0
+        self._store = store
+        self._world = world
+        self._scratch = scratch
+        self._record = dict(record)
+        self._saved_at = time.monotonic()
+        self._uploaded_step = 0
+        self._completed_step = 0
+        self._abandoned_step: int | None = None
+        self._written: Future[Any] | None = None
+        # A group of its own: DCP plans a save with collectives, in a thread, beside those of training.
+        self._group = dist.new_group(backend="gloo")
+        self._jobs: queue.Queue[Callable[[], None]] = queue.Queue()
+        threading.Thread(target=self._work, name="checkpoint", daemon=True).start()
+
+    @property
+    def uploaded_step(self) -> int:
+        """The newest checkpoint whose files of this rank are up, negative if they were given up: for the exchange."""
+        return self._uploaded_step
+
+    def due(self, step: int) -> bool:
+        """Whether rank 0 wants a checkpoint after this step."""
+        if self.in_flight is not None or step == self.saved_step:
+            return False
+        every = self.settings.every_steps
+        seconds = self.settings.every_seconds
+        by_step = every is not None and step // every > self.saved_step // every
+        return by_step or (seconds is not None and time.monotonic() - self._saved_at >= seconds)
+
+    def start_from(self, step: int) -> None:
+        """Counts from a step whose checkpoint is complete."""
+        self.saved_step = self._completed_step = step
+
+    def save(self, step: int, model: "nn.Module", optimizer: "Optimizer") -> None:
+        """Copies the state and begins to write it; in mode Sync, waits until it is complete or given up.
+
+        A checkpoint still under way is given up: only a stop asks for a save then, and it has no time for two.
+        """
+        began = time.monotonic()
+        if self._written is not None:
+            wait([self._written])  # two saves in the same group must not mix their collectives
+        self._abandoned_step = self.in_flight
+        self.in_flight, self.saved_step, self._saved_at = step, step, began
+        folder = self._scratch / f"step-{step}"
+        shutil.rmtree(folder, ignore_errors=True)
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=_OPTIONS), strict=True))
+        writer = FileSystemWriter(folder, sync_files=False)
+        written = self._written = dcp.async_save(state, storage_writer=writer, process_group=self._group)
+        self._jobs.put(lambda: self._upload(step, folder, written, began))
+        if self.settings.mode == "Sync":
+            self.wait()
+
+    def advance(self, uploaded_step: int) -> None:
+        """Takes note of what all ranks have uploaded, as their exchange told; rank 0 then completes the checkpoint."""
+        step = self.in_flight
+        if step is None or uploaded_step not in (step, -step):
+            return
+        self.in_flight = None
+        if uploaded_step < 0:
+            report("checkpointFailed", step=step, message=f"checkpoint {self._store.uri(f'step-{step}')} was given up")
+        elif self._world.is_first:
+            began = self._saved_at
+            self._jobs.put(lambda: self._complete(step, began))
+
+    def wait(self) -> bool:
+        """Waits until the newest checkpoint is complete or given up, and tells which; the same on every rank."""
+        self._jobs.join()
+        self.advance(int(gather_vector([float(self._uploaded_step)]).min().item()))
+        self._jobs.join()
+        return broadcast_object(self._completed_step) == self.saved_step
+
+    def finish(self) -> None:
+        """Waits until the newest checkpoint is complete.
+
+        Raises:
+            StorageError: It was given up, on some rank.
+        """
+        if not self.wait():
+            raise StorageError(
+                f"checkpoint {self._store.uri(f'step-{self.saved_step}')} could not be completed",
+                hint="Check that the workspace's object store answers; the run goes on from the checkpoint before.",
+            )
+
+    def _work(self) -> None:
+        while True:
+            job = self._jobs.get()
+            try:
+                job()
+            finally:
+                self._jobs.task_done()
+
+    def _upload(self, step: int, folder: Path, written: "Future[Any]", began: float) -> None:
+        """Uploads this rank's files of a checkpoint, unless a newer one has taken its place."""
+        try:
+            written.result()
+            if self._world.is_first:
+                record = {"step": step, **self._record}
+                (folder / TRAINER_FILE).write_text(json.dumps(record, indent=1))
+            for path in sorted(folder.iterdir()):
+                upload = partial(self._store.upload, path, f"step-{step}/{path.name}")
+                self._persist(step, f"upload of {path.name}", upload)
+            self._uploaded_step = step
+        except Exception as error:  # noqa: BLE001 (training goes on without this checkpoint, whatever befell it)
+            self._uploaded_step = -step
+            seconds = time.monotonic() - began
+            report("warning", message=f"checkpoint of step {step} was given up after {seconds:.0f} s: {error}")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _complete(self, step: int, began: float) -> None:
+        """Makes a checkpoint of a folder whose files are all there, and removes those that are too many."""
+        try:
+            self._persist(step, "completion", lambda: complete(self._store, step))
+        except Exception as error:  # noqa: BLE001 (as above)
+            report("checkpointFailed", step=step, message=str(error))
+            return
+        self._completed_step = step
+        report("checkpoint", step=step, uri=self._store.uri(f"step-{step}"), seconds=round(time.monotonic() - began, 3))
+        try:
+            prune(self._store, keep=self.settings.keep)
+        except (TrainerError, OSError) as error:
+            report("warning", message=f"old checkpoints could not be removed: {error}")
+
+    def _persist(self, step: int, what: str, action: Callable[[], object]) -> None:
+        """Tries an action on the store until it works, with pauses; permanent errors and the last one are raised."""
+        for attempt in range(1, UPLOAD_ATTEMPTS + 1):
+            if self._abandoned_step == step:
+                raise StorageError(f"one of step {self.saved_step} took its place")
+            try:
+                action()
+            except (StorageError, OSError) as error:
+                if attempt == UPLOAD_ATTEMPTS:
+                    raise
+                pause = min(2.0**attempt, _LONGEST_PAUSE_SECONDS)
+                report("warning", message=f"checkpoint of step {step}: {what} failed, again in {pause:.0f} s: {error}")
+                time.sleep(pause)
+            else:
+                return
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run begins, and what the checkpoint's trainer.json says."""
+
+    step: int
+    uri: str
+    record: Mapping[str, Any]
+
+
+def find_checkpoint(store: "Store") -> str | None:
+    """The folder of the newest complete checkpoint, relative to the store; "" if the store is one itself."""
+    names = {info.path for info in store.list()}
+    if COMPLETE_MARKER in names:
+        return ""
+    steps = complete_steps(names)
+    return f"step-{steps[-1]}" if steps else None
+
+
+def complete_steps(names: set[str]) -> list[int]:
+    """The steps that have a COMPLETE marker, in order."""
+    folders = (name.removesuffix(f"/{COMPLETE_MARKER}") for name in names if name.endswith(f"/{COMPLETE_MARKER}"))
+    return sorted(int(match[1]) for folder in folders if (match := _STEP_FOLDER.match(folder)))
+
+
+def load_checkpoint(
+    store: "Store", folder: str, *, model: "nn.Module", optimizer: "Optimizer", scratch: Path
+) -> Resumed:
+    """Loads a checkpoint into the model and the optimizer; the number of ranks may differ from that which saved it.
+
+    Args:
+        store: Holds the checkpoint.
+        folder: Its folder in the store, as `find_checkpoint` told; the same on every rank.
+        model: Takes the trained parameters.
+        optimizer: Takes its state.
+        scratch: A local folder of this rank's own.
+    """
+    prefix = f"{folder}/" if folder else ""
+    record = json.loads(store.read_bytes(f"{prefix}{TRAINER_FILE}"))
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    local = scratch / "resume"
+    shutil.rmtree(local, ignore_errors=True)
+    local.mkdir(parents=True)
+    try:
+        dcp.load(state, storage_reader=_StoreReader(store, prefix, local))
+    except CheckpointException as error:
+        raise _cause_of(error, store.uri(folder)) from error
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
+    )
+    shutil.rmtree(local, ignore_errors=True)
+    return Resumed(step=int(record["step"]), uri=store.uri(folder), record=record)
+
+
+def complete(store: "Store", step: int) -> None:
+    """Writes COMPLETE, once more making sure that every file that the checkpoint refers to is there in full.
+
+    Raises:
+        StorageError: A file is missing or too short.
+    """
+    folder = f"step-{step}"
+    sizes = {info.path.removeprefix(f"{folder}/"): info.size for info in store.list(f"{folder}/")}
+    described = store.read_bytes(f"{folder}/{_METADATA_FILE}")
+    metadata: Metadata = pickle.loads(described)  # noqa: S301 (this run wrote it)
+    for info in (metadata.storage_data or {}).values():
+        if sizes.get(info.relative_path, 0) < info.offset + info.length:
+            raise StorageError(f"checkpoint {store.uri(folder)} lacks {info.relative_path}")
+    marker = {"step": step, "time": round(time.time(), 3), "files": sizes}
+    store.write_bytes(f"{folder}/{COMPLETE_MARKER}", json.dumps(marker).encode())
+
+
+def prune(store: "Store", *, keep: int) -> None:
+    """Removes all but the newest complete checkpoints, and the remains of incomplete ones older than those."""
+    names = {info.path for info in store.list()}
+    kept = complete_steps(names)[-keep:]
+    folders = {match[0]: int(match[1]) for name in names if (match := _STEP_FOLDER.match(name.split("/")[0]))}
+    for folder, step in sorted(folders.items()):
+        if kept and step < kept[-1] and step not in kept:
+            if f"{folder}/{COMPLETE_MARKER}" in names:
+                store.delete_tree(f"{folder}/{COMPLETE_MARKER}")  # first, so that a half removed one is none
+            store.delete_tree(folder)
+
+
+def _cause_of(error: CheckpointException, uri: str) -> Exception:
+    """What befell a rank's load: DCP wraps the ranks' errors, ours among them, in one of its own."""
+    causes = [failure[0] for failure in error.failures.values()]
+    for cause in causes:
+        if isinstance(cause, TrainerError | OSError):
+            return cause
+    return DataError(f"checkpoint {uri} does not fit this run: {causes[0]}", hint="Was the run's config changed?")
+
+
+class _StoreReader(FileSystemReader):
+    """Reads a checkpoint from a store, fetching only the files that this rank's part lies in."""
+
+    def __init__(self, store: "Store", prefix: str, local: Path) -> None:
+        super().__init__(local)
+        self._store, self._prefix, self._local = store, prefix, local
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        self._fetch(_METADATA_FILE)
+        return super().read_metadata(*args, **kwargs)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
+        for name in sorted({self.storage_data[item.storage_index].relative_path for item in plan.items}):
+            self._fetch(name)
+        return super().read_data(plan, planner)
+
+    def _fetch(self, name: str) -> None:
+        self._store.download(f"{self._prefix}{name}", self._local / name)
