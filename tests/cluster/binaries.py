@@ -1,6 +1,6 @@
 """The programs of a cluster, built from the Go module proxy and kept by the hash of what they are built from.
 
-Each folder under `go/` holds the go.mod and go.sum of one group of programs; a program is built when it is first asked for.
+Each folder under `go/` holds the go.mod and go.sum of one group of programs. A program is built when first asked for.
 `KUBEBUILDER_ASSETS`, the convention of envtest, is honoured for the three programs that such a folder holds.
 """
 
@@ -19,12 +19,25 @@ from tests.cluster.progress import stage
 
 KUBERNETES_VERSION: Final = "1.36.3"
 
+CNI_PLUGINS: Final = {"bridge": "main", "loopback": "main", "host-local": "ipam", "portmap": "meta"}
+
 GROUPS: Final[Mapping[str, Mapping[str, str]]] = {
     "kubernetes": {
         name: f"k8s.io/kubernetes/cmd/{name}"
         for name in ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl")
     },
     "etcd": {"etcd": "go.etcd.io/etcd/server/v3"},
+    "containerd": {
+        name: f"github.com/containerd/containerd/v2/cmd/{name}"
+        for name in ("containerd", "containerd-shim-runc-v2", "ctr")
+    },
+    "cni": {
+        name: f"github.com/containernetworking/plugins/plugins/{kind}/{name}" for name, kind in CNI_PLUGINS.items()
+    },
+    "coredns": {"coredns": "github.com/coredns/coredns"},
+    "helm": {"helm": "helm.sh/helm/v4/cmd/helm"},
+    "rclone": {"rclone": "github.com/rclone/rclone"},
+    "pause": {"pause": "kubetune.dev/cluster/pause"},
 }
 """Per folder of `go/`: the programs and the packages they are built from."""
 

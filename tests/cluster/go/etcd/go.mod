@@ -1,4 +1,4 @@
-module kubetune.dev/etcd
+module kubetune.dev/cluster/etcd
 
 go 1.26.0
 
