@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from kubetune_operator.api.model import ApiModel, Rule, StatusModel, exactly_one_of
+from kubetune_operator.api.model import ApiModel, Rule, StatusModel, Unique, exactly_one_of
 from kubetune_operator.names import (
     API_GROUP,
     API_VERSION,
@@ -17,7 +17,7 @@ from kubetune_operator.names import (
 )
 
 NAME_LENGTH = 40
-"""The longest name of a custom resource: names of its Jobs, Services and pods are made from it and must fit 63 characters."""
+"""The longest name of a custom resource: those of its Services and pods are made from it and must fit 63 characters."""
 
 RESERVED_ENVIRONMENT = ("KUBETUNE_", "PET_")
 RESERVED_MOUNTS = (CONFIG_DIR, SECRETS_DIR, CONFIGMAPS_DIR, PVC_DIR, SCRATCH_DIR, "/tmp", "/dev/shm")  # noqa: S108 (paths in the pod)
@@ -118,12 +118,6 @@ Size = Annotated[str, Field(max_length=32), matches(_QUANTITY, message="must be 
 Resources = Annotated[dict[str, Quantity], Field(max_length=12)]
 
 
-def item_key(*names: str) -> dict[str, Any]:
-    """The markers of a list whose items are told apart by these fields."""
-    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(names)}
-
-
-SET: dict[str, Any] = {"x-kubernetes-list-type": "set"}
 ATOMIC: dict[str, Any] = {"x-kubernetes-list-type": "atomic"}
 
 
@@ -193,7 +187,8 @@ class S3(ApiModel):
     region: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     """Region of the buckets. Unset: what the endpoint or the environment says."""
     credentials_secret: SecretRef | None = None
-    """Secret with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, optionally AWS_SESSION_TOKEN. Unset: the pod's own identity."""
+    """Secret with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, optionally AWS_SESSION_TOKEN.
+    Unset: the pod's own identity."""
     ca_bundle: CaBundle | None = None
     """Certificates to trust for this endpoint besides the public ones."""
 
@@ -413,7 +408,7 @@ class VolumeMount(ApiModel):
         Field(max_length=512),
         matches(r"/[^:\n]+", message="must be an absolute path without ':'"),
         Rule(
-            cel=f"![{', '.join(repr(path) for path in RESERVED_MOUNTS)}].exists(p, self == p || self.startsWith(p + '/'))",
+            cel=f"!{list(RESERVED_MOUNTS)}.exists(p, self == p || self.startsWith(p + '/'))",
             message=f"must not be one of {', '.join(RESERVED_MOUNTS)} or lie below: the operator mounts these",
             check=_mount_is_free,
         ),
@@ -435,7 +430,10 @@ class Compute(ApiModel):
 
     rules = (
         Rule(
-            cel="!has(self.volumeMounts) || self.volumeMounts.all(m, has(self.volumes) && self.volumes.exists(v, v.name == m.name))",
+            cel=(
+                "!has(self.volumeMounts) || "
+                "self.volumeMounts.all(m, has(self.volumes) && self.volumes.exists(v, v.name == m.name))"
+            ),
             message="each of volumeMounts must name one of volumes",
             check=_mounts_name_volumes,
         ),
@@ -455,13 +453,11 @@ class Compute(ApiModel):
     """Further conditions on nodes."""
     priority_class_name: ObjectName | None = None
     """PriorityClass of the pods. Unset: the cluster's default."""
-    env: Annotated[list[EnvironmentVariable], Field(max_length=64, json_schema_extra=item_key("name"))] | None = None
+    env: Annotated[list[EnvironmentVariable], Field(max_length=64), Unique(("name",))] | None = None
     """Further variables of the trainer's environment."""
-    volumes: Annotated[list[Volume], Field(max_length=16, json_schema_extra=item_key("name"))] | None = None
+    volumes: Annotated[list[Volume], Field(max_length=16), Unique(("name",))] | None = None
     """Further volumes of the trainer pods."""
-    volume_mounts: (
-        Annotated[list[VolumeMount], Field(max_length=16, json_schema_extra=item_key("mountPath"))] | None
-    ) = None
+    volume_mounts: Annotated[list[VolumeMount], Field(max_length=16), Unique(("mountPath",))] | None = None
     """Where the volumes stand in the trainer container."""
     service_account_name: ObjectName | None = None
     """ServiceAccount of the pods. Unset: the operator's choice, one without rights on the API."""

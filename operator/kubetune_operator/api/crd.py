@@ -70,7 +70,7 @@ def finetunejob_crd() -> dict[str, Any]:
 
 
 def root_schema(model: type[ApiModel], *, status: type[ApiModel]) -> JsonSchema:
-    """The structural schema of a kind: apiVersion, kind and metadata as every kind has them, spec and status from the models."""
+    """The structural schema of a kind; apiVersion, kind and metadata are as every kind has them."""
     spec = structural(model.model_json_schema(by_alias=True))
     for name in ("apiVersion", "kind"):
         spec["properties"][name] = {"type": "string", "description": spec["properties"][name]["description"]}
@@ -100,6 +100,8 @@ def without_defaults(schema: JsonSchema) -> JsonSchema:
 def _fold(schema: JsonSchema, *, definitions: dict[str, JsonSchema]) -> JsonSchema:
     schema = _resolve(schema, definitions=definitions)
     folded: JsonSchema = {key: value for key, value in schema.items() if key not in _DROPPED}
+    if "description" in schema:
+        folded["description"] = " ".join(schema["description"].split())
     if "const" in schema:
         folded["enum"] = [schema["const"]]
     if "properties" in schema:
@@ -118,7 +120,7 @@ def _fold(schema: JsonSchema, *, definitions: dict[str, JsonSchema]) -> JsonSche
 
 
 def _resolve(schema: JsonSchema, *, definitions: dict[str, JsonSchema]) -> JsonSchema:
-    """Replace a reference and the one other branch of an optional field by what they stand for; the field's own words win."""
+    """Replace a reference, or an optional field's union with null, by what it stands for; the field's own words win."""
     if "$ref" in schema:
         own = {key: value for key, value in schema.items() if key != "$ref"}
         return _resolve(definitions[schema["$ref"].rpartition("/")[2]], definitions=definitions) | own

@@ -1,7 +1,7 @@
 """FineTuneJob: adapt a language model to data.
 
-The models are the API: `kubetune_operator.api.crd` writes the CRD and its reference from them, the docstring under a field being
-its description, and `parse_finetunejob` gives the API server's verdict on a manifest without one.
+The models are the API. `kubetune_operator.api.crd` writes the CRD and its reference from them: the docstring under a
+field is its description. `parse_finetunejob` gives the API server's verdict on a manifest without one.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,6 @@ from pydantic import Field, ValidationError, computed_field
 from kubetune_operator.api.common import (
     NAME_RULE,
     S3,
-    SET,
     ApiVersion,
     Compute,
     Condition,
@@ -31,10 +30,9 @@ from kubetune_operator.api.common import (
     Time,
     Uri,
     Workspace,
-    item_key,
     matches,
 )
-from kubetune_operator.api.model import ApiModel, Rule, StatusModel, exactly_one_of
+from kubetune_operator.api.model import ApiModel, Rule, StatusModel, Unique, exactly_one_of
 from kubetune_operator.api.problems import problems_of
 from kubetune_operator.errors import SpecError
 
@@ -120,7 +118,7 @@ class Source(ApiModel):
     """How often the source appears per epoch: 2.0 is twice, 0.5 is half of it."""
 
 
-Sources = Annotated[list[Source], Field(min_length=1, max_length=32, json_schema_extra=item_key("name"))]
+Sources = Annotated[list[Source], Field(min_length=1, max_length=32), Unique(("name",))]
 
 
 class Validation(ApiModel):
@@ -166,10 +164,10 @@ class Lora(ApiModel):
     dropout: Probability = "0.0"
     """Dropout before each adapter."""
     target_modules: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=128)]],
-        Field(min_length=1, max_length=64, json_schema_extra=SET),
+        list[Annotated[str, Field(min_length=1, max_length=128)]], Field(min_length=1, max_length=64), Unique()
     ] = ["all-linear"]  # noqa: RUF012 (pydantic copies it)
-    """Modules that get an adapter, by the end of their name, for example q_proj. all-linear: every linear layer but the output head."""
+    """Modules that get an adapter, by the end of their name, for example q_proj.
+    all-linear: every linear layer but the output head."""
 
 
 class Training(ApiModel):
@@ -182,7 +180,8 @@ class Training(ApiModel):
     max_steps: Steps | None = None
     """Optimizer steps."""
     global_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 16
-    """Rows per optimizer step, over all processes. A row is a pack when packing, otherwise a sample. Must be divisible by processes x microBatchSize."""
+    """Rows per optimizer step, over all processes. A row is a pack when packing, otherwise a sample.
+    Must be divisible by processes x microBatchSize."""
     micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] = 1
     """Rows that one process computes at a time; the rest of its share is accumulated."""
     optimizer: Literal["AdamW"] = "AdamW"
@@ -222,7 +221,8 @@ class Checkpoint(ApiModel):
     """When checkpoints are written and how many are kept. One is always written when the job is told to stop."""
 
     every_steps: Steps | None = None
-    """Steps between checkpoints. Unset together with everySeconds: only when the job is told to stop, and at the end."""
+    """Steps between checkpoints.
+    Unset together with everySeconds: only when the job is told to stop, and at the end."""
     every_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
     """Seconds between checkpoints."""
     keep: Annotated[int, Field(ge=1, le=1000)] = 3
@@ -257,13 +257,17 @@ class Output(ApiModel):
 # ------------------------------------------------------------------------------------------------ spec and rules
 
 FROZEN = (
-    "model", "dataset", "recipe", "tuning", "lora", "training", "compute", "storage", "workspace", "checkpoint", "outputs",
+    "model", "dataset", "recipe", "tuning", "lora", "training", "compute", "storage", "workspace", "checkpoint",
+    "outputs",
 )  # fmt: skip
 OPTIONAL = {"lora", "compute", "storage", "checkpoint"}
 
 
 def _frozen(name: str) -> Rule:
-    """The rule that a field keeps its value. It stands on the parent: a rule on the field would pass over one that appears or vanishes."""
+    """The rule that a field keeps its value.
+
+    It stands on the parent: a transition rule on the field itself passes over a field that appears or vanishes.
+    """
     same = f"self.{name} == oldSelf.{name}"
     if name in OPTIONAL:
         same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || {same})"
@@ -322,7 +326,7 @@ class FineTuneJobSpec(ApiModel):
     """The durable place of the run."""
     checkpoint: Checkpoint | None = None
     """When checkpoints are written. Unset: only when the job is told to stop, and at the end."""
-    outputs: Annotated[list[Output], Field(min_length=1, max_length=8, json_schema_extra=item_key("name"))]
+    outputs: Annotated[list[Output], Field(min_length=1, max_length=8), Unique(("name",))]
     """The results of the job."""
     lifecycle: Lifecycle | None = None
     """How long the job may live and how often it may start again. Unset: the defaults of its fields."""
@@ -452,11 +456,23 @@ class Resolved(StatusModel):
 
     model: ResolvedModel | None = None
     """The model."""
-    sources: Annotated[list[ResolvedSource], Field(max_length=64, json_schema_extra=item_key("name"))] | None = None
+    sources: Annotated[list[ResolvedSource], Field(max_length=64), Unique(("name",))] | None = None
     """The data."""
     config: Annotated[str, Field(max_length=253)] | None = None
     """Name of the immutable ConfigMap with the trainer's configuration."""
-    parents: Annotated[list[Parent], Field(max_length=8, json_schema_extra=item_key("kind", "name"))] | None = None
+    parents: (
+        Annotated[
+            list[Parent],
+            Field(max_length=8),
+            Unique(
+                (
+                    "kind",
+                    "name",
+                )
+            ),
+        ]
+        | None
+    ) = None
     """Jobs whose results are used."""
 
 
@@ -517,9 +533,7 @@ State = Literal["Pending", "Preparing", "Running", "Restarting", "Suspended", "C
 class FineTuneJobStatus(StatusModel):
     """What the operator saw. Users read it; only the operator writes it."""
 
-    conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=item_key("type"))] = Field(
-        default_factory=list
-    )
+    conditions: Annotated[list[Condition], Field(max_length=16), Unique(("type",))] = Field(default_factory=list)
     """Accepted, DataReady, Running, Checkpointed, Complete, Failed, Suspended."""
     observed_generation: Count | None = None
     """Generation of the spec that this status answers."""
@@ -535,7 +549,7 @@ class FineTuneJobStatus(StatusModel):
     """How often the job started again."""
     preemptions: Count | None = None
     """How many of the restarts were preemptions, which maxRestarts does not count."""
-    pods: Annotated[list[AttemptPod], Field(max_length=512, json_schema_extra=item_key("uid"))] | None = None
+    pods: Annotated[list[AttemptPod], Field(max_length=512), Unique(("uid",))] | None = None
     """Pods of the current attempt, so that each failure is answered once."""
     progress: Progress | None = None
     """How far training is."""
@@ -549,7 +563,7 @@ class FineTuneJobStatus(StatusModel):
     """What names in the spec stood for."""
     last_failure: LastFailure | None = None
     """Why the last attempt that failed did so."""
-    outputs: Annotated[list[FinishedOutput], Field(max_length=8, json_schema_extra=item_key("name"))] | None = None
+    outputs: Annotated[list[FinishedOutput], Field(max_length=8), Unique(("name",))] | None = None
     """Results that are written."""
 
 
@@ -590,7 +604,10 @@ def parse_finetunejob(manifest: Mapping[str, Any]) -> FineTuneJob:
 
 
 def batch_problem(spec: FineTuneJobSpec, *, ranks: int) -> str | None:
-    """Why the global batch cannot be shared out evenly among this many processes, with the nearest sizes that can; None if it can."""
+    """Why the global batch cannot be shared out evenly among this many processes; None if it can.
+
+    The answer names the nearest sizes that can.
+    """
     training = spec.training
     unit = ranks * training.micro_batch_size
     size = training.global_batch_size

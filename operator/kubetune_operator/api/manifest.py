@@ -1,7 +1,7 @@
 """Manifests in YAML, read and written as kubectl does.
 
-kubectl's YAML is neither version 1.1 nor 1.2: `2e-4` is a float there and a string for PyYAML, `1:30` is a string there and a
-number for PyYAML, dates stay strings. A file must mean the same to `kubetune validate` and to `kubectl apply`.
+kubectl's YAML is neither version 1.1 nor 1.2: `2e-4` is a float there and a string for PyYAML, `1:30` is a string there
+and a number for PyYAML, dates stay strings. A file must mean the same to `kubetune validate` and to `kubectl apply`.
 """
 
 import math
@@ -18,7 +18,8 @@ _RESOLVERS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"y|Y|n|N|yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF|true|True|TRUE|false|False|FALSE", list("yYnNoOtTfF")),
     ("int", r"[-+]?(0[bB][01_]+|0[oO]?[0-7_]+|0[xX][0-9a-fA-F_]+|[1-9][0-9_]*|0)", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9_]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
+    ("float", r"[-+]?(\.[0-9_]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
     ("merge", r"<<", ["<"]),
 )  # fmt: skip
 

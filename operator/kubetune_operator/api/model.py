@@ -1,9 +1,11 @@
 """What the API's models are made of: a base class, and rules that pydantic and the API server both check.
 
 A field's schema says what one value may be; a `Rule` says what a schema cannot (exactly one of, needs, immutable).
-Each rule is one CEL expression for the API server and one Python check for the command line and the operator, under one message.
+Each rule is one CEL expression for the API server and one Python check for the command line and the operator, under
+one message.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -14,6 +16,8 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 RULES_BROKEN = "rules_broken"
 """The error type that a broken rule raises in pydantic; its context holds the messages."""
+DUPLICATE = "duplicate"
+"""The error type of an item that stands twice in a list; its context holds the item's place and what it has in common."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,7 @@ class Rule:
     Attributes:
         cel: The expression that the API server evaluates; `self` is the value.
         message: What the user reads, from either side.
-        check: The same in Python. None for rules that compare with the object's former version, which only the API server has.
+        check: The same in Python. None for rules on the object's former version, which only the API server has.
     """
 
     cel: str
@@ -50,6 +54,38 @@ class Rule:
         return json_schema
 
 
+@dataclass(frozen=True)
+class Unique:
+    """What no two items of a list may have in common.
+
+    Attributes:
+        keys: Fields of the items, as in a manifest; none: the items themselves.
+    """
+
+    keys: tuple[str, ...] = ()
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Check the annotated list after its own schema."""
+        return core_schema.no_info_after_validator_function(self._validate, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Put the list's markers beside its own schema."""
+        markers: dict[str, Any] = {"x-kubernetes-list-type": "map" if self.keys else "set"}
+        if self.keys:
+            markers["x-kubernetes-list-map-keys"] = list(self.keys)
+        return handler(schema) | markers
+
+    def _validate(self, items: list[Any]) -> list[Any]:
+        seen: list[Any] = []
+        for index, item in enumerate(items):
+            identity = {key: _get(item, key) for key in self.keys} if self.keys else item
+            if identity in seen:
+                shown = json.dumps(identity, separators=(",", ":"))
+                raise PydanticCustomError(DUPLICATE, "duplicate {shown}", {"index": index, "shown": shown})
+            seen.append(identity)
+        return items
+
+
 def check_rules(value: Any, *, rules: tuple[Rule, ...]) -> None:
     """Raise one error that names every rule which the value breaks."""
     if broken := [rule.message for rule in rules if rule.check is not None and not rule.check(value)]:
@@ -57,7 +93,7 @@ def check_rules(value: Any, *, rules: tuple[Rule, ...]) -> None:
 
 
 class ApiModel(BaseModel):
-    """Base of every object in a manifest: camelCase outside, snake_case inside, frozen, no unknown fields, no conversions."""
+    """Base of every object: camelCase in a manifest, snake_case in Python, frozen, no unknown fields, no conversions."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -113,6 +149,9 @@ def exactly_one_of(*names: str) -> Rule:
 
 
 def _has(value: ApiModel, name: str) -> bool:
-    return any(
-        field.alias == name and getattr(value, key) is not None for key, field in type(value).model_fields.items()
-    )
+    return _get(value, name) is not None
+
+
+def _get(value: ApiModel, name: str) -> Any:
+    """The field that is called `name` in a manifest."""
+    return next(getattr(value, key) for key, field in type(value).model_fields.items() if field.alias == name)

@@ -6,13 +6,14 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from kubetune_operator.api.model import RULES_BROKEN
+from kubetune_operator.api.model import DUPLICATE, RULES_BROKEN
 
 _JSON_TYPES: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (list, "array"), (dict, "object"),
 )  # fmt: skip
 _WANTED = {
-    "int_type": "integer", "string_type": "string", "bool_type": "boolean", "list_type": "array", "dict_type": "object", "model_type": "object",
+    "int_type": "integer", "string_type": "string", "bool_type": "boolean", "list_type": "array",
+    "dict_type": "object", "model_type": "object",
 }  # fmt: skip
 
 
@@ -30,6 +31,8 @@ def _sentences(details: ErrorDetails) -> list[str]:
     kind = details["type"]
     if kind == RULES_BROKEN:
         return [f"{_field(path)}: Invalid value: {_shown(value)}: {message}" for message in context["broken"]]
+    if kind == DUPLICATE:
+        return [f"{path}[{context['index']}]: Duplicate value: {context['shown']}"]
     if kind == "extra_forbidden":
         return [f'unknown field "{path}"']
     if kind == "missing":

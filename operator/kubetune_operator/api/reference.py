@@ -14,8 +14,7 @@ def reference_of(crd: dict[str, Any]) -> str:
         "",
         "<!-- Generated from the models in kubetune_operator.api by `make generate`. Do not edit. -->",
         "",
-        f"`apiVersion: {crd['spec']['group']}/{version['name']}`, `kind: {names['kind']}`; "
-        f"short name `{names['shortNames'][0]}`, category `{names['categories'][0]}`.",
+        f"`{crd['spec']['group']}/{version['name']}`, short name `{names['shortNames'][0]}`.",
         "",
         schema["description"],
         "",
@@ -23,7 +22,7 @@ def reference_of(crd: dict[str, Any]) -> str:
     ]
     for name in ("spec", "status"):
         for path, each in _objects(name, schema["properties"][name]):
-            lines += [f"## {path}", "", each.get("description", ""), "", *_table(each), *_rules(each)]
+            lines += [f"## {path}", "", each.get("description", ""), "", *_table(each, path=path), *_rules(each)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -36,14 +35,28 @@ def _objects(path: str, schema: dict[str, Any]) -> Iterator[tuple[str, dict[str,
             yield from _objects(f"{path}.{name}{suffix}", inner)
 
 
-def _table(schema: dict[str, Any]) -> list[str]:
+def _table(schema: dict[str, Any], *, path: str) -> list[str]:
     rows = ["| Field | Type | Default | Meaning |", "|---|---|---|---|"]
     for name, field in schema["properties"].items():
         default = (
             "required" if name in schema.get("required", []) else _code(field["default"]) if "default" in field else ""
         )
-        rows.append(f"| `{name}` | {_kind(field)} | {default} | {field.get('description', '')} |".replace("  ", " "))
+        rows.append(
+            f"| `{name}` | {_linked(field, path=f'{path}.{name}')} | {default} | {_meaning(field)} |".replace("  ", " ")
+        )
     return [*rows, ""]
+
+
+def _linked(field: dict[str, Any], *, path: str) -> str:
+    """A field's type; that of an object leads to its table."""
+    inner = field["items"] if field.get("type") == "array" else field
+    return f"[{_kind(field)}](#{path.replace('.', '').lower()})" if "properties" in inner else _kind(field)
+
+
+def _meaning(field: dict[str, Any]) -> str:
+    """A field's description and, where it has no table of its own, its rules."""
+    rules = [] if "properties" in field else field.get("x-kubernetes-validations", [])
+    return " ".join([field.get("description", ""), *(f"It {rule['message']}." for rule in rules)])
 
 
 def _kind(field: dict[str, Any]) -> str:

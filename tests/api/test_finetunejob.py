@@ -1,0 +1,392 @@
+"""One table of manifests, judged twice: by pydantic, and by the real API server."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from kubetune_operator.api.finetunejob import parse_finetunejob
+from kubetune_operator.api.manifest import dump_manifests, load_manifests
+from kubetune_operator.errors import SpecError
+from tests.cluster.controlplane import ControlPlane
+
+MINIMAL = """
+apiVersion: kubetune.dev/v1alpha1
+kind: FineTuneJob
+metadata: {name: run7}
+spec:
+  model: {uri: {location: "s3://models/smollm2"}}
+  dataset: {sources: [{name: tickets, uri: {location: "s3://data/tickets.jsonl"}}]}
+  training: {epochs: 3}
+  workspace: {uri: "s3://team/runs"}
+  outputs: [{name: merged, type: HuggingFace}]
+"""
+ABSENT = object()
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    """The minimal manifest with fields changed by path; `__` stands for a dot, a number for a place in a list."""
+    job: dict[str, Any] = load_manifests(MINIMAL, source="MINIMAL")[0]
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        target: Any = job
+        for part in parents:
+            target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
+        if value is ABSENT:
+            del target[last]
+        else:
+            target[last] = copy.deepcopy(value)
+    return job
+
+
+VOLUMES = {"volumes": [{"name": "cache", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}}]}
+
+GOOD: dict[str, dict[str, Any]] = {
+    "the minimal manifest": {},
+    "a model of the Hub": {"spec__model": {"hub": {"repo": "HuggingFaceTB/SmolLM2-135M"}}},
+    "a model of the Hub without an owner": {"spec__model": {"hub": {"repo": "gpt2", "revision": "v1"}}},
+    "a gated model": {"spec__model": {"hub": {"repo": "a/b", "tokenSecret": {"name": "hf", "key": "token"}}}},
+    "another job's output": {"spec__model": {"jobRef": {"kind": "FineTuneJob", "name": "stage-1", "output": "merged"}}},
+    "a model with credentials of its own": {
+        "spec__model__uri__s3": {
+            "endpoint": "http://s3:9000",
+            "caBundle": {"configMap": {"name": "ca", "key": "ca.crt"}},
+        }
+    },
+    "a local path": {"spec__workspace__uri": "file:///tmp/runs"},
+    "a volume claim": {"spec__workspace__uri": "pvc://claim-1/runs"},
+    "three sources": {
+        "spec__dataset__sources": [
+            {"name": "a", "hub": {"repo": "tatsu-lab/alpaca", "split": "train[:95%]"}, "weight": "2"},
+            {
+                "name": "b",
+                "configMap": {"name": "data", "key": "b.jsonl"},
+                "format": "Text",
+                "columns": {"text": "body"},
+            },
+            {"name": "c", "uri": {"location": "pvc://claim"}, "weight": "0.5"},
+        ]
+    },
+    "a held-out fraction": {"spec__dataset__validation": {"fraction": "0.05"}, "spec__training__validateEverySteps": 5},
+    "validation sources": {
+        "spec__dataset__validation": {"sources": [{"name": "v", "uri": {"location": "s3://data/v.jsonl"}}]}
+    },
+    "steps instead of epochs": {"spec__training": {"maxSteps": 10}},
+    "full tuning": {"spec__tuning": "Full"},
+    "an adapter of one's own": {"spec__lora": {"rank": 8, "dropout": "0.1", "targetModules": ["q_proj", "v_proj"]}},
+    "a learning rate in exponent form": {"spec__training__learningRate": "1.5e-05"},
+    "quantities as numbers and strings": {
+        "spec__compute__resources": {"requests": {"cpu": 4, "memory": "8Gi"}, "limits": {"cpu": "500m"}}
+    },
+    "volumes and mounts": {"spec__compute": VOLUMES | {"volumeMounts": [{"name": "cache", "mountPath": "/cache"}]}},
+    "scheduling": {
+        "spec__compute": {
+            "nodes": 2,
+            "accelerator": {"perNode": 8},
+            "nodeSelector": {"pool": "gpu"},
+            "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+            "affinity": {"requiredNodeLabels": [{"key": "zone", "operator": "In", "values": ["a", "b"]}]},
+            "env": [{"name": "A", "value": ""}, {"name": "B", "secretKeyRef": {"name": "s", "key": "k"}}],
+        }
+    },
+    "resuming from another run": {"spec__checkpoint": {"resumeFrom": {"jobRef": {"kind": "FineTuneJob", "name": "a"}}}},
+    "checkpoints by time": {"spec__checkpoint": {"everySeconds": 900, "keep": 1, "mode": "Sync"}},
+    "a lifecycle": {"spec__lifecycle": {"maxRestarts": 0, "ttlSecondsAfterFinished": 0, "activeDeadlineSeconds": 60}},
+    "an empty optional block": {"spec__checkpoint": {}},
+    "a null where a default is": {"spec__suspend": None},
+    "a null where nothing is": {"spec__lora": None},
+    "a null in a block": {"spec__lora": {"rank": None, "targetModules": None}},
+    "a null on a map": {"spec__compute__nodeSelector": None},
+    "the longest name": {"metadata__name": "a" * 40},
+    "labels and annotations": {"metadata__labels": {"team": "a"}, "metadata__annotations": {"note": "x"}},
+}
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    # Fields
+    "an unknown field": ({"spec__modle": {}}, 'unknown field "spec.modle"'),
+    "an unknown field deep down": (
+        {"spec__dataset__sources__0__wieght": "2"},
+        'unknown field "spec.dataset.sources[0].wieght"',
+    ),
+    "an unknown field that is null": ({"spec__modle": None}, 'unknown field "spec.modle"'),
+    "a field in snake case": (
+        {"spec__training__global_batch_size": 4},
+        'unknown field "spec.training.global_batch_size"',
+    ),
+    "an unknown column": (
+        {"spec__dataset__sources__0__columns": {"question": "q"}},
+        'unknown field "spec.dataset.sources[0].columns.question"',
+    ),
+    "no spec": ({"spec": ABSENT}, "spec: Required value"),
+    "no model": ({"spec__model": ABSENT}, "spec.model: Required value"),
+    "no workspace": ({"spec__workspace": ABSENT}, "spec.workspace: Required value"),
+    "a required field that is null": ({"spec__training": None}, "spec.training: Required value"),
+    "no outputs": (
+        {"spec__outputs": []},
+        "spec.outputs: Invalid value: 0: spec.outputs in body should have at least 1 items",
+    ),
+    "a job reference without a kind": (
+        {"spec__model": {"jobRef": {"name": "a"}}},
+        "spec.model.jobRef.kind: Required value",
+    ),
+    "another kind of job": (
+        {"spec__model": {"jobRef": {"kind": "Job", "name": "a"}}},
+        'spec.model.jobRef.kind: Unsupported value: "Job": supported values: "FineTuneJob"',
+    ),
+    # Types
+    "a number for a string": (
+        {"spec__training__learningRate": 2e-4},
+        "spec.training.learningRate in body must be of type string",
+    ),
+    "a string for a number": (
+        {"spec__training__epochs": "3"},
+        "spec.training.epochs in body must be of type integer",
+    ),
+    "a fraction for an integer": (
+        {"spec__training__epochs": 1.5},
+        "spec.training.epochs in body must be of type integer",
+    ),
+    "a string for a boolean": ({"spec__suspend": "yes"}, "spec.suspend in body must be of type boolean"),
+    "a number for an object": ({"spec__lora": 3}, "spec.lora in body must be of type object"),
+    "an object for a list": ({"spec__outputs": {}}, "spec.outputs in body must be of type array"),
+    "a boolean for an integer": ({"spec__training__seed": True}, "spec.training.seed in body must be of type integer"),
+    "a null in a list": ({"spec__lora": {"targetModules": [None]}}, "spec.lora.targetModules[0]"),
+    "a fraction for a quantity": (
+        {"spec__compute__resources": {"limits": {"cpu": 0.5}}},
+        "spec.compute.resources.limits.cpu",
+    ),
+    # Values
+    "an unknown choice": (
+        {"spec__tuning": "QLoRA"},
+        'spec.tuning: Unsupported value: "QLoRA": supported values: "LoRA", "Full"',
+    ),
+    "three choices": (
+        {"spec__training__precision": "FP16"},
+        'spec.training.precision: Unsupported value: "FP16": supported values: "BF16Mixed", "BF16", "FP32"',
+    ),
+    "a number too small": (
+        {"spec__lora": {"rank": 0}},
+        "spec.lora.rank: Invalid value: 0: spec.lora.rank in body should be greater than or equal to 1",
+    ),
+    "a number too large": (
+        {"spec__lora": {"rank": 5000}},
+        "spec.lora.rank: Invalid value: 5000: spec.lora.rank in body should be less than or equal to 4096",
+    ),
+    "a learning rate of zero": (
+        {"spec__training__learningRate": "0.0"},
+        'must be a number in quotes, above 0, for example "2e-4"',
+    ),
+    "a learning rate that is no number": (
+        {"spec__training__learningRate": "fast"},
+        'must be a number in quotes, above 0, for example "2e-4"',
+    ),
+    "a negative weight decay": (
+        {"spec__training__weightDecay": "-0.1"},
+        'must be a number in quotes, 0 or more, for example "0.01"',
+    ),
+    "a dropout of one": (
+        {"spec__lora": {"dropout": "1.0"}},
+        'must be a number in quotes, from 0 to below 1, for example "0.1"',
+    ),
+    "a fraction of zero": (
+        {"spec__dataset__validation": {"fraction": "0.0"}},
+        'must be a number in quotes between 0 and 1, for example "0.05"',
+    ),
+    "a fraction of one": (
+        {"spec__dataset__validation": {"fraction": "1.0"}},
+        'must be a number in quotes between 0 and 1, for example "0.05"',
+    ),
+    "a number with a line break": (
+        {"spec__training__learningRate": "2e-4\n"},
+        'must be a number in quotes, above 0, for example "2e-4"',
+    ),
+    "a URI without a scheme": (
+        {"spec__workspace__uri": "/runs"},
+        "must be s3://bucket/path, pvc://claim/path or, for local runs, file:///path",
+    ),
+    "a URI of another scheme": (
+        {"spec__model__uri__location": "gs://bucket/model"},
+        "must be s3://bucket/path, pvc://claim/path or, for local runs, file:///path",
+    ),
+    "a URI without a bucket": (
+        {"spec__workspace__uri": "s3://"},
+        "must be s3://bucket/path, pvc://claim/path or, for local runs, file:///path",
+    ),
+    "an endpoint without a scheme": (
+        {"spec__storage": {"s3": {"endpoint": "s3:9000"}}},
+        "must be a URL that starts with http:// or https://",
+    ),
+    "a repository with a space": ({"spec__model": {"hub": {"repo": "a b"}}}, "must be a repository of the Hub"),
+    "an output with a bad name": (
+        {"spec__outputs__0__name": "My Model"},
+        "must consist of lower-case letters, digits and '-', and start and end with a letter or digit",
+    ),
+    "a Secret with a bad name": (
+        {"spec__storage": {"s3": {"credentialsSecret": {"name": "S3"}}}},
+        "must consist of lower-case letters, digits, '-' and '.', and start and end with a letter or digit",
+    ),
+    "a bad quantity": (
+        {"spec__compute__resources": {"limits": {"memory": "8GB"}}},
+        "must be a quantity, 0 or more, for example 500m, 2 or 8Gi",
+    ),
+    "a negative quantity": (
+        {"spec__compute__resources": {"limits": {"memory": "-8Gi"}}},
+        "must be a quantity, 0 or more, for example 500m, 2 or 8Gi",
+    ),
+    "a negative number of CPUs": (
+        {"spec__compute__resources": {"limits": {"cpu": -1}}},
+        "must be a quantity, 0 or more, for example 500m, 2 or 8Gi",
+    ),
+    "an accelerator that is no extended resource": (
+        {"spec__compute__accelerator": {"resource": "gpu"}},
+        "must be an extended resource, for example nvidia.com/gpu",
+    ),
+    # Limits
+    "a template too long": (
+        {"spec__dataset__chatTemplate": "x" * 65_537},
+        "spec.dataset.chatTemplate: Too long: may not be more than 65536 bytes",
+    ),
+    "an empty template": (
+        {"spec__dataset__chatTemplate": ""},
+        "spec.dataset.chatTemplate in body should be at least 1 chars long",
+    ),
+    "too many outputs": (
+        {"spec__outputs": [{"name": f"o{n}", "type": "HuggingFace"} for n in range(9)]},
+        "spec.outputs: Too many: 9: must have at most 8 items",
+    ),
+    "too many resources": (
+        {"spec__compute__resources": {"limits": {f"r{n}": 1 for n in range(13)}}},
+        "spec.compute.resources.limits: Too many: 13: must have at most 12 items",
+    ),
+    "two outputs of one name": (
+        {"spec__outputs": [{"name": "a", "type": "HuggingFace"}, {"name": "a", "type": "PEFT"}]},
+        'spec.outputs[1]: Duplicate value: {"name":"a"}',
+    ),
+    "two sources of one name": (
+        {
+            "spec__dataset__sources": [
+                {"name": "a", "uri": {"location": "s3://data/1"}},
+                {"name": "a", "uri": {"location": "s3://data/2"}},
+            ]
+        },
+        'spec.dataset.sources[1]: Duplicate value: {"name":"a"}',
+    ),
+    "a module twice": (
+        {"spec__lora": {"targetModules": ["q_proj", "q_proj"]}},
+        'spec.lora.targetModules[1]: Duplicate value: "q_proj"',
+    ),
+    # Exactly one of
+    "two model sources": (
+        {"spec__model__hub": {"repo": "a/b"}},
+        "exactly one of hub, uri, jobRef must be set",
+    ),
+    "no model source": ({"spec__model": {}}, "exactly one of hub, uri, jobRef must be set"),
+    "two data sources in one": (
+        {"spec__dataset__sources__0__hub": {"repo": "a/b"}},
+        "exactly one of hub, uri, configMap must be set",
+    ),
+    "no data source": ({"spec__dataset__sources": [{"name": "a"}]}, "exactly one of hub, uri, configMap must be set"),
+    "both validations": (
+        {
+            "spec__dataset__validation": {
+                "fraction": "0.1",
+                "sources": [{"name": "v", "uri": {"location": "s3://data/v"}}],
+            }
+        },
+        "exactly one of fraction, sources must be set",
+    ),
+    "epochs and steps": ({"spec__training__maxSteps": 10}, "exactly one of epochs, maxSteps must be set"),
+    "neither epochs nor steps": ({"spec__training": {}}, "exactly one of epochs, maxSteps must be set"),
+    "two places to resume from": (
+        {"spec__checkpoint": {"resumeFrom": {"uri": "s3://runs/1", "jobRef": {"kind": "FineTuneJob", "name": "a"}}}},
+        "exactly one of uri, jobRef must be set",
+    ),
+    "a variable with two values": (
+        {"spec__compute__env": [{"name": "A", "value": "1", "secretKeyRef": {"name": "s", "key": "k"}}]},
+        "exactly one of value, secretKeyRef must be set",
+    ),
+    "a volume of two kinds": (
+        {"spec__compute__volumes": [{"name": "v", "emptyDir": {}, "configMap": {"name": "c"}}]},
+        "exactly one of persistentVolumeClaim, configMap, secret, emptyDir must be set",
+    ),
+    # Across fields
+    "LoRA's settings with full tuning": (
+        {"spec__tuning": "Full", "spec__lora": {}},
+        "spec.lora is allowed only with tuning: LoRA",
+    ),
+    "adapters from full tuning": (
+        {"spec__tuning": "Full", "spec__outputs": [{"name": "a", "type": "PEFT"}]},
+        "an output of type PEFT is allowed only with tuning: LoRA",
+    ),
+    "a type for adapters": (
+        {"spec__outputs": [{"name": "a", "type": "PEFT", "dtype": "BF16"}]},
+        "dtype is allowed only with type: HuggingFace",
+    ),
+    "validation without data": (
+        {"spec__training__validateEverySteps": 5},
+        "spec.training.validateEverySteps needs spec.dataset.validation",
+    ),
+    "a job that waits for itself": (
+        {"spec__model": {"jobRef": {"kind": "FineTuneJob", "name": "run7"}}},
+        "spec.model.jobRef must name another job",
+    ),
+    "a mount without a volume": (
+        {"spec__compute": {"volumeMounts": [{"name": "cache", "mountPath": "/cache"}]}},
+        "each of volumeMounts must name one of volumes",
+    ),
+    "a mount over the operator's own": (
+        {"spec__compute": VOLUMES | {"volumeMounts": [{"name": "cache", "mountPath": "/scratch/x"}]}},
+        "the operator mounts these",
+    ),
+    "a variable of the operator's own": (
+        {"spec__compute__env": [{"name": "PET_NNODES", "value": "3"}]},
+        "must not start with KUBETUNE_ or PET_: the operator sets these",
+    ),
+    # Names
+    "a name too long": ({"metadata__name": "a" * 41}, "metadata.name must have at most 40 lower-case letters"),
+    "a name with a dot": ({"metadata__name": "run.7"}, "metadata.name must have at most 40 lower-case letters"),
+    "a name that starts with a digit": (
+        {"metadata__name": "7run"},
+        "metadata.name must have at most 40 lower-case letters",
+    ),
+    # Everything at once
+    "a schema error hides the rules": (
+        {"spec__lora": {"rank": 0}, "spec__tuning": "Full"},
+        "spec.lora.rank: Invalid value: 0: spec.lora.rank in body should be greater than or equal to 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("changes", GOOD.values(), ids=GOOD)
+def test_a_good_manifest_is_accepted(changes: dict[str, Any]) -> None:
+    assert parse_finetunejob(manifest(**changes)).kind == "FineTuneJob"
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
+def test_a_bad_manifest_is_refused_with_its_message(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        parse_finetunejob(manifest(**changes))
+    assert message in str(refused.value)
+    assert str(refused.value).startswith("FineTuneJob ")
+
+
+@pytest.mark.control_plane
+@pytest.mark.parametrize("changes", GOOD.values(), ids=GOOD)
+def test_the_api_server_accepts_it_and_fills_in_the_same_defaults(
+    changes: dict[str, Any], control_plane: ControlPlane
+) -> None:
+    text = dump_manifests([manifest(**changes)])
+    stored = control_plane.kubectl("create", "--dry-run=server", "--output=json", "--filename=-", input=text).stdout
+    assert json.loads(stored)["spec"] == parse_finetunejob(manifest(**changes)).to_manifest()["spec"]
+
+
+@pytest.mark.control_plane
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
+def test_the_api_server_refuses_it_with_the_same_message(
+    changes: dict[str, Any], message: str, control_plane: ControlPlane
+) -> None:
+    text = dump_manifests([manifest(**changes)])
+    refused = control_plane.kubectl("create", "--dry-run=server", "--filename=-", input=text, check=False)
+    assert refused.returncode
+    assert message in refused.stderr
