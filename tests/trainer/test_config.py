@@ -1,0 +1,145 @@
+"""A config is complete, checked as a whole, and every refusal names the field, the rule and the value."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kubetune_trainer.config import load_config
+from kubetune_trainer.errors import ConfigError
+
+MINIMAL: dict[str, Any] = {
+    "model": {"uri": {"location": "s3://models/tiny"}},
+    "dataset": {"sources": [{"name": "tickets", "uri": {"location": "s3://data/train.jsonl"}}]},
+    "training": {"max_steps": 4, "global_batch_size": 12, "micro_batch_size": 2},
+}
+
+
+def write(tmp_path: Path, values: Any) -> Path:
+    path = tmp_path / "support-bot.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return path
+
+
+def test_a_config_written_by_hand_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    config = load_config(write(tmp_path, MINIMAL))
+    assert config.title == "FineTuneJob local/support-bot"
+    assert config.run.directory == f"file://{tmp_path}/runs/support-bot"
+    assert config.run.cache == f"file://{tmp_path}/runs/cache"
+    assert (config.run.num_nodes, config.run.processes_per_node) == (2, 2)
+    assert config.lora is not None
+    assert config.lora.target_modules == ("all-linear",)
+
+
+def test_a_workspace_of_ones_own_holds_the_run_and_the_cache(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, {**MINIMAL, "workspace": {"uri": "s3://team/runs/"}}))
+    assert config.run.directory == "s3://team/runs/support-bot"
+    assert config.run.cache == "s3://team/runs/cache"
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("training.max_steps=10", "training.max_steps", 10),
+        ("training.learning_rate=2e-4", "training.learning_rate", 2e-4),
+        ("training.learning_rate=1.5E-3", "training.learning_rate", 1.5e-3),
+        ("dataset.packing=None", "dataset.packing", "None"),
+        ("lora.target_modules=[q_proj, v_proj]", "lora.target_modules", ("q_proj", "v_proj")),
+        ("checkpoint.resume_from.uri=s3://team/runs/a/checkpoints", "checkpoint.resume_from.uri",
+         "s3://team/runs/a/checkpoints"),
+        ("run.name=other", "run.name", "other"),
+    ],
+)  # fmt: skip
+def test_an_override_sets_one_field_with_a_value_in_yaml(
+    tmp_path: Path, override: str, field: str, value: object
+) -> None:
+    found: Any = load_config(write(tmp_path, MINIMAL), overrides=[override])
+    for name in field.split("."):
+        found = getattr(found, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_an_override_reaches_into_a_list(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL), overrides=["dataset.sources.0.weight=2"])
+    assert config.dataset.sources[0].weight == 2.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.learning_rate=-1"], "training.learning_rate must be greater than 0, got -1"),
+        (["training.learning_rte=1"], "training.learning_rte is not a field; did you mean learning_rate?"),
+        (["training.learningRate=1"], "training.learningRate is not a field; did you mean learning_rate?"),
+        (["dataset.sources.0.wieght=1"], "dataset.sources[0].wieght is not a field; did you mean weight?"),
+        (["training.scheduler=Cosin"], "training.scheduler must be 'Cosine', 'Linear' or 'Constant', got 'Cosin'"),
+        (["training.epochs=1"], "training takes exactly one of epochs, max_steps, got epochs and max_steps"),
+        (["training.max_steps=null"], "training takes exactly one of epochs, max_steps, got none"),
+        (["model.hub={repo: a/b}"], "model takes exactly one of hub, uri, got hub and uri"),
+        (["model={}"], "model takes exactly one of hub, uri, got none"),
+        (["model=null"], "model must be a valid dictionary"),
+        (["lora.rank=0"], "lora.rank must be greater than or equal to 1, got 0"),
+        (["tuning=Full", "lora.rank=4"], "lora must not be set with tuning Full"),
+        (["tuning=Full", "outputs=[{name: a, type: PEFT}]"], "outputs of type PEFT need tuning LoRA"),
+        (["outputs=[{name: a, type: PEFT}, {name: a, type: PEFT}]"], "outputs with names of their own, got a twice"),
+        (["dataset.sources=[]"], "dataset.sources"),
+        (["dataset.validation={}"], "dataset.validation takes exactly one of fraction, sources, got none"),
+        (["model.uri.location=/data"], "model.uri.location"),
+        (["workspace.uri=ftp://x"], "workspace.uri"),
+        (["lora.dropout=1.0"], "lora.dropout must be less than 1, got 1.0"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_refused_by_name_rule_and_value(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, MINIMAL), overrides=overrides)
+    assert str(caught.value).startswith("FineTuneJob local/support-bot: ")
+    assert message in str(caught.value)
+
+
+def test_every_broken_rule_is_named_at_once_and_nothing_else(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, MINIMAL), overrides=["lora.rank=0", "dataset.sources.0.weight=0"])
+    assert str(caught.value) == (
+        "FineTuneJob local/support-bot: dataset.sources[0].weight must be greater than 0, got 0;"
+        " lora.rank must be greater than or equal to 1, got 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "is not YAML"), ("[1]", "must be a mapping, got list"), (None, "cannot be read: No such file")],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    path = write(tmp_path, text) if text is not None else tmp_path / "none.yaml"
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+@pytest.mark.parametrize("override", ["training", "=3", "dataset.sources.7.weight=1", "training.max_steps.x=1"])
+def test_an_override_that_leads_nowhere_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="override"):
+        load_config(write(tmp_path, MINIMAL), overrides=[override])
+
+
+def test_accumulation_is_the_batch_over_ranks_and_micro_batches(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    assert [config.accumulation_steps(ranks) for ranks in (1, 2, 3, 6)] == [6, 3, 2, 1]
+
+
+@pytest.mark.parametrize(("ranks", "nearest"), [(4, "8 or 16"), (5, "10 or 20"), (8, "16.")])
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do(tmp_path: Path, ranks: int, nearest: str) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    with pytest.raises(ConfigError, match=f"= {ranks} x 2 = {ranks * 2}, got 12") as caught:
+        config.accumulation_steps(ranks)
+    assert nearest in caught.value.hint
+
+
+def test_the_training_digest_follows_what_decides_the_numbers_and_nothing_else(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    digest = load_config(path).training_digest()
+    assert load_config(path, overrides=["run.name=b", "checkpoint.keep=9"]).training_digest() == digest
+    assert load_config(path, overrides=["training.seed=1"]).training_digest() != digest
