@@ -1,0 +1,127 @@
+"""From the tail of rank 0's log to `status.progress` and `status.checkpoint`."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from kubetune_operator.api.finetunejob import LastCheckpoint, Progress
+
+Json = dict[str, Any]
+
+FORMATS: Final = {
+    "epoch": "{:.2f}",
+    "loss": "{:.4f}",
+    "validation_loss": "{:.4f}",
+    "learning_rate": "{:.3g}",
+    "tokens_per_second": "{:.1f}",
+}
+"""How numbers stand in the status, where floats have no place."""
+
+STEP_FIELDS: Final = {
+    "epoch": "epoch",
+    "loss": "loss",
+    "learningRate": "learning_rate",
+    "tokensPerSecond": "tokens_per_second",
+}
+STEP_COUNTS: Final = {
+    "step": "step", "totalSteps": "total_steps", "peakMemoryBytes": "peak_memory_bytes", "etaSeconds": "eta_seconds",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """The newest event of each kind in a piece of log.
+
+    Attributes:
+        start: What the attempt began with.
+        step: The last training step.
+        validation: The last validation.
+        checkpoint: The last complete checkpoint, or the one that was resumed from.
+        phase: What the trainer is doing: Downloading, Loading, Training or Exporting.
+    """
+
+    start: Json | None = None
+    step: Json | None = None
+    validation: Json | None = None
+    checkpoint: Json | None = None
+    phase: str = ""
+
+
+def read_tail(text: str) -> Tail:
+    """Find the newest events in a piece of log; lines that are no events, or are cut, are passed over."""
+    newest: dict[str, Json] = {}
+    for event in _events(text):
+        name = "checkpoint" if event["event"] == "resume" else event["event"]
+        newest[name] = event
+    return Tail(
+        start=newest.get("start"),
+        step=newest.get("step"),
+        validation=newest.get("validation"),
+        checkpoint=newest.get("checkpoint"),
+        phase=str(newest.get("phase", {}).get("phase", "")),
+    )
+
+
+def _events(text: str) -> Iterator[Json]:
+    for line in text.splitlines():
+        if not line.startswith('{"event"'):
+            continue
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            yield event
+
+
+def update_progress(before: Progress | None, *, tail: Tail, now: datetime) -> Progress | None:
+    """Bring the progress up to date; the same object comes back when the log says nothing new."""
+    fields: Json = {}
+    if tail.start is not None:
+        fields |= _counts({key: tail.start.get(key) for key in ("step", "totalSteps")})
+    if tail.step is not None:
+        fields |= step_fields(tail.step)
+    if tail.validation is not None:
+        fields |= _formatted("validation_loss", tail.validation.get("validationLoss"))
+    known = before.model_dump() if before is not None else {}
+    if all(known.get(key) == value for key, value in fields.items()):
+        return before
+    return (before or Progress()).model_copy(update=fields | {"updated_at": timestamp(now)})
+
+
+def step_fields(event: Json) -> Json:
+    """The fields of the status that a step event carries."""
+    fields = _counts(event)
+    for key, field in STEP_FIELDS.items():
+        fields |= _formatted(field, event.get(key))
+    return fields | _formatted("validation_loss", event.get("validationLoss"))
+
+
+def update_checkpoint(before: LastCheckpoint | None, *, tail: Tail, now: datetime) -> LastCheckpoint | None:
+    """Bring the last checkpoint up to date; the same object comes back when it is still the last one."""
+    event = tail.checkpoint
+    if event is None or not isinstance(event.get("step"), int) or not event.get("uri"):
+        return before
+    if before is not None and (before.step, before.uri) == (event["step"], event["uri"]):
+        return before
+    written = event.get("time")
+    time = datetime.fromtimestamp(written, tz=now.tzinfo) if isinstance(written, int | float) else now
+    return LastCheckpoint(step=event["step"], uri=str(event["uri"]), time=timestamp(time))
+
+
+def timestamp(time: datetime) -> str:
+    """A time as Kubernetes writes it, in UTC and to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _formatted(field: str, value: Any) -> Json:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return {}
+    return {field: FORMATS[field].format(value)}
+
+
+def _counts(event: Json) -> Json:
+    values = {field: event.get(key) for key, field in STEP_COUNTS.items()}
+    return {field: int(value) for field, value in values.items() if isinstance(value, int | float) and value >= 0}

@@ -1,0 +1,329 @@
+"""One pass over one job: observe, decide, apply."""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+
+import yaml
+
+from kubetune_operator import metrics
+from kubetune_operator.api.finetunejob import FineTuneJob, parse_finetunejob
+from kubetune_operator.cluster import Cluster
+from kubetune_operator.errors import ClusterError, ConflictError, NotFoundError, RefusedError
+from kubetune_operator.lifecycle import Create, Decision, Delete, Note, Observed, PatchJob, decide
+from kubetune_operator.names import (
+    CONFIG_FILE,
+    GROUP_VERSION,
+    KIND_FINETUNEJOB,
+    TRAINER_CONTAINER,
+    config_name,
+    train_name,
+)
+from kubetune_operator.progress import timestamp
+from kubetune_operator.render.job import compute_of, job_labels
+from kubetune_operator.settings import Settings
+from kubetune_operator.status import (
+    created_at,
+    index_of,
+    is_deleting,
+    is_true,
+    job_condition,
+    phase_of,
+    pods_of,
+)
+
+Json = dict[str, Any]
+
+logger = logging.getLogger(__name__)
+
+LOG_LINES: Final = 400
+"""Lines of rank 0's log that one poll reads: the steps of an interval, with the events among them."""
+SLOWEST_POLL: Final = 6.0
+"""How many times the progress interval a poll may be put off while the log says nothing new."""
+EVENTS_ABOUT: Final = 3
+"""Pending pods whose Events are read; the others wait for the same."""
+
+
+class JobRef(NamedTuple):
+    """Which job is meant."""
+
+    namespace: str
+    name: str
+
+
+@dataclass
+class _Poll:
+    """When a log was last read and what was new in it; lost without harm when the operator starts anew."""
+
+    last: float = 0.0
+    patience: float = 1.0
+
+
+@dataclass
+class Reconciler:
+    """Brings jobs on, one pass at a time.
+
+    Attributes:
+        cluster: The API server.
+        settings: The operator's settings.
+        dependents: Which jobs wait for a job, so that its events wake them up.
+    """
+
+    cluster: Cluster
+    settings: Settings
+    dependents: dict[JobRef, set[JobRef]] = field(default_factory=dict)
+    _polls: dict[JobRef, _Poll] = field(default_factory=dict)
+    _refused: dict[JobRef, str] = field(default_factory=dict)
+
+    async def reconcile(self, ref: JobRef) -> float | None:
+        """Make one pass.
+
+        Returns:
+            After how many seconds another pass is due without an event, None if it is not.
+
+        Raises:
+            ClusterError: Try again.
+            SpecError: The stored object does not fit our models; only another version of it can help.
+        """
+        raw = await self.cluster.get(KIND_FINETUNEJOB, namespace=ref.namespace, name=ref.name)
+        if raw is None or is_deleting(raw):
+            self.forget(ref)
+            return None
+        seen = await self._observe(ref, parse_finetunejob(raw))
+        decision = decide(seen, settings=self.settings)
+        await self._apply(ref, raw, seen=seen, decision=decision)
+        return decision.requeue_after
+
+    def forget(self, ref: JobRef) -> None:
+        """Drop what is remembered about a job that is gone."""
+        self._polls.pop(ref, None)
+        self._refused.pop(ref, None)
+        for waiting in self.dependents.values():
+            waiting.discard(ref)
+
+    # ------------------------------------------------------------------------------------------------- observe
+
+    async def _observe(self, ref: JobRef, job: FineTuneJob) -> Observed:
+        now = datetime.now(UTC)
+        state = job.status.state
+        if state in {"Complete", "Failed"}:
+            self._polls.pop(ref, None)
+            jobs, _, _ = await self._children(job) if state == "Failed" else ([], [], [])
+            return Observed(job=job, now=now, jobs=jobs)
+        jobs, pods, strangers = await self._children(job)
+        train = _current(job, jobs)
+        config = None
+        parents: dict[str, FineTuneJob] = {}
+        if train is None:
+            config, foreign = await self._config(job)
+            strangers += foreign
+            parents = await self._parents(ref, job) if config is None else {}
+        active = train or next((item for item in jobs if not job_condition(item, "Complete", "Failed")), None)
+        log = await self._log(ref, job, train=train, pods=pods)
+        return Observed(
+            job=job,
+            now=now,
+            jobs=jobs,
+            pods=pods,
+            strangers=strangers,
+            config=config,
+            parents=parents,
+            events=await self._events(active, pods=pods, now=now) if active else (),
+            log=log,
+            poll_seconds=self._poll_seconds(ref),
+            nodes=await self._nodes(job, jobs),
+            refused=self._refused.get(ref, ""),
+        )
+
+    async def _children(self, job: FineTuneJob) -> tuple[list[Json], list[Json], list[str]]:
+        """The job's own batch Jobs and their pods, and the names of those of an older job of the same name."""
+        namespace, labels = job.metadata.namespace, job_labels(job)
+        found = await self.cluster.list("Job", namespace=namespace, labels=labels)
+        jobs = [item for item in found if _owned_by(item, job.metadata.uid)]
+        strangers = [f"Job {item['metadata']['name']}" for item in found if not _owned_by(item, job.metadata.uid)]
+        if job.status.state == "Failed":
+            return jobs, [], strangers
+        mine = {item["metadata"]["uid"] for item in jobs}
+        pods = await self.cluster.list("Pod", namespace=namespace, labels=labels)
+        return jobs, [pod for pod in pods if any(_owned_by(pod, uid) for uid in mine)], strangers
+
+    async def _config(self, job: FineTuneJob) -> tuple[Json | None, list[str]]:
+        """The rendered config as it was fixed, and the ConfigMap's name if it belongs to an older job."""
+        name = config_name(job.metadata.name)
+        found = await self.cluster.get("ConfigMap", namespace=job.metadata.namespace, name=name)
+        if found is None:
+            return None, []
+        if not _owned_by(found, job.metadata.uid):
+            return None, [f"ConfigMap {name}"]
+        return yaml.safe_load(found["data"][CONFIG_FILE]), []
+
+    async def _parents(self, ref: JobRef, job: FineTuneJob) -> dict[str, FineTuneJob]:
+        """The jobs that this one refers to, as far as they exist. Their events wake this one up from now on."""
+        resume = job.spec.checkpoint.resume_from if job.spec.checkpoint else None
+        references = [job.spec.model.job_ref, resume.job_ref if resume else None]
+        parents: dict[str, FineTuneJob] = {}
+        for name in {reference.name for reference in references if reference is not None}:
+            self.dependents.setdefault(JobRef(ref.namespace, name), set()).add(ref)
+            raw = await self.cluster.get(KIND_FINETUNEJOB, namespace=ref.namespace, name=name)
+            if raw is not None and not is_deleting(raw):
+                parents[name] = parse_finetunejob(raw)
+        return parents
+
+    async def _events(self, active: Json, *, pods: Sequence[Json], now: datetime) -> list[Json]:
+        """Events about what does not start; read only after it had the time to."""
+        mine = pods_of(pods, job=active["metadata"]["name"])
+        pending = [pod for pod in mine if phase_of(pod) == "Pending" and not is_deleting(pod)]
+        about = pending or ([] if mine else [active])
+        stuck = [item for item in about if (now - created_at(item)).total_seconds() >= self.settings.stuck_seconds]
+        uids = [item["metadata"]["uid"] for item in stuck[:EVENTS_ABOUT]]
+        return await self.cluster.events_about(namespace=active["metadata"]["namespace"], uids=uids)
+
+    async def _nodes(self, job: FineTuneJob, jobs: Sequence[Json]) -> list[Json] | None:
+        """The nodes, in the one pass that compares the estimate with them."""
+        ready = is_true(job.status.conditions, "DataReady")
+        if ready or not any(job_condition(item, "Complete") for item in jobs):
+            return None
+        return await self.cluster.nodes()
+
+    async def _log(self, ref: JobRef, job: FineTuneJob, *, train: Json | None, pods: Sequence[Json]) -> str:
+        """The tail of rank 0's log, when a poll is due or the attempt is ending."""
+        if train is None:
+            return ""
+        mine = pods_of(pods, job=train["metadata"]["name"])
+        leader = next((pod for pod in reversed(mine) if index_of(pod) == 0 and phase_of(pod) != "Pending"), None)
+        if leader is None:
+            return ""
+        poll = self._polls.setdefault(ref, _Poll())
+        ending = job_condition(train, "Complete", "Failed") or any(
+            phase_of(pod) == "Failed" or is_deleting(pod) for pod in mine
+        )
+        due = poll.last + self._poll_seconds(ref) <= time.monotonic() + 0.05
+        if not (ending or due):
+            return ""
+        poll.last = time.monotonic()
+        return await self.cluster.log_tail(
+            namespace=ref.namespace, pod=leader["metadata"]["name"], container=TRAINER_CONTAINER, lines=LOG_LINES
+        )
+
+    def _poll_seconds(self, ref: JobRef) -> float:
+        """The time between two reads of a log: longer when many jobs run, and while nothing new is written."""
+        crowd = len(self._polls) / (self.settings.api_qps / 4)
+        patience = self._polls[ref].patience if ref in self._polls else 1.0
+        return max(self.settings.progress_interval_seconds * patience, crowd)
+
+    # --------------------------------------------------------------------------------------------------- apply
+
+    async def _apply(self, ref: JobRef, raw: Json, *, seen: Observed, decision: Decision) -> None:
+        if seen.log and (poll := self._polls.get(ref)) is not None:
+            new = decision.status.progress != seen.job.status.progress
+            poll.patience = 1.0 if new else min(SLOWEST_POLL, poll.patience * 1.5)
+        await self._write_status(raw, decision=decision)
+        _count_restarts(seen.job, decision)
+        for action in decision.actions:
+            await self._act(ref, action)
+        self._refused.pop(ref, None)
+        for note in decision.notes:
+            await self._send(seen.job, note, now=seen.now)
+
+    async def _write_status(self, raw: Json, *, decision: Decision) -> None:
+        """Write the status if it changed, and only over the version that was read."""
+        patch = merge_patch(raw.get("status") or {}, decision.status.to_manifest())
+        if not patch:
+            return
+        metadata = raw["metadata"]
+        await self.cluster.patch(
+            KIND_FINETUNEJOB,
+            namespace=metadata["namespace"],
+            name=metadata["name"],
+            patch={"metadata": {"resourceVersion": metadata["resourceVersion"], "uid": metadata["uid"]}, "status": patch},
+            subresource="status",
+        )
+
+    async def _act(self, ref: JobRef, action: Create | Delete | PatchJob) -> None:
+        match action:
+            case Create():
+                await self._create(ref, action.manifest)
+            case Delete():
+                await self.cluster.delete(
+                    action.kind, namespace=ref.namespace, name=action.name, uid=action.uid, foreground=action.kind == "Job"
+                )
+            case PatchJob():
+                try:
+                    await self.cluster.patch("Job", namespace=ref.namespace, name=action.name, patch={"spec": action.spec})
+                except NotFoundError:
+                    return
+
+    async def _create(self, ref: JobRef, manifest: Json) -> None:
+        """Create an object. That it exists is success; a refusal is shown in the status by the next pass."""
+        try:
+            await self.cluster.create(manifest)
+        except ConflictError:
+            logger.debug("%s %s exists already", manifest["kind"], manifest["metadata"]["name"])
+        except RefusedError as error:
+            self._refused[ref] = str(error)
+            raise
+
+    async def _send(self, job: FineTuneJob, note: Note, *, now: datetime) -> None:
+        """Send an Event; one that gets lost is no reason to repeat a pass."""
+        manifest = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"generateName": f"{job.metadata.name}.", "namespace": job.metadata.namespace},
+            "involvedObject": {
+                "apiVersion": GROUP_VERSION,
+                "kind": KIND_FINETUNEJOB,
+                "name": job.metadata.name,
+                "namespace": job.metadata.namespace,
+                "uid": job.metadata.uid,
+                "resourceVersion": job.metadata.resource_version,
+            },
+            "type": note.type,
+            "reason": note.reason,
+            "message": note.message,
+            "source": {"component": "kubetune-operator"},
+            "reportingComponent": "kubetune-operator",
+            "reportingInstance": self.settings.identity[:128],
+            "firstTimestamp": timestamp(now),
+            "lastTimestamp": timestamp(now),
+            "count": 1,
+        }
+        try:
+            await self.cluster.create(manifest)
+        except ClusterError as error:
+            logger.warning("an Event about %s was lost: %s", job.metadata.name, error)
+
+
+def merge_patch(before: Json, after: Json) -> Json:
+    """Build the JSON merge patch (RFC 7396) that turns one object into the other; empty if they are equal."""
+    patch: Json = {key: None for key in before if key not in after}
+    for key, value in after.items():
+        if key not in before:
+            patch[key] = value
+        elif isinstance(value, dict) and isinstance(before[key], dict):
+            if inner := merge_patch(before[key], value):
+                patch[key] = inner
+        elif before[key] != value:
+            patch[key] = value
+    return patch
+
+
+def _current(job: FineTuneJob, jobs: Iterable[Json]) -> Json | None:
+    """The training Job of the current attempt."""
+    if not job.status.attempt:
+        return None
+    name = train_name(job.metadata.name, attempt=job.status.attempt)
+    return next((item for item in jobs if item["metadata"]["name"] == name), None)
+
+
+def _owned_by(item: Json, uid: str) -> bool:
+    return any(owner["uid"] == uid for owner in item["metadata"].get("ownerReferences") or [])
+
+
+def _count_restarts(job: FineTuneJob, decision: Decision) -> None:
+    restarts = (decision.status.restarts or 0) - (job.status.restarts or 0)
+    if restarts > 0:
+        failure = decision.status.last_failure
+        metrics.RESTARTS.labels(failure.reason if failure and failure.reason else "Unknown").inc(restarts)
