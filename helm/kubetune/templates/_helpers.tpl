@@ -73,3 +73,11 @@ readOnlyRootFilesystem: true
 capabilities:
   drop: [ALL]
 {{- end -}}
+
+{{- /* Say what is missing instead of failing in the middle of an install. Takes the root, the value and the kind. */ -}}
+{{- define "kubetune.needsPrometheusOperator" -}}
+{{- $api := printf "monitoring.coreos.com/v1/%s" .kind -}}
+{{- if not (.root.Capabilities.APIVersions.Has $api) -}}
+{{- fail (printf "%s=true needs the Prometheus operator: this cluster does not serve %s" .value $api) -}}
+{{- end -}}
+{{- end -}}
