@@ -4,6 +4,7 @@ Only global rank 0 reports; on the other ranks `report` does nothing, so callers
 and nothing else: `claim_stdout` sends whatever else is printed to stderr.
 """
 
+import bisect
 import errno
 import json
 import math
@@ -238,19 +239,24 @@ def _known(error: BaseException) -> TrainerError | None:
 
 def fit(record: Mapping[str, Any], *, limit: int = TERMINATION_MESSAGE_BYTES) -> bytes:
     """The record as JSON of at most `limit` bytes: the log's tail loses its beginning first, then texts their end."""
-    record = dict(record)
-    for key in ("logTail", "message", "hint"):
-        text = str(record.get(key, ""))
-        while text and len(_encode(record)) > limit:
-            over = len(_encode(record)) - limit
-            keep = max(0, len(text) - max(over // 2, 16))  # a character may be encoded in one byte or in several
-            text = text[len(text) - keep :] if key == "logTail" else text[:keep]
-            record[key] = text
-    encoded = _encode(record)
-    if len(encoded) > limit:
+    for key in ("logTail", "hint", "message"):
+        if len(_encode(record)) > limit and isinstance(record.get(key), str):
+            record = _cut(record, key, limit=limit)
+    if len(_encode(record)) > limit:  # what remains are lists of outputs and the like
         record = {key: value for key, value in record.items() if not isinstance(value, list | dict)}
-        encoded = _encode(record)
-    return encoded
+    return _encode(record)
+
+
+def _cut(record: Mapping[str, Any], key: str, *, limit: int) -> dict[str, Any]:
+    """Keeps as much of one text as fits; JSON's escapes make its size known only once it is written."""
+    text = record[key]
+
+    def shortened(keep: int) -> dict[str, Any]:
+        return {**record, key: text[len(text) - keep :] if key == "logTail" else text[:keep]}
+
+    sizes = range(len(text) + 1)
+    keep = bisect.bisect_right(sizes, limit, key=lambda size: len(_encode(shortened(size)))) - 1
+    return shortened(max(0, keep))
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:
