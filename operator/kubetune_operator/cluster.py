@@ -72,7 +72,9 @@ def login() -> kopf.ConnectionInfo:
     settings = kopf.OperatorSettings()
     found = kopf.login_with_service_account(settings=settings) or kopf.login_with_kubeconfig(settings=settings)
     if not isinstance(found, kopf.ConnectionInfo):
-        raise ClusterError("no cluster: neither a service account nor a kubeconfig (KUBECONFIG, ~/.kube/config) was found")
+        raise ClusterError(
+            "no cluster: neither a service account nor a kubeconfig (KUBECONFIG, ~/.kube/config) was found"
+        )
     return found
 
 
@@ -182,7 +184,14 @@ class Cluster:
         return answer
 
     async def _send(
-        self, method: str, path: str, *, params: Mapping[str, str] | None, body: Json | None, content_type: str, accept: str
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str] | None,
+        body: Json | None,
+        content_type: str,
+        accept: str,
     ) -> tuple[int, Any]:
         if self._session is None:
             self._session = self._connect()
@@ -203,7 +212,9 @@ class Cluster:
                     return response.status, json.loads(raw)
                 return response.status, raw.decode(errors="replace")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise ClusterError(f"{method} {path}: the API server does not answer: {error!r}", delay_seconds=2.0) from error
+            raise ClusterError(
+                f"{method} {path}: the API server does not answer: {error!r}", delay_seconds=2.0
+            ) from error
         finally:
             metrics.API_SECONDS.labels(method, code).observe(time.monotonic() - started)
 
@@ -215,7 +226,7 @@ class Cluster:
             return None
         return found
 
-    async def list(
+    async def list_all(
         self,
         kind: str,
         *,
@@ -223,7 +234,7 @@ class Cluster:
         labels: Mapping[str, str] | str = "",
         fields: str = "",
         metadata_only: bool = False,
-    ) -> "list[Json]":
+    ) -> list[Json]:
         """Read all objects that match, page by page.
 
         Args:
@@ -296,21 +307,23 @@ class Cluster:
             text = await self.request(
                 "GET", path, params={"container": container, "tailLines": str(lines)}, accept="*/*"
             )
-        except ClusterError:  # no kubelet behind it, the container waits, or the pod is gone: there is no progress to read
+        except (
+            ClusterError
+        ):  # no kubelet behind it, the container waits, or the pod is gone: there is no progress to read
             return ""
         return text if isinstance(text, str) else ""
 
-    async def events_about(self, *, namespace: str, uids: Sequence[str]) -> "list[Json]":
+    async def events_about(self, *, namespace: str, uids: Sequence[str]) -> list[Json]:
         """Read the Events about some objects, oldest first."""
         found: list[Json] = []
         for uid in uids:
-            found += await self.list("Event", namespace=namespace, fields=f"involvedObject.uid={uid}")
+            found += await self.list_all("Event", namespace=namespace, fields=f"involvedObject.uid={uid}")
         return sorted(found, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
 
-    async def nodes(self) -> "list[Json] | None":
+    async def nodes(self) -> list[Json] | None:
         """Read all nodes, None where we may not."""
         try:
-            return await self.list("Node")
+            return await self.list_all("Node")
         except RefusedError:
             return None
 

@@ -43,7 +43,12 @@ def parse_quantity(quantity: int | str) -> int:
 
 
 def capacity(
-    compute: Compute, *, processes_per_node: int, on_cpu: bool, nodes: Sequence[Json] | None, memory_per_device_bytes: int
+    compute: Compute,
+    *,
+    processes_per_node: int,
+    on_cpu: bool,
+    nodes: Sequence[Json] | None,
+    memory_per_device_bytes: int,
 ) -> Capacity:
     """Find the memory that one process may use.
 
@@ -74,7 +79,9 @@ def compare(*, memory_per_device_bytes: int | None, message: str, available: Cap
     """Judge an estimate; where one side is not known, so is the answer."""
     if memory_per_device_bytes is None or available.bytes is None:
         said = [message] if message else []
-        return Estimate(memory_per_device_bytes=memory_per_device_bytes, message="; ".join([*said, available.source])[:1024])
+        return Estimate(
+            memory_per_device_bytes=memory_per_device_bytes, message="; ".join([*said, available.source])[:1024]
+        )
     fits = memory_per_device_bytes <= available.bytes
     verdict = (
         f"needs {_readable(memory_per_device_bytes)} per process, {'has' if fits else 'but has only'} "

@@ -1,7 +1,7 @@
 """The life of a FineTuneJob as one pure function: what is there goes in, what to write and do comes out.
 
-`decide` walks through `STEPS`; the first step that has to wait for the cluster ends the pass. Nothing is remembered outside
-the status: an operator that starts anew in the middle of anything decides the same. A status is always written before
+`decide` walks through `STEPS`; the first step that has to wait for the cluster ends the pass. Nothing is remembered
+outside the status: an operator that starts anew in the middle of anything decides the same. A status is written before
 its actions are taken, so an action that gets lost is taken by the next pass, and none is taken twice.
 """
 
@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 
 from kubetune_operator import estimate as estimates
 from kubetune_operator import progress as progresses
+from kubetune_operator.api import finetunejob as api
 from kubetune_operator.api.finetunejob import (
     AttemptPod,
     DataStatistics,
@@ -21,8 +22,6 @@ from kubetune_operator.api.finetunejob import (
     LastFailure,
     Parent,
     Progress,
-    Resolved as ResolvedStatus,
-    ResolvedModel as ResolvedModelStatus,
     ResolvedSource,
     State,
     batch_problem,
@@ -353,7 +352,9 @@ def finish_training(draft: Draft) -> bool:
         _count_endings(draft, endings=_new_endings(draft, pods=pods))
         failure = _last(endings) or draft.status.last_failure
         if condition.get("reason") != "BackoffLimitExceeded":
-            return fail(draft, reason=str(condition.get("reason")), message=str(condition.get("message", "")), failure=failure)
+            return fail(
+                draft, reason=str(condition.get("reason")), message=str(condition.get("message", "")), failure=failure
+            )
         return fail(draft, reason="MaxRestartsExceeded", message=_failed_again(draft, failure), failure=failure)
     return False
 
@@ -371,7 +372,9 @@ def _fail_for(draft: Draft, cause: Ending) -> bool:
 
 def _failed_again(draft: Draft, failure: LastFailure | None) -> str:
     allowed = lifecycle_of(draft.job).max_restarts
-    said = f"failed again after {allowed} restart{'s' if allowed != 1 else ''}, as many as spec.lifecycle.maxRestarts allows"
+    said = (
+        f"failed again after {allowed} restart{'s' if allowed != 1 else ''}, all that spec.lifecycle.maxRestarts allows"
+    )
     return f"{said}; the last failure was {failure.reason}: {failure.message}" if failure is not None else said
 
 
@@ -383,7 +386,10 @@ def _complete(draft: Draft, *, train: Json) -> bool:
     leader = next((pod for pod in pods if index_of(pod) == 0 and phase_of(pod) == "Succeeded"), None)
     report = report_of(leader) if leader is not None else {}
     if isinstance(report.get("progress"), dict):
-        fields = progresses.step_fields(report["progress"]) | {"eta_seconds": 0, "updated_at": timestamp(draft.seen.now)}
+        fields = progresses.step_fields(report["progress"]) | {
+            "eta_seconds": 0,
+            "updated_at": timestamp(draft.seen.now),
+        }
         draft.set(progress=(draft.status.progress or Progress()).model_copy(update=fields))
     outputs = _outputs(draft.job, report=report)
     message = "; ".join(f"{output.name}: {output.uri}" for output in outputs)
@@ -448,7 +454,9 @@ def _suspend(draft: Draft) -> bool:
         _read_log(draft)
         draft.condition("Suspended", status="True", reason="Suspended", message="spec.suspend is true")
         draft.waiting("Suspended", reason="Suspended", message="spec.suspend is true")
-        draft.note("Suspended", "spec.suspend is true; pods are stopped with a checkpoint" if live else "spec.suspend is true")
+        draft.note(
+            "Suspended", "spec.suspend is true; pods are stopped with a checkpoint" if live else "spec.suspend is true"
+        )
     draft.do(*(action for job in live for action in _delete_attempt(job)))
     return True
 
@@ -472,7 +480,9 @@ def wait_for_strangers(draft: Draft) -> bool:
     if not draft.seen.strangers:
         return False
     names = ", ".join(draft.seen.strangers)
-    draft.waiting("Pending", reason="WaitingForCleanup", message=f"objects of an older job of this name are still there: {names}")
+    draft.waiting(
+        "Pending", reason="WaitingForCleanup", message=f"objects of an older job of this name are still there: {names}"
+    )
     draft.look_again(seconds=2.0)
     return True
 
@@ -487,9 +497,10 @@ def write_config(draft: Draft) -> bool:
         draft.look_again(seconds=UPSTREAM_SECONDS)
         return True
     parents = [
-        Parent(kind=KIND_FINETUNEJOB, name=name, uid=parent.metadata.uid) for name, parent in sorted(draft.seen.parents.items())
+        Parent(kind=KIND_FINETUNEJOB, name=name, uid=parent.metadata.uid)
+        for name, parent in sorted(draft.seen.parents.items())
     ]
-    resolved = (draft.status.resolved or ResolvedStatus()).model_copy(
+    resolved = (draft.status.resolved or api.Resolved()).model_copy(
         update={"config": config_name(draft.job.metadata.name), "parents": parents or None}
     )
     draft.set(resolved=resolved)
@@ -574,21 +585,19 @@ def prepare(draft: Draft) -> bool:
         return True
     pods = pods_of(seen.pods, job=job["metadata"]["name"])
     endings = [ending_of(pod) for pod in pods if phase_of(pod) == "Failed"]
-    permanent = [ending for ending in endings if ending.permanent]
-    if permanent:
-        return _fail_prepare(draft, cause=first_cause(permanent))
-    if condition := job_condition(job, "Failed"):
-        if endings:
-            return _fail_prepare(draft, cause=max(endings, key=lambda ending: ending.failure.time or ""))
-        return fail(draft, reason="PrepareFailed", message=str(condition.get("message", "")))
+    condition = job_condition(job, "Failed")
+    if condition or any(ending.permanent for ending in endings):
+        return _fail_prepare(draft, endings=endings, message=str((condition or {}).get("message", "")))
     if job_condition(job, "Complete"):
         return _prepared(draft, job=job, pods=pods)
     return _preparing(draft, job=job, pods=pods, endings=endings)
 
 
-def _fail_prepare(draft: Draft, *, cause: Ending) -> bool:
-    failure = cause.failure
-    reason, message = failure.reason or "PrepareFailed", failure.message or ""
+def _fail_prepare(draft: Draft, *, endings: list[Ending], message: str) -> bool:
+    """Fail for the pod that cannot be helped, otherwise for the last one."""
+    last = max(endings, key=lambda ending: (ending.permanent, ending.failure.time or ""), default=None)
+    failure = last.failure if last is not None else LastFailure(reason="PrepareFailed", message=message)
+    reason, message = failure.reason or "PrepareFailed", failure.message or message
     draft.condition("DataReady", status="False", reason=reason, message=message)
     return fail(draft, reason=reason, message=message, failure=failure)
 
@@ -628,16 +637,16 @@ def _prepared(draft: Draft, *, job: Json, pods: list[Json]) -> bool:
     )
     said = report.get("estimate") or {}
     estimate = estimates.compare(
-        memory_per_device_bytes=said.get("memoryPerDeviceBytes"), message=str(said.get("message") or ""), available=available
+        memory_per_device_bytes=said.get("memoryPerDeviceBytes"),
+        message=str(said.get("message") or ""),
+        available=available,
     )
     draft.set(estimate=estimate, data=_data(report), resolved=_resolved(draft.status.resolved, report=report))
     if report.get("totalSteps") is not None:
         draft.set(progress=Progress(step=0, total_steps=report["totalSteps"]))
     if estimate.fits is False:
-        hint = "Use devices or nodes with more memory, more processes, a smaller training.microBatchSize or dataset.maxSequenceLength."
-        failure = LastFailure(
-            reason="DoesNotFit", message=estimate.message, hint=hint, time=timestamp(draft.seen.now)
-        )
+        hint = "Use more memory per process, or a smaller training.microBatchSize or dataset.maxSequenceLength."
+        failure = LastFailure(reason="DoesNotFit", message=estimate.message, hint=hint, time=timestamp(draft.seen.now))
         return fail(draft, reason="DoesNotFit", message=estimate.message or "", failure=failure)
     rows = draft.status.data.rows if draft.status.data else None
     message = f"{rows} rows are ready" if rows is not None else "the data is ready"
@@ -655,12 +664,12 @@ def _data(report: Json) -> DataStatistics:
     return DataStatistics.model_validate(data)
 
 
-def _resolved(before: ResolvedStatus | None, *, report: Json) -> ResolvedStatus:
+def _resolved(before: api.Resolved | None, *, report: Json) -> api.Resolved:
     model = report.get("model")
     sources = report.get("sources")
-    return (before or ResolvedStatus()).model_copy(
+    return (before or api.Resolved()).model_copy(
         update={
-            "model": ResolvedModelStatus.model_validate(model) if isinstance(model, dict) else None,
+            "model": api.ResolvedModel.model_validate(model) if isinstance(model, dict) else None,
             "sources": [ResolvedSource.model_validate(item) for item in sources] if isinstance(sources, list) else None,
         }
     )
@@ -678,7 +687,9 @@ def train(draft: Draft) -> bool:
     if current is None:
         return _start_attempt(draft, attempt=attempt)
     if is_deleting(current):
-        draft.waiting(_waiting_state(draft), reason="Restarting", message="the Job of this attempt was deleted; another follows")
+        draft.waiting(
+            _waiting_state(draft), reason="Restarting", message="the Job of this attempt was deleted; another follows"
+        )
         draft.set(attempt=attempt + 1, restarts=(draft.status.restarts or 0) + 1, pods=None)
         draft.set(preemptions=(draft.status.preemptions or 0) + 1)
         return True
@@ -741,8 +752,8 @@ def _has_ended(pod: Json, *, gang: bool) -> bool:
 
 def _whole_again(pods: list[Json], *, endings: list[Ending], nodes: int) -> bool:
     """Whether every pod of a gang was replaced since: the Job controller did it while no operator was there."""
-    last = max((parse_time(ending.failure.time) for ending in endings if ending.failure.time), default=None)
-    replaced = {index_of(pod) for pod in pods if is_live(pod) and (last is None or created_at(pod) >= last)}
+    last = max((ending.failure.time or "" for ending in endings), default="")  # RFC 3339 in UTC sorts as text
+    replaced = {index_of(pod) for pod in pods if is_live(pod) and pod["metadata"]["creationTimestamp"] >= last}
     return len(replaced) == nodes
 
 
@@ -807,7 +818,9 @@ def _count_endings(draft: Draft, *, endings: list[Ending]) -> None:
         pods=list(known.values()),
     )
     if restarts:
-        draft.note("Restarting", f"pod {cause.failure.pod}: {cause.failure.reason}: {cause.failure.message}", warning=True)
+        draft.note(
+            "Restarting", f"pod {cause.failure.pod}: {cause.failure.reason}: {cause.failure.message}", warning=True
+        )
 
 
 def _remember(draft: Draft, *, pods: list[Json]) -> None:

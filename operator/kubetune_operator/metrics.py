@@ -24,6 +24,8 @@ RESTARTS: Final = Counter("kubetune_restarts_total", "Restarts of training, by w
 WATCH_AGE_SECONDS: Final = Gauge(
     "kubetune_watch_age_seconds", "Time since the last event of a watch; grows while nothing happens.", ["resource"]
 )
-WATCH_STALE: Final = Gauge("kubetune_watch_stale", "1 while a change that a list shows was not delivered.", ["resource"])
+WATCH_STALE: Final = Gauge(
+    "kubetune_watch_stale", "1 while a change that a list shows was not delivered.", ["resource"]
+)
 LOOP_LAG_SECONDS: Final = Gauge("kubetune_event_loop_lag_seconds", "How late the event loop wakes up a sleeper.")
 LEADER: Final = Gauge("kubetune_leader", "1 while this process holds the Lease.")

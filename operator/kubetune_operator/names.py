@@ -1,6 +1,6 @@
 """Every name that the operator writes or reads: labels, environment variables, paths, ports, exit codes.
 
-What the trainer shares stands again in `kubetune_trainer.names`; neither package imports the other, a test holds them equal.
+What the trainer shares stands again in `kubetune_trainer.names`; a test holds the two equal.
 """
 
 from enum import IntEnum

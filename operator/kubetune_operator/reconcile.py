@@ -23,7 +23,7 @@ from kubetune_operator.names import (
     train_name,
 )
 from kubetune_operator.progress import timestamp
-from kubetune_operator.render.job import compute_of, job_labels
+from kubetune_operator.render.job import job_labels
 from kubetune_operator.settings import Settings
 from kubetune_operator.status import (
     created_at,
@@ -122,7 +122,7 @@ class Reconciler:
             strangers += foreign
             parents = await self._parents(ref, job) if config is None else {}
         active = train or next((item for item in jobs if not job_condition(item, "Complete", "Failed")), None)
-        log = await self._log(ref, job, train=train, pods=pods)
+        log = await self._log(ref, train=train, pods=pods)
         return Observed(
             job=job,
             now=now,
@@ -141,13 +141,13 @@ class Reconciler:
     async def _children(self, job: FineTuneJob) -> tuple[list[Json], list[Json], list[str]]:
         """The job's own batch Jobs and their pods, and the names of those of an older job of the same name."""
         namespace, labels = job.metadata.namespace, job_labels(job)
-        found = await self.cluster.list("Job", namespace=namespace, labels=labels)
+        found = await self.cluster.list_all("Job", namespace=namespace, labels=labels)
         jobs = [item for item in found if _owned_by(item, job.metadata.uid)]
         strangers = [f"Job {item['metadata']['name']}" for item in found if not _owned_by(item, job.metadata.uid)]
         if job.status.state == "Failed":
             return jobs, [], strangers
         mine = {item["metadata"]["uid"] for item in jobs}
-        pods = await self.cluster.list("Pod", namespace=namespace, labels=labels)
+        pods = await self.cluster.list_all("Pod", namespace=namespace, labels=labels)
         return jobs, [pod for pod in pods if any(_owned_by(pod, uid) for uid in mine)], strangers
 
     async def _config(self, job: FineTuneJob) -> tuple[Json | None, list[str]]:
@@ -188,7 +188,7 @@ class Reconciler:
             return None
         return await self.cluster.nodes()
 
-    async def _log(self, ref: JobRef, job: FineTuneJob, *, train: Json | None, pods: Sequence[Json]) -> str:
+    async def _log(self, ref: JobRef, *, train: Json | None, pods: Sequence[Json]) -> str:
         """The tail of rank 0's log, when a poll is due or the attempt is ending."""
         if train is None:
             return ""
@@ -238,7 +238,10 @@ class Reconciler:
             KIND_FINETUNEJOB,
             namespace=metadata["namespace"],
             name=metadata["name"],
-            patch={"metadata": {"resourceVersion": metadata["resourceVersion"], "uid": metadata["uid"]}, "status": patch},
+            patch={
+                "metadata": {"resourceVersion": metadata["resourceVersion"], "uid": metadata["uid"]},
+                "status": patch,
+            },
             subresource="status",
         )
 
@@ -248,11 +251,17 @@ class Reconciler:
                 await self._create(ref, action.manifest)
             case Delete():
                 await self.cluster.delete(
-                    action.kind, namespace=ref.namespace, name=action.name, uid=action.uid, foreground=action.kind == "Job"
+                    action.kind,
+                    namespace=ref.namespace,
+                    name=action.name,
+                    uid=action.uid,
+                    foreground=action.kind == "Job",
                 )
             case PatchJob():
                 try:
-                    await self.cluster.patch("Job", namespace=ref.namespace, name=action.name, patch={"spec": action.spec})
+                    await self.cluster.patch(
+                        "Job", namespace=ref.namespace, name=action.name, patch={"spec": action.spec}
+                    )
                 except NotFoundError:
                     return
 

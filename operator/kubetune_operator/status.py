@@ -1,4 +1,4 @@
-"""What pods, Jobs and Events say, in the words of `status`. Pure: everything is read from objects that were fetched before."""
+"""What pods, Jobs and Events say, in the words of `status`. Pure: it reads objects that were fetched before."""
 
 import json
 import signal
@@ -22,7 +22,13 @@ Json = dict[str, Any]
 
 MESSAGE_LENGTH: Final = 2048
 
-IMAGE_REASONS: Final = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
+IMAGE_REASONS: Final = {
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "ErrImageNeverPull",
+    "RegistryUnavailable",
+}
 START_REASONS: Final = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 MOUNT_REASONS: Final = {"FailedMount", "FailedAttachVolume", "FailedMapVolume"}
 
@@ -204,27 +210,34 @@ def first_cause(endings: Sequence[Ending]) -> Ending:
     """The ending that explains the others: the earliest one that was not caused by a peer."""
     culprits = [ending for ending in endings if not ending.peer_lost] or list(endings)
     permanent = [ending for ending in culprits if ending.permanent]
-    return min(permanent or culprits, key=lambda ending: (ending.preempted, ending.failure.time or "9", ending.failure.index or 0))
+    return min(
+        permanent or culprits,
+        key=lambda ending: (ending.preempted, ending.failure.time or "9", ending.failure.index or 0),
+    )
 
 
 def _explain(pod: Json, *, terminated: Json, report: Json, disrupted: Json | None) -> tuple[str, str, str]:
     """Reason, message and hint of an ending, from the best witness that there is."""
     code = terminated.get("exitCode")
+    status = pod.get("status", {})
     if terminated.get("reason") == "OOMKilled":
         return "OOMKilled", "the container needed more memory than its limit and was killed", HINT_MEMORY
     if report.get("reason"):
         return str(report["reason"]), str(report.get("message") or ""), str(report.get("hint") or "")
     if disrupted is not None:
         return str(disrupted.get("reason") or "Disrupted"), str(disrupted.get("message") or ""), ""
-    status = pod.get("status", {})
     if code is None:
-        if is_deleting(pod):
-            return "PodDeleted", f"pod {pod['metadata']['name']} was deleted", ""
-        return str(status.get("reason") or "PodFailed"), str(status.get("message") or "the pod failed before it ran"), ""
+        reason, what = ("PodDeleted", "was deleted") if is_deleting(pod) else ("PodFailed", "failed before it ran")
+        said = status.get("message") or f"pod {pod['metadata']['name']} {what}"
+        return str(status.get("reason") or reason), str(said), ""
     if code > 128:
         return "Killed", f"the container was ended by {_signal(code - 128)} (exit code {code})", HINT_KILLED
     said = terminated.get("message") or status.get("message") or ""
-    return "Crashed", f"the container ended with exit code {code}" + (f": {said}" if said else ""), "Read the pod's log."
+    return (
+        "Crashed",
+        f"the container ended with exit code {code}" + (f": {said}" if said else ""),
+        "Read the pod's log.",
+    )
 
 
 def _signal(number: int) -> str:

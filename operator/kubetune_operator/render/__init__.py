@@ -1,0 +1,1 @@
+"""Pure builders of manifests and of the config file."""

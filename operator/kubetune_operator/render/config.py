@@ -1,4 +1,4 @@
-"""The config file of a run: the spec in the trainer's words, complete, with everything resolved that only the cluster knows."""
+"""The config file of a run: the spec in the trainer's words, complete, with what only the cluster knows filled in."""
 
 from dataclasses import dataclass
 from typing import Any, Final

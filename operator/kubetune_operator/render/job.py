@@ -1,6 +1,6 @@
 """Manifests of the Jobs, the Service and the ConfigMap of a run. Pure: the same input gives the same output.
 
-Everything that a pod mounts follows from the rendered config, so an attempt needs nothing but the job and its ConfigMap.
+Everything that a pod mounts follows from the rendered config, so an attempt needs only the job and its ConfigMap.
 """
 
 from collections.abc import Iterator
@@ -83,7 +83,7 @@ def lifecycle_of(job: FineTuneJob) -> Lifecycle:
 def backoff_limit(job: FineTuneJob, *, counted: int) -> int:
     """How many pod failures the Job controller may answer by itself.
 
-    One pod it restarts alone, also while the operator is away. The pods of a gang end together, and the operator counts.
+    A single pod it restarts alone, even without an operator. The pods of a gang end together; the operator counts.
 
     Args:
         job: The custom resource.
@@ -132,7 +132,7 @@ def render_service(job: FineTuneJob, *, attempt: int) -> Json:
 def render_prepare_job(job: FineTuneJob, *, config: Json, settings: Settings) -> Json:
     """The Job that resolves revisions, fetches the model, tokenizes the data and estimates the memory."""
     name = prepare_name(job.metadata.name)
-    environment = [
+    environment: list[Json] = [
         {"name": ENV_NUM_NODES, "value": "1"},
         {"name": ENV_PROCESSES_PER_NODE, "value": "1"},
         {"name": ENV_NODE_RANK, "value": "0"},
@@ -173,7 +173,7 @@ def render_train_job(job: FineTuneJob, *, config: Json, attempt: int, backoff_li
     """
     name = train_name(job.metadata.name, attempt=attempt)
     nodes = compute_of(job).nodes
-    environment = [
+    environment: list[Json] = [
         {"name": ENV_ATTEMPT, "value": str(attempt)},
         {"name": ENV_NUM_NODES, "value": str(nodes)},
         {"name": ENV_PROCESSES_PER_NODE, "value": str(config["run"]["processes_per_node"])},
