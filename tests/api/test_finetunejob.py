@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kubetune_operator.api.finetunejob import parse_finetunejob
+from kubetune_operator.api.finetunejob import batch_problem, parse_finetunejob
 from kubetune_operator.api.manifest import dump_manifests, load_manifests
 from kubetune_operator.errors import SpecError
 from tests.cluster.controlplane import ControlPlane
@@ -34,7 +34,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
         for part in parents:
             target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
         if value is ABSENT:
-            del target[last]
+            target.pop(last, None)
         else:
             target[last] = copy.deepcopy(value)
     return job
@@ -390,3 +390,55 @@ def test_the_api_server_refuses_it_with_the_same_message(
     refused = control_plane.kubectl("create", "--dry-run=server", "--filename=-", input=text, check=False)
     assert refused.returncode
     assert message in refused.stderr
+
+
+def test_every_problem_is_named_at_once() -> None:
+    job = manifest(
+        spec__lora={"rank": 0, "alpha": 0}, spec__modle={}, spec__training__epochs="3", metadata__namespace="team-a"
+    )
+    with pytest.raises(SpecError) as refused:
+        parse_finetunejob(job)
+    assert str(refused.value).splitlines() == [
+        "FineTuneJob team-a/run7: spec.lora.rank: Invalid value: 0: "
+        "spec.lora.rank in body should be greater than or equal to 1",
+        "FineTuneJob team-a/run7: spec.lora.alpha: Invalid value: 0: "
+        "spec.lora.alpha in body should be greater than or equal to 1",
+        'FineTuneJob team-a/run7: spec.training.epochs: Invalid value: "string": '
+        'spec.training.epochs in body must be of type integer: "string"',
+        'FineTuneJob team-a/run7: unknown field "spec.modle"',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "problem"),
+    [
+        (16, 1, 1, None),
+        (16, 4, 4, None),
+        (10, 4, 2, "must be divisible by 8 (2 processes x microBatchSize 4); nearest: 8 or 16"),
+        (3, 2, 2, "must be divisible by 4 (2 processes x microBatchSize 2); nearest: 4"),
+        (64, 1, 6, "must be divisible by 6 (6 processes x microBatchSize 1); nearest: 60 or 66"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_told_the_nearest_sizes(
+    batch: int, micro: int, ranks: int, problem: str | None
+) -> None:
+    training = {"epochs": 1, "globalBatchSize": batch, "microBatchSize": micro}
+    said = batch_problem(parse_finetunejob(manifest(spec__training=training)).spec, ranks=ranks)
+    assert said == (problem and f"spec.training.globalBatchSize: Invalid value: {batch}: {problem}")
+
+
+def test_ranks_are_nodes_times_devices() -> None:
+    compute = {"nodes": 2, "accelerator": {"perNode": 8}}
+    assert parse_finetunejob(manifest(spec__compute=compute)).spec.ranks == 16
+    assert parse_finetunejob(manifest(spec__compute={"nodes": 3})).spec.ranks == 3
+    assert parse_finetunejob(manifest()).spec.ranks == 1
+
+
+def test_what_a_cluster_returns_is_read_again() -> None:
+    job = manifest(
+        metadata__uid="1f0c", metadata__generation=2, metadata__managedFields=[{"manager": "kubectl"}],
+        status={"state": "Running", "ofANewerOperator": 1},
+    )  # fmt: skip
+    parsed = parse_finetunejob(job)
+    assert (parsed.metadata.generation, parsed.status.state) == (2, "Running")
+    assert parse_finetunejob(parsed.to_manifest()) == parsed

@@ -17,7 +17,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 RULES_BROKEN = "rules_broken"
 """The error type that a broken rule raises in pydantic; its context holds the messages."""
 DUPLICATE = "duplicate"
-"""The error type of an item that stands twice in a list; its context holds the item's place and what it has in common."""
+"""The error type of an item that stands twice in a list; its context holds its place and what it has in common."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def check_rules(value: Any, *, rules: tuple[Rule, ...]) -> None:
 
 
 class ApiModel(BaseModel):
-    """Base of every object: camelCase in a manifest, snake_case in Python, frozen, no unknown fields, no conversions."""
+    """Base of every object: camelCase in manifests, snake_case in Python, frozen, no unknown fields, no conversions."""
 
     model_config = ConfigDict(
         frozen=True,

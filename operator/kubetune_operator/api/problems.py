@@ -33,15 +33,11 @@ def _sentences(details: ErrorDetails) -> list[str]:
         return [f"{_field(path)}: Invalid value: {_shown(value)}: {message}" for message in context["broken"]]
     if kind == DUPLICATE:
         return [f"{path}[{context['index']}]: Duplicate value: {context['shown']}"]
-    if kind == "extra_forbidden":
-        return [f'unknown field "{path}"']
-    if kind == "missing":
-        return [f"{path}: Required value"]
     if wanted := _WANTED.get(kind):
         got = _json_type(value)
         return [f'{path}: Invalid value: "{got}": {path} in body must be of type {wanted}: "{got}"']
-    if sentence := _LIMITS.get(kind):
-        return [f"{path}: {sentence(path, value, context)}"]
+    if sentence := _SENTENCES.get(kind):
+        return [sentence(path, value, context)]
     return [f"{path}: Invalid value: {_shown(value)}: {details['msg']}"]
 
 
@@ -74,25 +70,31 @@ def _json_type(value: Any) -> str:
     return next((name for kind, name in _JSON_TYPES if isinstance(value, kind)), "object")
 
 
-def _unsupported(_path: str, value: Any, context: Mapping[str, Any]) -> str:
+def _unsupported(path: str, value: Any, context: Mapping[str, Any]) -> str:
     choices = str(context["expected"]).replace("'", '"').replace(" or ", ", ")
-    return f"Unsupported value: {_shown(value)}: supported values: {choices}"
+    return f"{path}: Unsupported value: {_shown(value)}: supported values: {choices}"
 
 
-_LIMITS: dict[str, Callable[[str, Any, Mapping[str, Any]], str]] = {
+_SENTENCES: dict[str, Callable[[str, Any, Mapping[str, Any]], str]] = {
+    "extra_forbidden": lambda path, _value, _context: f'unknown field "{path}"',
+    "missing": lambda path, _value, _context: f"{path}: Required value",
     "literal_error": _unsupported,
     "greater_than_equal": lambda path, value, limit: (
-        f"Invalid value: {value}: {path} in body should be greater than or equal to {limit['ge']}"
+        f"{path}: Invalid value: {value}: {path} in body should be greater than or equal to {limit['ge']}"
     ),
     "less_than_equal": lambda path, value, limit: (
-        f"Invalid value: {value}: {path} in body should be less than or equal to {limit['le']}"
+        f"{path}: Invalid value: {value}: {path} in body should be less than or equal to {limit['le']}"
     ),
     "string_too_short": lambda path, value, limit: (
-        f"Invalid value: {_shown(value)}: {path} in body should be at least {limit['min_length']} chars long"
+        f"{path}: Invalid value: {_shown(value)}: {path} in body should be at least {limit['min_length']} chars long"
     ),
-    "string_too_long": lambda _path, _value, limit: f"Too long: may not be more than {limit['max_length']} bytes",
+    "string_too_long": lambda path, _value, limit: (
+        f"{path}: Too long: may not be more than {limit['max_length']} bytes"
+    ),
     "too_short": lambda path, value, limit: (
-        f"Invalid value: {len(value)}: {path} in body should have at least {limit['min_length']} items"
+        f"{path}: Invalid value: {len(value)}: {path} in body should have at least {limit['min_length']} items"
     ),
-    "too_long": lambda _path, value, limit: f"Too many: {len(value)}: must have at most {limit['max_length']} items",
+    "too_long": lambda path, value, limit: (
+        f"{path}: Too many: {len(value)}: must have at most {limit['max_length']} items"
+    ),
 }
