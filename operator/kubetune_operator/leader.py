@@ -32,8 +32,8 @@ class Leadership:
 
     async def acquire(self) -> None:
         """Wait until the Lease is ours."""
-        while not await self._try():
-            await asyncio.sleep(self._settings.lease_seconds / 6)  # noqa: ASYNC110 (the event is in another process)
+        while not await self._try():  # noqa: ASYNC110 (what it waits for happens in another process)
+            await asyncio.sleep(self._settings.lease_seconds / 6)
         metrics.LEADER.set(1)
         logger.info("%s holds the Lease %s", self._settings.identity, self._settings.lease_name)
 

@@ -1,0 +1,279 @@
+"""A namespace of the real API server with an operator of its own, and a hand that plays the kubelet."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from kubetune_operator.cluster import Cluster, object_path
+from kubetune_operator.names import LABEL_ATTEMPT, LABEL_COMPONENT, LABEL_JOB_NAME
+from kubetune_operator.status import index_of, is_deleting, phase_of
+from tests.cluster.controlplane import ControlPlane, free_ports
+
+Json = dict[str, Any]
+
+KIND = "FineTuneJob"
+NODE = "node-1"
+PREPARED: Json = {
+    "result": "Prepared",
+    "model": {"location": "s3://models/tiny/", "etag": "abc"},
+    "sources": [{"name": "tickets", "etag": "def"}],
+    "data": {"samples": 100, "rows": 40, "tokens": 9000, "trainableTokenPercent": 41.25, "droppedSamples": 0},
+    "estimate": {"memoryPerDeviceBytes": 2**30, "message": "weights 0.5 GiB, activations 0.5 GiB"},
+    "parameters": 1000,
+    "totalSteps": 30,
+}
+COMPLETE: Json = {
+    "result": "Complete",
+    "exitCode": 0,
+    "outputs": [{"name": "merged", "type": "HuggingFace", "uri": "s3://runs/out/merged", "digest": "d1", "bytes": 42}],
+    "progress": {"event": "step", "step": 30, "totalSteps": 30, "loss": 0.51234567, "epoch": 3.0, "tokensPerSecond": 9.5},
+}
+
+
+def manifest(name: str, *, namespace: str, **spec: Any) -> Json:
+    """A FineTuneJob that is as small as can be; keyword arguments replace blocks of its spec."""
+    return {
+        "apiVersion": "kubetune.dev/v1alpha1",
+        "kind": KIND,
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {
+            "model": {"uri": {"location": "s3://models/tiny"}},
+            "dataset": {"sources": [{"name": "tickets", "uri": {"location": "s3://data/t.jsonl"}}]},
+            "training": {"maxSteps": 30, "globalBatchSize": 4},
+            "workspace": {"uri": "s3://runs"},
+            "outputs": [{"name": "merged", "type": "HuggingFace"}],
+        }
+        | spec,
+    }
+
+
+class OperatorProcess:
+    """`python -m kubetune_operator` with settings of its own."""
+
+    def __init__(self, *, kubeconfig: Path, log: Path, settings: dict[str, str]) -> None:
+        self.metrics_port, self.health_port = free_ports(2)
+        self._log = log
+        named = {f"KUBETUNE_OPERATOR_{key.upper()}": value for key, value in settings.items()}
+        self._environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("KUBETUNE_OPERATOR_")},
+            **named,
+            "KUBECONFIG": str(kubeconfig),
+            "KUBETUNE_OPERATOR_METRICS_PORT": str(self.metrics_port),
+            "KUBETUNE_OPERATOR_HEALTH_PORT": str(self.health_port),
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "kubetune_operator"], env=self._environment, stdout=log, stderr=log
+            )
+
+    def kill(self) -> None:
+        """End it as a node failure would."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """End it as the kubelet would; returns its exit code."""
+        return self._end(signal.SIGTERM)
+
+    def _end(self, how: signal.Signals) -> int:
+        assert self._process is not None
+        self._process.send_signal(how)
+        code = self._process.wait(timeout=30)
+        self._process = None
+        return code
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None
+
+    def get(self, path: str, *, port: int) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def metrics(self) -> str:
+        return self.get("/metrics", port=self.metrics_port)[1]
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+
+class World:
+    """What a test sees and does in its namespace."""
+
+    def __init__(self, *, namespace: str, operator: OperatorProcess, control_plane: ControlPlane) -> None:
+        self.namespace = namespace
+        self.operator = operator
+        self.control_plane = control_plane
+        self.cluster = Cluster(qps=1000, burst=1000)
+
+    # ---------------------------------------------------------------------------------------------- a person
+
+    async def apply(self, name: str = "run", **spec: Any) -> Json:
+        return await self.cluster.create(manifest(name, namespace=self.namespace, **spec))
+
+    async def patch(self, name: str = "run", **spec: Any) -> None:
+        await self.cluster.patch(KIND, namespace=self.namespace, name=name, patch={"spec": spec})
+
+    async def job(self, name: str = "run") -> Json:
+        found = await self.cluster.get(KIND, namespace=self.namespace, name=name)
+        assert found is not None, f"FineTuneJob {name} is gone"
+        return found
+
+    async def status(self, name: str = "run") -> Json:
+        return (await self.job(name)).get("status") or {}
+
+    async def until(self, holds: Callable[[Json], Any], *, name: str = "run", seconds: float = 20.0) -> Json:
+        """Wait until the status is as wanted; returns it."""
+        deadline = time.monotonic() + seconds
+        while True:
+            status = await self.status(name)
+            if holds(status):
+                return status
+            if time.monotonic() > deadline:
+                shown = json.dumps(status, indent=1)
+                raise TimeoutError(f"the status did not become as wanted:\n{shown}\n{self.operator.log[-4000:]}")
+            await asyncio.sleep(0.05)
+
+    async def state(self, state: str, *, name: str = "run", seconds: float = 20.0) -> Json:
+        return await self.until(lambda status: status.get("state") == state, name=name, seconds=seconds)
+
+    # ------------------------------------------------------------------------------------------- the cluster
+
+    async def jobs(self) -> list[str]:
+        return sorted(job["metadata"]["name"] for job in await self.cluster.list_all("Job", namespace=self.namespace))
+
+    async def pods(self, component: str, *, name: str = "run", attempt: int | None = None) -> list[Json]:
+        labels = {LABEL_JOB_NAME: name, LABEL_COMPONENT: component}
+        if attempt is not None:
+            labels[LABEL_ATTEMPT] = str(attempt)
+        found = await self.cluster.list_all("Pod", namespace=self.namespace, labels=labels)
+        return sorted(found, key=lambda pod: (index_of(pod), pod["metadata"]["creationTimestamp"]))
+
+    async def live_pods(self, component: str, *, count: int, name: str = "run", attempt: int | None = None) -> list[Json]:
+        """Wait until the Job controller has made this many pods that are not finished."""
+        deadline = time.monotonic() + 30
+        while True:
+            found = await self.pods(component, name=name, attempt=attempt)
+            live = [pod for pod in found if phase_of(pod) in {"Pending", "Running"} and not is_deleting(pod)]
+            if len(live) >= count:
+                return live
+            assert time.monotonic() < deadline, f"{len(live)} of {count} pods\n{self.operator.log[-4000:]}"
+            await asyncio.sleep(0.05)
+
+    async def gone(self, kind: str, object_name: str, *, seconds: float = 20.0) -> None:
+        deadline = time.monotonic() + seconds
+        while await self.cluster.get(kind, namespace=self.namespace, name=object_name) is not None:
+            assert time.monotonic() < deadline, f"{kind} {object_name} is still there\n{self.operator.log[-4000:]}"
+            await asyncio.sleep(0.05)
+
+    # ------------------------------------------------------------------------------------------- the kubelet
+
+    async def run(self, *pods: Json) -> None:
+        """Have pods run on the node."""
+        for pod in pods:
+            if not pod["spec"].get("nodeName"):
+                await self.bind(pod)
+            await self._status(pod, phase="Running", state={"running": {"startedAt": _now()}})
+
+    async def bind(self, pod: Json) -> None:
+        path = object_path("Pod", namespace=self.namespace, name=pod["metadata"]["name"], subresource="binding")
+        target = {"apiVersion": "v1", "kind": "Node", "name": NODE}
+        body = {
+            "apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod["metadata"]["name"]}, "target": target,
+        }  # fmt: skip
+        await self.cluster.request("POST", path, body=body)
+
+    async def end(self, pod: Json, *, code: int, report: Json | None = None, reason: str = "", **status: Any) -> None:
+        """Have a pod's container end."""
+        terminated: Json = {"exitCode": code, "finishedAt": _now(), "startedAt": _now()}
+        terminated["reason"] = reason or ("Error" if code else "Completed")
+        if report is not None:
+            terminated["message"] = json.dumps(report)
+        phase = "Failed" if code else "Succeeded"
+        await self._status(pod, phase=phase, state={"terminated": terminated}, **status)
+
+    async def _status(self, pod: Json, *, phase: str, state: Json, **status: Any) -> None:
+        container = {
+            "name": "trainer", "image": "trainer", "imageID": "", "ready": phase == "Running", "restartCount": 0,
+            "state": state,
+        }  # fmt: skip
+        patch = {"status": {"phase": phase, "containerStatuses": [container], **status}}
+        await self.cluster.patch(
+            "Pod", namespace=self.namespace, name=pod["metadata"]["name"], patch=patch, subresource="status"
+        )
+
+    async def play_kubelet(self) -> None:
+        """Let pods that are deleted end, as a kubelet does: the trainer writes a checkpoint and exits with 75."""
+        while True:
+            for pod in await self.cluster.list_all("Pod", namespace=self.namespace):
+                if is_deleting(pod) and pod["spec"].get("nodeName"):
+                    if phase_of(pod) in {"Pending", "Running"}:
+                        await self.end(pod, code=75, report={"result": "Preempted", "exitCode": 75, "reason": "Preempted"})
+                    path = object_path("Pod", namespace=self.namespace, name=pod["metadata"]["name"])
+                    with contextlib.suppress(Exception):
+                        await self.cluster.request("DELETE", path, body={"gracePeriodSeconds": 0})
+            await asyncio.sleep(0.1)
+
+    # ---------------------------------------------------------------------------------------- shortcuts through life
+
+    async def prepared(self, *, name: str = "run", report: Json | None = None) -> None:
+        """Have the prepare pod do its work."""
+        [pod] = await self.live_pods("prepare", count=1, name=name)
+        await self.run(pod)
+        await self.end(pod, code=0, report=report or PREPARED)
+
+    async def training(self, *, name: str = "run", nodes: int = 1, attempt: int = 1) -> list[Json]:
+        """Have all pods of an attempt run; returns them by index."""
+        pods = await self.live_pods("train", count=nodes, name=name, attempt=attempt)
+        await self.run(*pods)
+        await self.until(lambda status: status.get("state") == "Running" and status["attempt"] == attempt, name=name)
+        return pods
+
+    async def complete(self, pods: list[Json], *, name: str = "run") -> Json:
+        """Have all pods end well; returns the final status."""
+        for pod in pods:
+            await self.end(pod, code=0, report=COMPLETE if index_of(pod) == 0 else None)
+        return await self.state("Complete", name=name)
+
+
+@contextlib.asynccontextmanager
+async def world_of(
+    control_plane: ControlPlane, *, namespace: str, log: Path, start: bool = True, **settings: str
+) -> AsyncIterator[World]:
+    """Start an operator for one namespace and take it down afterwards."""
+    defaults = {
+        "namespaces": namespace, "namespace": namespace, "lease_seconds": "3", "progress_interval_seconds": "0.5",
+        "stuck_seconds": "1", "log_level": "INFO",
+    }  # fmt: skip
+    os.environ["KUBECONFIG"] = str(control_plane.kubeconfig)
+    operator = OperatorProcess(kubeconfig=control_plane.kubeconfig, log=log, settings=defaults | settings)
+    world = World(namespace=namespace, operator=operator, control_plane=control_plane)
+    kubelet = asyncio.create_task(world.play_kubelet())
+    if start:
+        operator.start()
+    try:
+        yield world
+    finally:
+        kubelet.cancel()
+        if operator.running:
+            operator.stop()
+        await world.cluster.close()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
