@@ -56,7 +56,9 @@ def _namespace(control_plane: ControlPlane) -> Iterator[str]:
 def _apply_crds(control_plane: ControlPlane) -> None:
     if files := _crd_files():
         control_plane.kubectl("apply", "--server-side", *(f"--filename={path}" for path in files))
-        control_plane.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s")
+        # `--for=condition=` fails at once on a CRD that has no conditions yet.
+        established = '--for=jsonpath={.status.conditions[?(@.type=="Established")].status}=True'
+        control_plane.kubectl("wait", established, "crd", "--all", "--timeout=60s")
 
 
 def _crd_files() -> list[Path]:
