@@ -398,15 +398,13 @@ def test_every_problem_is_named_at_once() -> None:
     )
     with pytest.raises(SpecError) as refused:
         parse_finetunejob(job)
-    assert str(refused.value).splitlines() == [
-        "FineTuneJob team-a/run7: spec.lora.rank: Invalid value: 0: "
-        "spec.lora.rank in body should be greater than or equal to 1",
-        "FineTuneJob team-a/run7: spec.lora.alpha: Invalid value: 0: "
-        "spec.lora.alpha in body should be greater than or equal to 1",
-        'FineTuneJob team-a/run7: spec.training.epochs: Invalid value: "string": '
-        'spec.training.epochs in body must be of type integer: "string"',
-        'FineTuneJob team-a/run7: unknown field "spec.modle"',
-    ]
+    wanted = """
+spec.lora.rank: Invalid value: 0: spec.lora.rank in body should be greater than or equal to 1
+spec.lora.alpha: Invalid value: 0: spec.lora.alpha in body should be greater than or equal to 1
+spec.training.epochs: Invalid value: "string": spec.training.epochs in body must be of type integer: "string"
+unknown field "spec.modle"
+"""
+    assert str(refused.value).splitlines() == [f"FineTuneJob team-a/run7: {line}" for line in wanted.split("\n")[1:-1]]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""The command line `kubetune`: check, render and run a manifest, look at the jobs of a cluster, copy recipes."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from kubetune_operator.api.finetunejob import batch_problem
+from kubetune_operator.api.manifest import dump_manifests
+from kubetune_operator.cli import cluster, live, local, recipes
+from kubetune_operator.cli.bundle import load_bundle
+from kubetune_operator.errors import OperatorError, SpecError
+from kubetune_operator.render.objects import render_all
+from kubetune_operator.settings import load_settings
+
+app = typer.Typer(
+    help="Fine-tune language models on Kubernetes with plain PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(
+    help="List the recipes and configs that come with kubetune, and copy one to change it.", no_args_is_help=True
+)
+app.add_typer(recipes_app, name="recipes")
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="Manifest of a FineTuneJob; - reads standard input.")]
+Name = Annotated[str | None, typer.Option("--name", help="Which FineTuneJob, where the file holds several.")]
+Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace; default: the kubeconfig's.")]
+
+
+@app.command()
+def validate(
+    file: File,
+    name: Name = None,
+    live_too: Annotated[
+        bool, typer.Option("--live", help="Also ask the cluster and the storage: Secrets, bucket, model, data.")
+    ] = False,
+) -> None:
+    """Check a manifest as the API server and the operator would, without a cluster."""
+    bundle = load_bundle(file, name=name)
+    if problem := batch_problem(bundle.job.spec, ranks=bundle.job.spec.ranks):
+        raise SpecError(bundle.title, problems=[problem])
+    for note in bundle.notes():
+        typer.echo(f"note: {note}", err=True)
+    if live_too:
+        live.check(bundle, say=typer.echo)
+    typer.echo(f"{bundle.title} is valid")
+
+
+@app.command()
+def render(file: File, name: Name = None) -> None:
+    """Print every object that the operator would create. Its settings come from KUBETUNE_OPERATOR_… variables."""
+    bundle = load_bundle(file, name=name)
+    typer.echo(dump_manifests(render_all(bundle.job, load_settings(os.environ))), nl=False)
+
+
+@app.command()
+def run(
+    file: File,
+    name: Name = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete what an earlier run of this manifest left, and start anew.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the trainer's own log.")] = False,
+) -> None:
+    """Run a manifest on this machine, without a cluster: the same config and recipes, processes instead of pods.
+
+    Secrets and ConfigMaps may stand in the same file. Ctrl-C writes a checkpoint; the same command goes on from it.
+    """
+    raise typer.Exit(local.run(load_bundle(file, name=name), fresh=fresh, verbose=verbose))
+
+
+@app.command()
+def get(
+    name: Annotated[str | None, typer.Argument(help="Show this job in full.")] = None, namespace: Namespace = None
+) -> None:
+    """List the FineTuneJobs of a namespace, or show one."""
+    cluster.get(name, namespace=namespace)
+
+
+@app.command()
+def logs(
+    name: Annotated[str, typer.Argument(help="Name of the FineTuneJob.")],
+    namespace: Namespace = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay and print what comes.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Print the lines as the trainer wrote them.")] = False,
+) -> None:
+    """Print the log of a job's first pod: the training pod's, or the prepare pod's before there is one."""
+    cluster.logs(name, namespace=namespace, follow=follow, raw=raw)
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """List recipes and configs."""
+    for entry in recipes.listed():
+        typer.echo(f"{entry.name:32} {entry.summary}")
+
+
+@recipes_app.command("cp")
+def recipes_cp(
+    name: Annotated[str, typer.Argument(help="A name that `kubetune recipes ls` prints.")],
+    destination: Annotated[Path, typer.Argument(help="File or folder to write to; nothing is overwritten.")],
+) -> None:
+    """Copy a recipe or a config to change it."""
+    typer.echo(recipes.copy(name, destination=destination))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line.
+
+    Exit codes: 0 done, 1 what was asked for cannot be done, 2 usage; `kubetune run` exits as the trainer did.
+    """
+    try:
+        app(arguments)
+    except OperatorError as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"error: {line}\n")
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader, `head` for instance, has seen enough. Nothing must be flushed into the closed pipe on the way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)

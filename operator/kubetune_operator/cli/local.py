@@ -1,0 +1,316 @@
+"""`kubetune run`: a manifest on this machine, with the operator's rendered config and the recipes that pods run."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+
+from kubetune_operator.api.common import Compute
+from kubetune_operator.api.finetunejob import FineTuneJob, batch_problem
+from kubetune_operator.cli.bundle import Bundle, Objects, Reference, references, uris
+from kubetune_operator.cli.progress import Display
+from kubetune_operator.errors import SpecError
+from kubetune_operator.names import (
+    CONFIG_FILE,
+    ENV_CONFIGMAPS_DIR,
+    ENV_MASTER_ADDRESS,
+    ENV_MASTER_PORT,
+    ENV_NODE_RANK,
+    ENV_NUM_NODES,
+    ENV_PROCESSES_PER_NODE,
+    ENV_PVC_DIR,
+    ENV_SECRETS_DIR,
+    ENV_TERMINATION_LOG,
+    ExitCode,
+)
+from kubetune_operator.render.config import Resolved, ResolvedModel, dump_config, render_config
+
+_DELETE_RUN = """
+import sys
+from kubetune_trainer.config import load_config
+from kubetune_trainer.storage import open_store
+config = load_config(sys.argv[1])
+open_store(config.run.directory, s3=config.storage.s3).delete_tree("")
+"""
+"""Run by the trainer's own interpreter, since this package must not import the trainer."""
+_TAIL_LINES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a stage ended.
+
+    Attributes:
+        code: The launcher's exit code.
+        record: Its termination message; empty if it wrote none.
+        tail: The last lines of its log.
+    """
+
+    code: int
+    record: Mapping[str, Any]
+    tail: str
+
+
+def run(bundle: Bundle, *, fresh: bool, verbose: bool) -> int:
+    """Prepare and train, showing progress; returns the trainer's exit code.
+
+    Raises:
+        SpecError: The trainer is not installed, or the manifest needs what only a cluster has.
+    """
+    require_trainer("kubetune run")
+    if problem := batch_problem(bundle.job.spec, ranks=bundle.job.spec.ranks):
+        raise SpecError(bundle.title, problems=[problem])
+    console = Console()
+    processes = processes_for(bundle.job, limit=devices())
+    with tempfile.TemporaryDirectory(prefix="kubetune-run-") as folder, Display(console) as display:
+        for note in (_about_processes(bundle.job, processes), *_about_references(bundle, os.environ)):
+            display.say(note)
+        config = Path(folder) / CONFIG_FILE
+        config.write_text(dump_config(local_config(bundle, processes=processes)), encoding="utf-8")
+        environment = os.environ | local_environment(bundle, os.environ, folder=Path(folder))
+        if fresh:
+            _delete_former(config, environment, title=bundle.title)
+        for recipe, ranks in (("prepare", 1), ("finetune", processes)):
+            outcome = _stage(
+                recipe, config=config, environment=environment, ranks=ranks, display=display, verbose=verbose
+            )
+            if outcome.code:
+                return _report(outcome, bundle, display=display)
+        display.say(f"{bundle.title} is complete")
+    return ExitCode.DONE
+
+
+def require_trainer(purpose: str) -> None:
+    """Make sure that the trainer can be started.
+
+    Raises:
+        SpecError: It is not installed.
+    """
+    missing = [name for name in ("kubetune_trainer", "torch") if importlib.util.find_spec(name) is None]
+    if missing:
+        problem = f"needs the trainer ({', '.join(missing)} not found): pip install 'kubetune[trainer]'"
+        raise SpecError(purpose, problems=[problem])
+
+
+def devices() -> int:
+    """How many processes this machine has room for: its NVIDIA GPUs, otherwise its CPUs."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*"))) or len(os.sched_getaffinity(0))
+
+
+def processes_for(job: FineTuneJob, *, limit: int) -> int:
+    """The most processes, up to the manifest's number and the limit, that share the global batch out evenly."""
+    most = max(1, min(job.spec.ranks, limit))
+    return next(number for number in range(most, 0, -1) if batch_problem(job.spec, ranks=number) is None)
+
+
+def local_config(bundle: Bundle, *, processes: int) -> dict[str, Any]:
+    """The config that the operator would render, for one node with these processes and jobRefs to earlier local runs.
+
+    Raises:
+        SpecError: A jobRef does not say which output it means.
+    """
+    job = bundle.job
+    compute = (job.spec.compute or Compute()).model_copy(update={"nodes": 1})
+    one_node = job.model_copy(update={"spec": job.spec.model_copy(update={"compute": compute})})
+    resume = job.spec.checkpoint.resume_from if job.spec.checkpoint else None
+    resolved = Resolved(
+        processes_per_node=processes,
+        model=ResolvedModel(location=_referenced_output(bundle)) if job.spec.model.job_ref else None,
+        resume_from=f"{_former_run(job, resume.job_ref.name)}/checkpoints" if resume and resume.job_ref else None,
+    )
+    return render_config(one_node, resolved=resolved)
+
+
+def local_environment(bundle: Bundle, environment: Mapping[str, str], *, folder: Path) -> dict[str, str]:
+    """What the operator would put into the pod: the file's Secrets and ConfigMaps as files, the job's own variables.
+
+    Args:
+        bundle: The manifest file.
+        environment: This process's environment.
+        folder: A private folder for the files.
+
+    Raises:
+        SpecError: A variable's Secret, or the folder of volume claims, is missing.
+    """
+    own = {ENV_NUM_NODES: "1", ENV_NODE_RANK: "0", ENV_MASTER_ADDRESS: "", ENV_MASTER_PORT: ""}
+    if bundle.secrets:
+        own[ENV_SECRETS_DIR] = str(_write(bundle.secrets, folder=folder / "secrets"))
+    if bundle.config_maps:
+        own[ENV_CONFIGMAPS_DIR] = str(_write(bundle.config_maps, folder=folder / "configmaps"))
+    claims = [path for path, uri in uris(bundle.job) if uri.startswith("pvc://")]
+    if claims and not environment.get(ENV_PVC_DIR):
+        problem = f"{claims[0]}: pvc:// needs {ENV_PVC_DIR}, a folder that holds a folder for each claim"
+        raise SpecError(bundle.title, problems=[problem])
+    return _variables(bundle) | own
+
+
+def _variables(bundle: Bundle) -> dict[str, str]:
+    variables: dict[str, str] = {}
+    for variable in (bundle.job.spec.compute.env if bundle.job.spec.compute else None) or []:
+        if variable.secret_key_ref is None:
+            variables[variable.name] = variable.value or ""
+            continue
+        key = variable.secret_key_ref
+        if key.key not in bundle.secrets.get(key.name, {}):
+            problem = f"spec.compute.env: {variable.name} needs key {key.key} of Secret {key.name} in the same file"
+            raise SpecError(bundle.title, problems=[problem])
+        variables[variable.name] = bundle.secrets[key.name][key.key].decode()
+    return variables
+
+
+def _write(objects: Objects, *, folder: Path) -> Path:
+    """Write objects as a pod sees them mounted: a folder each, a file per key."""
+    for name, data in objects.items():
+        (folder / name).mkdir(parents=True, mode=0o700)
+        for key, value in data.items():
+            (folder / name / key).write_bytes(value)
+    return folder
+
+
+def _referenced_output(bundle: Bundle) -> str:
+    """The output of an earlier local run that model.jobRef means."""
+    reference = bundle.job.spec.model.job_ref
+    assert reference is not None  # noqa: S101 (the caller's own condition)
+    name = reference.output
+    if name is None and reference.name in bundle.others:
+        outputs = bundle.others[reference.name].spec.outputs
+        name = next((output.name for output in outputs if output.type == "HuggingFace"), None)
+    if name is None:
+        problem = (
+            f"spec.model.jobRef.output: Required value: `kubetune run` needs the name of the output of {reference.name}"
+        )
+        raise SpecError(bundle.title, problems=[problem])
+    return f"{_former_run(bundle.job, reference.name)}/outputs/{name}"
+
+
+def _former_run(job: FineTuneJob, name: str) -> str:
+    return f"{job.spec.workspace.uri.rstrip('/')}/{job.metadata.namespace}/{name}-local"
+
+
+def _about_processes(job: FineTuneJob, processes: int) -> str:
+    compute = job.spec.compute or Compute()
+    asked = f"{compute.nodes} node{'s' if compute.nodes > 1 else ''}"
+    if compute.accelerator:
+        asked += f" x {compute.accelerator.per_node} {compute.accelerator.resource}"
+    return f"{asked}: run as {processes} process{'es' if processes > 1 else ''} on this machine"
+
+
+def _about_references(bundle: Bundle, environment: Mapping[str, str]) -> Iterator[str]:
+    """What stands in for Secrets that the file does not hold."""
+    told: set[tuple[str, str]] = set()
+    for reference in references(bundle.job):
+        if (reference.kind, reference.name) in told or _is_at_hand(reference, bundle, environment):
+            continue
+        told.add((reference.kind, reference.name))
+        if reference.kind == "Secret":
+            stand_in = "HF_TOKEN" if reference.path.endswith("tokenSecret") else "the AWS_… variables or profile"
+            yield f"note: Secret {reference.name} is not in the file; {stand_in} of this environment is used"
+        else:
+            yield f"note: ConfigMap {reference.name} ({reference.path}) is not in the file"
+
+
+def _is_at_hand(reference: Reference, bundle: Bundle, environment: Mapping[str, str]) -> bool:
+    held, variable = {
+        "Secret": (bundle.secrets, ENV_SECRETS_DIR),
+        "ConfigMap": (bundle.config_maps, ENV_CONFIGMAPS_DIR),
+    }[reference.kind]
+    return reference.name in held or (not held and (Path(environment.get(variable, "")) / reference.name).is_dir())
+
+
+def _delete_former(config: Path, environment: Mapping[str, str], *, title: str) -> None:
+    command = [sys.executable, "-P", "-c", _DELETE_RUN, str(config)]
+    deleted = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    if deleted.returncode:
+        last = (deleted.stderr.strip().splitlines() or [""])[-1]
+        raise SpecError(title, problems=[f"what an earlier run left cannot be deleted: {last}"])
+
+
+def _stage(
+    recipe: str, *, config: Path, environment: Mapping[str, str], ranks: int, display: Display, verbose: bool
+) -> Outcome:
+    """Run one recipe under the launcher, to its end."""
+    message = config.with_name(f"{recipe}.json")
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "kubetune_trainer.launch", recipe, "--config", str(config)],
+        env={**environment, ENV_PROCESSES_PER_NODE: str(ranks), ENV_TERMINATION_LOG: str(message)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        process_group=0,  # Ctrl-C reaches this process alone, which asks the launcher to stop
+    )
+    assert process.stdout is not None  # noqa: S101 (PIPE)
+    assert process.stderr is not None  # noqa: S101 (PIPE)
+    tail: deque[str] = deque(maxlen=_TAIL_LINES)
+    reader = threading.Thread(target=_drain, args=(process.stderr, tail, display if verbose else None), daemon=True)
+    reader.start()
+    with _stopping(process, display=display):
+        display.show_lines(process.stdout)
+        code = process.wait()
+    reader.join(timeout=5)
+    return Outcome(code=code if code >= 0 else 128 - code, record=_record(message), tail="".join(tail))
+
+
+def _drain(stream: IO[str], tail: deque[str], display: Display | None) -> None:
+    for line in stream:
+        tail.append(line)
+        if display is not None:
+            display.say(line.rstrip("\n"))
+
+
+@contextmanager
+def _stopping(process: "subprocess.Popen[str]", *, display: Display) -> Iterator[None]:
+    """Pass Ctrl-C and SIGTERM on: the first asks for a checkpoint, the second kills."""
+    asked = False
+
+    def stop(_number: int, _frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            process.kill()
+        else:
+            process.terminate()
+            display.say("stopping: a checkpoint is written; once more to stop without")
+        asked = True
+
+    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _record(path: Path) -> Mapping[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _report(outcome: Outcome, bundle: Bundle, *, display: Display) -> int:
+    """Say why it ended and what to do; returns the exit code."""
+    if outcome.code == ExitCode.PREEMPTED:
+        where = f"checkpoint {display.last_checkpoint}" if display.last_checkpoint else "no checkpoint was needed yet"
+        display.say(f"stopped after step {display.step}, {where}; the same command goes on from there")
+        return outcome.code
+    record = outcome.record
+    said = record.get("message") or f"the trainer ended with exit code {outcome.code}\n{outcome.tail}".rstrip()
+    # The trainer's own messages name the job already.
+    sys.stderr.write(f"error: {said if bundle.title in said else f'{bundle.title}: {said}'}\n")
+    if hint := record.get("hint"):
+        sys.stderr.write(f"hint: {hint}\n")
+    return outcome.code

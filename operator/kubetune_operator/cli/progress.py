@@ -1,0 +1,142 @@
+"""The trainer's events as people read them: a line each, and on a terminal a bar."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from kubetune_operator.api.finetunejob import duration
+
+Event = Mapping[str, Any]
+
+
+def parse_event(line: str) -> Event | None:
+    """The event on a line, None if the line is something else."""
+    if not line.startswith("{"):
+        return None
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
+def describe(event: Event) -> str:
+    """One event as a sentence; its fields as they are where it is of another kind."""
+    if sentence := _SENTENCES.get(event["event"]):
+        return sentence(event)
+    told = (f"{key}={value}" for key, value in event.items() if key not in {"event", "time", "attempt"})
+    return " ".join([event["event"], *told])
+
+
+def _step(event: Event) -> str:
+    parts = [
+        f"step {event.get('step')}/{event.get('totalSteps')}",
+        f"loss {_number(event.get('loss'))}",
+        f"{_number(event.get('tokensPerSecond'))} tokens/s",
+    ]
+    if (eta := event.get("etaSeconds")) is not None:
+        parts.append(f"ETA {duration(int(eta))}")
+    return "  ".join(parts)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _size(value: Any) -> str:
+    if not isinstance(value, int):
+        return "size unknown"
+    size, units = float(value), iter(("bytes", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while size >= 1000 and unit != "TB":
+        size, unit = size / 1000, next(units)
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+_SENTENCES: dict[str, Callable[[Event], str]] = {
+    "step": _step,
+    "validation": lambda event: (
+        f"validation after step {event.get('step')}: loss {_number(event.get('validationLoss'))}"
+    ),
+    "checkpoint": lambda event: f"checkpoint of step {event.get('step')}: {event.get('uri')}",
+    "checkpointFailed": lambda event: (
+        f"warning: no checkpoint of step {event.get('step')}, training goes on: {event.get('message')}"
+    ),
+    "resume": lambda event: f"resumed after step {event.get('step')} from {event.get('uri')}",
+    "output": lambda event: (
+        f"output {event.get('name')} ({event.get('type')}): {event.get('uri')}, {_size(event.get('bytes'))}"
+    ),
+    "warning": lambda event: f"warning: {event.get('message')}",
+    "error": lambda event: f"error: {event.get('message')}",
+    "phase": lambda event: str(event.get("phase")),
+}
+
+
+class Display:
+    """Shows events as they come: lines where nobody looks, lines over a bar on a terminal.
+
+    Attributes:
+        last_checkpoint: URI of the last checkpoint that was complete, None before the first.
+        step: The last step that was done.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.last_checkpoint: str | None = None
+        self.step = 0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[detail]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show_lines(self, lines: Iterable[str]) -> None:
+        """Show what a trainer writes until it stops writing."""
+        for line in lines:
+            event = parse_event(line)
+            if event is not None:
+                self.show(event)
+            elif line.strip():
+                self.say(line.rstrip("\n"))
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        kind = event["event"]
+        if kind == "checkpoint":
+            self.last_checkpoint = str(event.get("uri"))
+        if kind == "step":
+            self.step = int(event.get("step", self.step))
+            if self.console.is_terminal:
+                self._advance(event)
+                return
+        self.say(describe(event))
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        self.console.print(escape(text), highlight=False, soft_wrap=True)
+
+    def _advance(self, event: Event) -> None:
+        total = int(event.get("totalSteps") or 0)
+        if self._task is None:
+            self._task = self._bar.add_task("training", total=total, detail="")
+        detail = describe(event).partition("  ")[2]
+        self._bar.update(self._task, completed=self.step, total=total, detail=escape(detail))
