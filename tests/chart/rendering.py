@@ -92,7 +92,7 @@ class Rendered:
         return [each for each in self.objects if each["kind"] != "CustomResourceDefinition"]
 
 
-class _Strict(yaml.SafeLoader):
+class _Strict(yaml.CSafeLoader):
     """Refuses a key that stands twice, as the API server does."""
 
 

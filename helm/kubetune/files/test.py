@@ -4,7 +4,6 @@ import json
 import os
 import ssl
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -22,22 +21,27 @@ def served_resources() -> set[str]:
         return {resource["name"] for resource in json.load(answer)["resources"]}
 
 
-def wait_ready(url: str, *, seconds: float) -> None:
-    """Return when the operator says that it is ready."""
+def wait_for_leader(url: str, *, seconds: float) -> None:
+    """Return when an operator says that it holds the Lease. With replicas, the Service asks one or the other."""
     deadline = time.monotonic() + seconds
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError) as error:
-            if time.monotonic() > deadline:
-                raise SystemExit(f"{url} is not ready after {seconds:.0f} s: {error}") from error
-            time.sleep(1)
+    while (said := answer_of(url)) != "leading":
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{url}: no operator is at work after {seconds:.0f} s; the last answer was: {said}")
+        time.sleep(1)
+
+
+def answer_of(url: str) -> str:
+    """What the operator says, or why it says nothing."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.read().decode()
+    except OSError as error:
+        return str(error)
 
 
 missing = {"finetunejobs", "finetunejobs/status"} - served_resources()
 if missing:
     raise SystemExit(f"{GROUP} does not serve {', '.join(sorted(missing))}: are the CRDs of this version installed?")
 print(f"{GROUP} is served")
-wait_ready(os.environ["READYZ"], seconds=60)
-print(f"{os.environ['READYZ']} answers")
+wait_for_leader(os.environ["READYZ"], seconds=60)
+print(f"{os.environ['READYZ']} is at work")
