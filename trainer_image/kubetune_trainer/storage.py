@@ -1,0 +1,463 @@
+"""Folders that outlive a pod, behind one small interface: s3://bucket/path, pvc://claim/path, file://path.
+
+    store = open_store("s3://team/runs", s3=config.storage.s3)
+    store.upload(Path("model.safetensors"), "outputs/model.safetensors")
+
+Paths are relative to the URI and use slashes. What is written appears whole or not at all. Every call has a timeout and
+a limit of retries, and says by its error whose turn it is:
+
+    ConfigError      the bucket does not exist, or the credentials do not open it
+    DataError        an object is missing, or is not the one that was recorded
+    DoesNotFitError  the disk is full
+    StorageError     the service did not answer; a later attempt may succeed
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from kubetune_trainer.errors import ConfigError, DataError, DoesNotFitError, StorageError, TrainerError
+from kubetune_trainer.names import (
+    DEFAULT_CONFIGMAPS_DIR,
+    DEFAULT_PVC_DIR,
+    DEFAULT_SECRETS_DIR,
+    ENV_CONFIGMAPS_DIR,
+    ENV_PVC_DIR,
+    ENV_SCRATCH,
+    ENV_SECRETS_DIR,
+)
+
+if TYPE_CHECKING:
+    from kubetune_trainer.config import ConfigMapKey, S3Storage, SecretKey, SecretName
+
+CONNECT_TIMEOUT_SECONDS: Final = 5
+READ_TIMEOUT_SECONDS: Final = 60
+REQUEST_ATTEMPTS: Final = 5
+"""Tries per request, with pauses that grow to 20 s: at the worst about a minute when nobody listens."""
+_DENIED: Final = frozenset(
+    {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "401"}
+)
+_MISSING: Final = frozenset({"404", "NoSuchKey", "NotFound"})
+_FULL: Final = frozenset({"507", "InsufficientStorage", "QuotaExceeded", "XMinioStorageFull"})
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One file of a store.
+
+    Attributes:
+        path: Relative to the store's URI.
+        size: In bytes.
+        etag: Changes when the content does: S3's ETag, or size and time of change of a local file.
+    """
+
+    path: str
+    size: int
+    etag: str
+
+
+class Store(Protocol):
+    """A folder. `S3Store` and `LocalStore` are the two there are."""
+
+    def uri(self, path: str = "") -> str:
+        """The URI of `path`, for messages and for the status."""
+
+    def local_path(self, path: str = "") -> Path | None:
+        """Where `path` lies on this machine, or None if it has to be downloaded."""
+
+    def exists(self, path: str) -> bool:
+        """Whether there is a file `path`."""
+
+    def read_bytes(self, path: str) -> bytes:
+        """The content of `path`."""
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write `path`, whole or not at all."""
+
+    def list(self, prefix: str = "") -> list[ObjectInfo]:
+        """The files below the folder `prefix`, or the file `prefix` itself, sorted by path."""
+
+    def download(self, path: str, local: Path, *, etag: str | None = None) -> None:
+        """Copy `path` to `local`; with `etag`, only if that is still its ETag."""
+
+    def upload(self, local: Path, path: str) -> None:
+        """Copy `local` to `path`; large files in parts, each with a checksum."""
+
+    def delete_tree(self, prefix: str) -> None:
+        """Remove the folder or file `prefix`; nothing there is no error."""
+
+
+def open_store(uri: str, *, s3: "S3Storage | None" = None) -> Store:
+    """The folder at `uri`; nothing is asked of it yet.
+
+    Args:
+        uri: s3://bucket/path, pvc://claim/path, or file://path; the last from the working directory unless it begins
+            with a slash.
+        s3: How to reach the S3 service; None leaves all of it to the environment.
+    """
+    scheme, _, rest = uri.partition("://")
+    if scheme == "s3":
+        bucket, _, prefix = rest.partition("/")
+        return S3Store(bucket, prefix.strip("/"), s3)
+    if scheme == "pvc":
+        claim, _, path = rest.partition("/")
+        root = Path(os.environ.get(ENV_PVC_DIR, DEFAULT_PVC_DIR)) / claim
+        if not root.is_dir():
+            raise ConfigError(f"{uri}: the claim {claim} is not mounted at {root}")
+        return LocalStore(uri, root / path)
+    if scheme == "file":
+        return LocalStore(uri, Path(rest))
+    raise ConfigError(f"a URI must begin with s3://, pvc:// or file://, got {uri}")
+
+
+def split_file_uri(uri: str) -> tuple[str, str]:
+    """The URI of a file as (URI of its folder, its name)."""
+    folder, _, name = uri.rstrip("/").rpartition("/")
+    return folder, name
+
+
+def download_tree(store: Store, prefix: str, local: Path) -> None:
+    """Copy every file below `prefix` into the folder `local`."""
+    head = f"{prefix.strip('/')}/" if prefix else ""
+    for info in store.list(prefix):
+        store.download(info.path, local / info.path.removeprefix(head))
+
+
+def upload_tree(store: Store, local: Path, prefix: str) -> None:
+    """Copy every file below the folder `local` to below `prefix`."""
+    head = f"{prefix.strip('/')}/" if prefix else ""
+    for path in sorted(path for path in local.rglob("*") if path.is_file()):
+        store.upload(path, f"{head}{path.relative_to(local).as_posix()}")
+
+
+@cache
+def scratch_dir() -> Path:
+    """A local folder for what may be lost: downloads, staged checkpoints. In a pod it is a volume of its own."""
+    if given := os.environ.get(ENV_SCRATCH):
+        Path(given).mkdir(parents=True, exist_ok=True)
+        return Path(given)
+    return Path(tempfile.mkdtemp(prefix="kubetune-"))
+
+
+def secret_folder(secret: "SecretName") -> Path | None:
+    """The folder of a Secret's keys, or None outside of a pod, where the environment has them."""
+    folder = Path(os.environ.get(ENV_SECRETS_DIR, DEFAULT_SECRETS_DIR)) / secret.name
+    return folder if folder.is_dir() else None
+
+
+def read_secret(secret: "SecretKey") -> str | None:
+    """The value of a Secret's key, or None outside of a pod, where the environment has it.
+
+    Raises:
+        ConfigError: The Secret is there and has no such key.
+    """
+    folder = Path(os.environ.get(ENV_SECRETS_DIR, DEFAULT_SECRETS_DIR)) / secret.name
+    return _read_key(folder, secret.key) if folder.is_dir() else None
+
+
+def config_map_file(reference: "ConfigMapKey") -> Path:
+    """The file of a ConfigMap's key.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    path = Path(os.environ.get(ENV_CONFIGMAPS_DIR, DEFAULT_CONFIGMAPS_DIR)) / reference.name / reference.key
+    if not path.is_file():
+        raise ConfigError(f"ConfigMap {reference.name} must have the key {reference.key}; there is no {path}")
+    return path
+
+
+class LocalStore:
+    """A folder of the file system: file:// and pvc://."""
+
+    def __init__(self, uri: str, root: Path) -> None:
+        """Begins with a folder that need not exist.
+
+        Args:
+            uri: How the user wrote it.
+            root: Where it is.
+        """
+        self._uri, self._root = uri.rstrip("/"), root
+
+    def uri(self, path: str = "") -> str:
+        """As `Store.uri`."""
+        return f"{self._uri}/{path}".rstrip("/")
+
+    def local_path(self, path: str = "") -> Path | None:
+        """As `Store.local_path`."""
+        return self._root / path
+
+    def exists(self, path: str) -> bool:
+        """As `Store.exists`."""
+        return (self._root / path).is_file()
+
+    def read_bytes(self, path: str) -> bytes:
+        """As `Store.read_bytes`."""
+        with _local_errors(self.uri(path)):
+            return (self._root / path).read_bytes()
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """As `Store.write_bytes`."""
+        with _local_errors(self.uri(path)), _replacing(self._root / path) as temporary:
+            temporary.write_bytes(data)
+
+    def list(self, prefix: str = "") -> list[ObjectInfo]:
+        """As `Store.list`."""
+        start = self._root / prefix
+        paths = [start] if start.is_file() else sorted(start.rglob("*"))
+        return [self._info(path) for path in paths if path.is_file() and not _is_temporary(path)]
+
+    def download(self, path: str, local: Path, *, etag: str | None = None) -> None:
+        """As `Store.download`."""
+        with _local_errors(self.uri(path)):
+            _check_etag(self.uri(path), expected=etag, found=self._info(self._root / path).etag)
+            with _replacing(local) as temporary:
+                shutil.copyfile(self._root / path, temporary)
+
+    def upload(self, local: Path, path: str) -> None:
+        """As `Store.upload`."""
+        with _local_errors(self.uri(path)), _replacing(self._root / path) as temporary:
+            shutil.copyfile(local, temporary)
+
+    def delete_tree(self, prefix: str) -> None:
+        """As `Store.delete_tree`."""
+        target = self._root / prefix
+        with _local_errors(self.uri(prefix)):
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+
+    def _info(self, path: Path) -> ObjectInfo:
+        found = path.stat()
+        name = path.relative_to(self._root).as_posix() if path != self._root else ""
+        return ObjectInfo(name, found.st_size, f"{found.st_size}-{found.st_mtime_ns}")
+
+
+class S3Store:
+    """A prefix of an S3 bucket."""
+
+    def __init__(self, bucket: str, prefix: str, s3: "S3Storage | None") -> None:
+        """Begins without a connection.
+
+        Args:
+            bucket: The bucket.
+            prefix: What every key begins with, without slashes at its ends.
+            s3: How to reach the service.
+        """
+        self._bucket, self._prefix, self._s3 = bucket, prefix, s3
+
+    def uri(self, path: str = "") -> str:
+        """As `Store.uri`."""
+        return f"s3://{self._bucket}/{self._key(path)}".rstrip("/")
+
+    def local_path(self, path: str = "") -> Path | None:  # noqa: ARG002 (never)
+        """As `Store.local_path`."""
+        return None
+
+    def exists(self, path: str) -> bool:
+        """As `Store.exists`."""
+        try:
+            self._head(path)
+        except DataError:
+            return False
+        return True
+
+    def read_bytes(self, path: str) -> bytes:
+        """As `Store.read_bytes`."""
+        with self._errors(path):
+            content: bytes = self._client.get_object(Bucket=self._bucket, Key=self._key(path))["Body"].read()
+        return content
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """As `Store.write_bytes`."""
+        with self._errors(path):
+            self._client.put_object(Bucket=self._bucket, Key=self._key(path), Body=data)
+
+    def list(self, prefix: str = "") -> list[ObjectInfo]:
+        """As `Store.list`."""
+        return sorted(self._list(prefix), key=lambda info: info.path)
+
+    def download(self, path: str, local: Path, *, etag: str | None = None) -> None:
+        """As `Store.download`."""
+        if etag is not None:
+            _check_etag(self.uri(path), expected=etag, found=_etag(self._head(path)))
+        with self._errors(path), _replacing(local) as temporary:
+            self._client.download_file(self._bucket, self._key(path), str(temporary))
+
+    def upload(self, local: Path, path: str) -> None:
+        """As `Store.upload`."""
+        with self._errors(path):
+            self._client.upload_file(str(local), self._bucket, self._key(path))
+
+    def delete_tree(self, prefix: str) -> None:
+        """As `Store.delete_tree`."""
+        keys = [{"Key": self._key(info.path)} for info in self._list(prefix)]
+        with self._errors(prefix):
+            for start in range(0, len(keys), 1000):  # S3's limit of one request
+                self._client.delete_objects(
+                    Bucket=self._bucket, Delete={"Objects": keys[start : start + 1000], "Quiet": True}
+                )
+
+    @property
+    def _client(self) -> Any:
+        try:
+            return _client(self._s3)
+        except ValueError as error:
+            raise ConfigError(f"{self.uri()}: storage.s3 cannot be used: {error}") from error
+
+    def _key(self, path: str) -> str:
+        return "/".join(part for part in (self._prefix, path.strip("/")) if part)
+
+    def _list(self, prefix: str) -> Iterator[ObjectInfo]:
+        key = self._key(prefix)
+        head = f"{self._prefix}/" if self._prefix else ""
+        with self._errors(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=key)
+            for entry in (entry for page in pages for entry in page.get("Contents", ())):
+                name: str = entry["Key"]
+                # A prefix of S3's is a prefix of names: step-1 is also one of step-10, which is another folder.
+                if name == key or not key or name.startswith(f"{key}/"):
+                    yield ObjectInfo(
+                        name.removeprefix(head) if name != self._prefix else "", entry["Size"], _etag(entry)
+                    )
+
+    def _head(self, path: str) -> dict[str, Any]:
+        with self._errors(path):
+            found: dict[str, Any] = self._client.head_object(Bucket=self._bucket, Key=self._key(path))
+        return found
+
+    @contextlib.contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        from boto3.exceptions import Boto3Error  # noqa: PLC0415 (a slow import that local runs do without)
+        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
+
+        try:
+            yield
+        except (ClientError, BotoCoreError, Boto3Error) as error:
+            raise _translate(error, uri=self.uri(path), bucket=self._bucket) from error
+        except OSError as error:
+            raise _local_error(error, self.uri(path)) from error
+
+
+@cache
+def _client(s3: "S3Storage | None") -> Any:
+    """One client per service and process: it is made slowly and may be shared by threads."""
+    import boto3  # noqa: PLC0415 (a slow import that local runs do without)
+    from botocore.config import Config  # noqa: PLC0415
+
+    endpoint = s3.endpoint if s3 else None
+    settings = Config(
+        connect_timeout=CONNECT_TIMEOUT_SECONDS,
+        read_timeout=READ_TIMEOUT_SECONDS,
+        retries={"mode": "standard", "total_max_attempts": REQUEST_ATTEMPTS},
+        # Services other than AWS seldom answer to bucket.host.
+        s3={"addressing_style": "path" if endpoint else "auto"},
+    )
+    bundle = str(config_map_file(s3.ca_bundle.config_map)) if s3 and s3.ca_bundle else None
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name=s3.region if s3 else None,
+        verify=bundle,
+        config=settings,
+        **_credentials(s3),
+    )
+
+
+def _credentials(s3: "S3Storage | None") -> dict[str, str]:
+    if s3 is None or s3.credentials_secret is None or (folder := secret_folder(s3.credentials_secret)) is None:
+        return {}
+    names = {"aws_access_key_id": "AWS_ACCESS_KEY_ID", "aws_secret_access_key": "AWS_SECRET_ACCESS_KEY"}
+    found = {argument: _read_key(folder, key) for argument, key in names.items()}
+    if (folder / "AWS_SESSION_TOKEN").is_file():
+        found["aws_session_token"] = _read_key(folder, "AWS_SESSION_TOKEN")
+    return found
+
+
+def _read_key(folder: Path, key: str) -> str:
+    if not (folder / key).is_file():
+        there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())) or "none"
+        raise ConfigError(f"Secret {folder.name} must have the key {key}, got {there}")
+    return (folder / key).read_text().strip()
+
+
+def _translate(error: Exception, *, uri: str, bucket: str) -> TrainerError:  # noqa: PLR0911 (a table of answers)
+    from botocore.exceptions import NoCredentialsError, ParamValidationError, PartialCredentialsError  # noqa: PLC0415
+
+    # s3transfer wraps what went wrong in an error of its own, once or twice.
+    cause = error
+    while not hasattr(cause, "response") and isinstance(cause.__cause__ or cause.__context__, Exception):
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    response: dict[str, Any] = getattr(cause, "response", {})
+    code = str(response.get("Error", {}).get("Code", ""))
+    if code == "NoSuchBucket" or "NoSuchBucket" in str(error):
+        return ConfigError(f"{uri}: bucket {bucket} does not exist", hint="Create the bucket or correct the URI.")
+    if code in _DENIED:
+        return ConfigError(
+            f"{uri}: the credentials do not open it ({code})", hint="Check the Secret that storage.s3 names."
+        )
+    if isinstance(cause, NoCredentialsError | PartialCredentialsError):
+        return ConfigError(f"{uri}: no credentials", hint="Name a Secret in storage.s3.credentialsSecret.")
+    if isinstance(cause, ParamValidationError):
+        return ConfigError(f"{uri}: {cause}")
+    if code in _MISSING:
+        return DataError(f"{uri} does not exist")
+    if code in _FULL:
+        return DoesNotFitError(f"{uri}: the storage is full ({code})")
+    return StorageError(f"{uri}: {cause}", hint="Check that storage.s3.endpoint can be reached from the pod.")
+
+
+@contextlib.contextmanager
+def _local_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _local_error(error, uri) from error
+
+
+def _local_error(error: OSError, uri: str) -> TrainerError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DoesNotFitError(f"{uri}: the disk is full", hint="Enlarge the volume, or keep fewer checkpoints.")
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{uri} does not exist")
+    if isinstance(error, PermissionError):
+        return ConfigError(f"{uri}: permission denied", hint="The pod runs as user and group 65532.")
+    return StorageError(f"{uri}: {error}")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` if the block succeeds, and leaves nothing if it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
+def _check_etag(uri: str, *, expected: str | None, found: str) -> None:
+    if expected is not None and expected != found:
+        raise DataError(
+            f"{uri} has changed since the run was prepared: its ETag was {expected} and is {found}",
+            hint="Restore the file, or start a new job.",
+        )
+
+
+def _etag(entry: dict[str, Any]) -> str:
+    return str(entry["ETag"]).strip('"')
