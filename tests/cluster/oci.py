@@ -1,4 +1,4 @@
-"""The image format, as far as it is needed here: an image of a few files written without a build tool, and thin archives."""
+"""The image format, as far as it is needed here: images of a few files written without a build tool, and archives."""
 
 import hashlib
 import io
@@ -39,19 +39,33 @@ def write_image(path: Path, *, reference: str, files: Mapping[str, Path], entryp
     The same input gives the same bytes, so an image that has not changed is not loaded again.
     """
     layer = Blob(LAYER, _layer(files))
-    config = _json(CONFIG, {
+    config = json_blob(CONFIG, {
         "architecture": "amd64",
         "os": "linux",
         "config": {"Entrypoint": list(entrypoint), "User": "65532:65532"},
         "rootfs": {"type": "layers", "diff_ids": [layer.digest]},
     })  # fmt: skip
-    manifest = _json(MANIFEST, {
-        "schemaVersion": 2, "mediaType": MANIFEST, "config": config.descriptor, "layers": [layer.descriptor],
-    })  # fmt: skip
+    manifest = image_manifest(config, [layer.descriptor])
     with tarfile.open(path, "w") as archive:
         for blob in (layer, config, manifest):
-            add_bytes(archive, f"blobs/{blob.digest.replace(':', '/')}", blob.content)
+            add_blob(archive, blob)
         add_index(archive, reference=reference, manifest=manifest.descriptor)
+
+
+def image_manifest(config: Blob, layers: Sequence[Mapping[str, Any]]) -> Blob:
+    """What ties a configuration and the descriptors of layers, bottom first, together to an image."""
+    content = {"schemaVersion": 2, "mediaType": MANIFEST, "config": config.descriptor, "layers": list(layers)}
+    return json_blob(MANIFEST, content)
+
+
+def json_blob(media_type: str, content: Mapping[str, Any]) -> Blob:
+    """A blob of JSON; the same content gives the same bytes."""
+    return Blob(media_type, json.dumps(content, sort_keys=True).encode())
+
+
+def add_blob(archive: tarfile.TarFile, blob: Blob) -> None:
+    """Add a blob where the format wants it."""
+    add_bytes(archive, f"blobs/{blob.digest.replace(':', '/')}", blob.content)
 
 
 def add_index(archive: tarfile.TarFile, *, reference: str, manifest: Mapping[str, Any]) -> None:
@@ -59,7 +73,7 @@ def add_index(archive: tarfile.TarFile, *, reference: str, manifest: Mapping[str
     annotations = {"io.containerd.image.name": reference, "org.opencontainers.image.ref.name": reference}
     manifests = [{**manifest, "annotations": annotations}]
     add_bytes(archive, "oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
-    add_bytes(archive, "index.json", _json(INDEX, {"schemaVersion": 2, "manifests": manifests}).content)
+    add_bytes(archive, "index.json", json_blob(INDEX, {"schemaVersion": 2, "manifests": manifests}).content)
 
 
 def add_bytes(archive: tarfile.TarFile, name: str, content: bytes, *, mode: int = 0o644) -> None:
@@ -76,7 +90,3 @@ def _layer(files: Mapping[str, Path]) -> bytes:
         for name, path in sorted(files.items()):
             add_bytes(archive, name.lstrip("/"), path.read_bytes(), mode=0o755)
     return buffer.getvalue()
-
-
-def _json(media_type: str, content: Mapping[str, Any]) -> Blob:
-    return Blob(media_type, json.dumps(content, sort_keys=True).encode())
