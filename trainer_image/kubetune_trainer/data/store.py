@@ -1,0 +1,138 @@
+"""Token rows on disk: written as a stream, read through memory maps, so that neither side holds a data set in memory.
+
+A folder with four arrays: `offsets.bin` says where each row begins and ends in `tokens.bin`, `labels.bin` and
+`documents.bin`. `COMPLETE`, written last, makes the folder count.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import numpy as np
+
+from kubetune_trainer.errors import DataError
+from kubetune_trainer.names import COMPLETE_MARKER, IGNORE_LABEL
+
+ARRAYS = ("tokens", "labels", "documents")
+_OFFSETS = "offsets"
+_ITEM = np.dtype("<i4")
+_OFFSET = np.dtype("<i8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One record after the tokenizer."""
+
+    tokens: np.ndarray
+    """Token ids, int32."""
+    trained: np.ndarray
+    """Whether the loss asks for this token, bool."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """For each token the next one if that is trained, IGNORE_LABEL otherwise and at the end; int32."""
+        labels = np.full(len(self.tokens), IGNORE_LABEL, dtype=_ITEM)
+        labels[:-1] = np.where(self.trained[1:], self.tokens[1:], IGNORE_LABEL)
+        return labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a model sees as one sequence: one sample, or several packed together. All arrays are int32 of one length."""
+
+    tokens: np.ndarray
+    """Token ids."""
+    labels: np.ndarray
+    """The target of each position, already shifted: the next token of the same sample, or IGNORE_LABEL."""
+    documents: np.ndarray
+    """Number of the sample within the row that a token belongs to, from 0."""
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Place of each token in its own sample."""
+        places = np.arange(len(self.documents), dtype=_ITEM)
+        begins = np.flatnonzero(np.diff(self.documents, prepend=-1))
+        return places - np.repeat(begins, np.diff(begins, append=len(places))).astype(_ITEM)
+
+
+class DataStore(Sequence[Row]):
+    """The rows of a folder that `DataWriter` wrote."""
+
+    def __init__(self, folder: Path, offsets: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
+        self.folder = folder
+        self._offsets = offsets
+        self._arrays = arrays
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "DataStore":
+        """Opens a folder without reading it.
+
+        Raises:
+            DataError: It is not there, was not written to its end, or its files do not belong together.
+        """
+        folder = Path(folder)
+        if not (folder / COMPLETE_MARKER).is_file():
+            raise DataError(f"data store {folder}: {COMPLETE_MARKER} is missing, so it was not written to its end")
+        offsets = np.fromfile(folder / f"{_OFFSETS}.bin", dtype=_OFFSET)
+        arrays = {name: _map(folder / f"{name}.bin") for name in ARRAYS}
+        for name, array in arrays.items():
+            if len(array) != offsets[-1]:
+                raise DataError(f"data store {folder}: {name}.bin must hold {offsets[-1]} items, got {len(array)}")
+        return cls(folder, offsets, arrays)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows."""
+        return int(self._offsets[-1])
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override] # rows are asked for one by one
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        part = slice(self._offsets[index], self._offsets[index + 1])
+        return Row(**{name: array[part] for name, array in self._arrays.items()})
+
+
+class DataWriter:
+    """Writes rows one after the other; leaving the `with` block without an error makes the folder complete."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / COMPLETE_MARKER).unlink(missing_ok=True)
+        self._folder = folder
+        self._files: dict[str, IO[bytes]] = {name: (folder / f"{name}.bin").open("wb") for name in ARRAYS}
+        self._offsets = [0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+        if kind is None:
+            np.array(self._offsets, dtype=_OFFSET).tofile(self._folder / f"{_OFFSETS}.bin")
+            (self._folder / COMPLETE_MARKER).touch()
+
+    def append(self, samples: Sequence[Sample]) -> None:
+        """Writes one row made of these samples."""
+        for document, sample in enumerate(samples):
+            self._write("tokens", sample.tokens)
+            self._write("labels", sample.labels)
+            self._write("documents", np.full(len(sample.tokens), document))
+        self._offsets.append(self._offsets[-1] + sum(len(sample.tokens) for sample in samples))
+
+    def _write(self, name: str, values: np.ndarray) -> None:
+        self._files[name].write(values.astype(_ITEM).tobytes())
+
+
+def _map(path: Path) -> np.ndarray:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype=_ITEM)
+    return np.memmap(path, dtype=_ITEM, mode="r")
