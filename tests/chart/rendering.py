@@ -87,9 +87,9 @@ class Rendered:
         deployed = [each["spec"]["template"]["spec"] for each in self.of("Deployment")]
         return deployed + [each["spec"] for each in self.of("Pod")]
 
-    def without_crds(self) -> list[dict[str, Any]]:
-        """All objects but the custom resource definitions, which have tests of their own."""
-        return [each for each in self.objects if each["kind"] != "CustomResourceDefinition"]
+    def own(self) -> list[dict[str, Any]]:
+        """All objects but those that carry a file of the tree: the custom resource definitions and the dashboard."""
+        return [each for each in self.objects if each["kind"] not in {"CustomResourceDefinition", "ConfigMap"}]
 
 
 class _Strict(yaml.CSafeLoader):
@@ -129,7 +129,18 @@ def render_chart(values: Mapping[str, Any], *, namespace: str = "kubetune-system
         return Rendered(run_helm("template", *arguments, *apis).stdout)
 
 
+class _Readable(yaml.SafeDumper):
+    """Writes text of several lines as it is."""
+
+
+_Readable.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+
+
 if __name__ == "__main__":
     for mode, mode_values in MODES.items():
-        objects = render_chart(mode_values).without_crds()
-        (GOLDEN / f"{mode}.yaml").write_text(yaml.safe_dump_all(objects, sort_keys=False, width=160))
+        objects = render_chart(mode_values).own()
+        golden = yaml.dump_all(objects, Dumper=_Readable, sort_keys=False, width=160)
+        (GOLDEN / f"{mode}.yaml").write_text(golden)

@@ -28,7 +28,7 @@ def test_helm_lint_finds_nothing() -> None:
 def test_the_rendered_manifests_are_the_golden_ones(mode: str, render: Render) -> None:
     # A change that is wanted: `python -m tests.chart.rendering` writes them anew.
     golden = list(yaml.safe_load_all((GOLDEN / f"{mode}.yaml").read_text()))
-    rendered = render(MODES[mode]).without_crds()
+    rendered = render(MODES[mode]).own()
     assert [name_of(each) for each in rendered] == [name_of(each) for each in golden]
     for found, wanted in zip(rendered, golden, strict=True):
         assert found == wanted, name_of(wanted)
@@ -288,6 +288,12 @@ def test_alerts_and_dashboard_ask_only_for_metrics_that_exist(render: Render) ->
     asked = {name for expression in expressions for name in re.findall(r"\bkubetune_\w+", expression)}
     assert len(asked) > 10
     assert asked <= operator_series() | trainer_series()
+
+
+def test_the_dashboard_is_shipped_as_it_is(render: Render) -> None:
+    shipped = render(EVERYTHING).one("ConfigMap")
+    assert shipped["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert json.loads(shipped["data"]["kubetune.json"]) == json.loads((CHART / "files" / "dashboard.json").read_text())
 
 
 def operator_series() -> set[str]:
