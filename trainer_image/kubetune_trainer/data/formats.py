@@ -1,0 +1,142 @@
+"""The shapes that records come in, and what becomes of each: messages for the chat template, or parts of plain text.
+
+| Format           | Columns                                             | Trained                             |
+|------------------|-----------------------------------------------------|-------------------------------------|
+| Messages         | messages: list of {role, content}; tools            | as dataset.train_on says            |
+| Alpaca           | instruction, output; input, system                  | as Messages                         |
+| PromptCompletion | prompt, completion: two texts, or two message lists | texts: the completion; else as above |
+| Text             | text                                                | every token                         |
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kubetune_trainer.errors import DataError
+
+Format = Literal["Messages", "Alpaca", "PromptCompletion", "Text"]
+
+REQUIRED: Mapping[Format, tuple[str, ...]] = {
+    "Messages": ("messages",),
+    "Alpaca": ("instruction", "output"),
+    "PromptCompletion": ("prompt", "completion"),
+    "Text": ("text",),
+}
+"""What a record must have to be of a format; Auto takes the first that matches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A conversation, to be written out by the chat template."""
+
+    messages: Sequence[Mapping[str, Any]]
+    """Its messages, each with role and content."""
+    tools: Sequence[Any] | None = None
+    """What the assistant may call, where the template knows tools."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Plain text, of which the first part may be given and not trained."""
+
+    prompt: str
+    """What is given; may be empty."""
+    completion: str
+    """What is learned; an end-of-text token follows."""
+
+
+class RecordError(Exception):
+    """A record is not what its format asks for; whoever knows the file and the line says where."""
+
+
+def detect(columns: Sequence[str], *, mapping: Mapping[str, str]) -> Format:
+    """Returns the first format whose columns are all there.
+
+    Args:
+        columns: Columns of the data.
+        mapping: From a format's field to the data's own column.
+
+    Raises:
+        DataError: No format matches; names the columns and what each format asks for.
+    """
+    for candidate, fields in REQUIRED.items():
+        if all(mapping.get(field, field) in columns for field in fields):
+            return candidate
+    tried = "; ".join(f"{name} needs {' and '.join(fields)}" for name, fields in REQUIRED.items())
+    raise DataError(
+        f"the columns {', '.join(columns) or '(none)'} match no format: {tried}",
+        hint="Map the format's fields to your columns with dataset.sources[].columns, as in {prompt: question}.",
+    )
+
+
+def convert(record: Mapping[str, Any], format_: Format, *, mapping: Mapping[str, str]) -> Chat | Text:
+    """Turns a record into what is tokenized.
+
+    Args:
+        record: The record as it was read.
+        format_: Its format.
+        mapping: From the format's field to the data's own column.
+
+    Raises:
+        RecordError: A column is missing or holds something else than it should.
+    """
+    fields = _Fields(record, mapping)
+    if format_ == "Messages":
+        return Chat(messages=fields.messages("messages"), tools=fields.optional("tools"))
+    if format_ == "Alpaca":
+        return _alpaca(fields)
+    if format_ == "Text":
+        return Text(prompt="", completion=fields.text("text"))
+    if isinstance(fields.optional("prompt"), list):
+        return Chat(
+            messages=[*fields.messages("prompt"), *fields.messages("completion")], tools=fields.optional("tools")
+        )
+    return Text(prompt=fields.text("prompt"), completion=fields.text("completion"))
+
+
+def _alpaca(fields: "_Fields") -> Chat:
+    system, given = fields.optional_text("system"), fields.optional_text("input")
+    instruction = fields.text("instruction")
+    messages = [
+        {"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction},
+        {"role": "assistant", "content": fields.text("output")},
+    ]
+    return Chat(messages=[{"role": "system", "content": system}, *messages] if system else messages)
+
+
+class _Fields:
+    """A record under the format's own field names."""
+
+    def __init__(self, record: Mapping[str, Any], mapping: Mapping[str, str]) -> None:
+        self._record, self._mapping = record, mapping
+
+    def column(self, field: str) -> str:
+        return self._mapping.get(field, field)
+
+    def optional(self, field: str) -> Any:
+        return self._record.get(self.column(field))
+
+    def text(self, field: str) -> str:
+        value = self.optional(field)
+        if not isinstance(value, str):
+            raise RecordError(f"{self.column(field)} must be text, got {_shown(value)}")
+        return value
+
+    def optional_text(self, field: str) -> str:
+        return "" if self.optional(field) is None else self.text(field)
+
+    def messages(self, field: str) -> list[Mapping[str, Any]]:
+        value = self.optional(field)
+        if not isinstance(value, list) or not value:
+            raise RecordError(f"{self.column(field)} must be a list of messages, got {_shown(value)}")
+        for number, message in enumerate(value):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise RecordError(f"{self.column(field)}[{number}] must have role and content, got {_shown(message)}")
+            if message.get("content") is None and not message.get("tool_calls"):
+                raise RecordError(f"{self.column(field)}[{number}].content is missing")
+        return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
