@@ -6,12 +6,13 @@ from pathlib import Path
 
 import boto3
 import pytest
+from moto.server import ThreadedMotoServer
+
 from kubetune_trainer import storage
 from kubetune_trainer.config import S3Storage, SecretName
 from kubetune_trainer.errors import ConfigError, DataError, DoesNotFitError, StorageError
 from kubetune_trainer.names import ENV_PVC_DIR, ENV_SECRETS_DIR
 from kubetune_trainer.storage import Store, download_tree, open_store, upload_tree
-from moto.server import ThreadedMotoServer
 
 BUCKET = "team"
 
@@ -98,7 +99,7 @@ def test_a_file_that_changed_since_it_was_recorded_is_refused(store: Store, tmp_
 @pytest.mark.parametrize(
     "read",
     [
-        lambda store, target: store.read_bytes("nothing"),
+        lambda store, _: store.read_bytes("nothing"),
         lambda store, target: store.download("nothing", target / "x"),
         lambda store, target: store.download("nothing", target / "x", etag="e"),
     ],
@@ -113,7 +114,7 @@ def test_a_missing_file_is_named(store: Store, tmp_path: Path, read: Callable[[S
 def test_a_missing_bucket_is_named(s3: S3Storage) -> None:
     store = open_store("s3://nobody/runs", s3=s3)
     for call in (store.list, lambda: store.write_bytes("x", b""), lambda: store.read_bytes("x")):
-        with pytest.raises(ConfigError, match="s3://nobody/runs.*: bucket nobody does not exist"):
+        with pytest.raises(ConfigError, match=r"s3://nobody/runs.*: bucket nobody does not exist"):
             call()
 
 
