@@ -146,6 +146,7 @@ class Decoder(nn.Module):
         documents_BT: Tensor | None = None,
         labels_BT: Tensor | None = None,
         cache: KVCache | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """Run the model.
 
@@ -155,6 +156,7 @@ class Decoder(nn.Module):
             documents_BT: Document of each token, -1 for padding; attention stays inside a document. Unset means one per row.
             labels_BT: Target of each position, already shifted, -100 where none is trained.
             cache: Where keys and values are kept for the next call; it grows by T.
+            last_only: Return the logits of the last position alone, (B, 1, V).
 
         Returns:
             The logits (B, T, V) without labels; with labels the SUM of cross entropy over the trained positions, an fp32 scalar.
@@ -173,7 +175,7 @@ class Decoder(nn.Module):
         x_BTD = self.model.norm(x_BTD)
         head_VD = self.model.embed_tokens.weight if self.config.tied_embeddings else self.lm_head.weight
         if labels_BT is None:
-            return functional.linear(x_BTD, head_VD)
+            return functional.linear(x_BTD[:, -1:] if last_only else x_BTD, head_VD)
         return sum_cross_entropy(x_BTD, head_VD, labels_BT)
 
 

@@ -1,0 +1,60 @@
+"""Write adapters as a peft folder: adapter_config.json and adapter_model.safetensors."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kubetune_trainer.config import Lora
+
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+PREFIX = "base_model.model."
+
+
+def save_peft(adapters: Mapping[str, Tensor], *, target_dir: Path, lora: "Lora", base_model: str) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained` and vLLM load.
+
+    Args:
+        adapters: What `lora_state_dict` gathered.
+        target_dir: Made if it is not there.
+        lora: The settings that the adapters were made with.
+        base_model: Where the base model is: a Hub repository or a path; peft looks there unless it is given the base.
+    """
+    target_dir.mkdir(parents=True, exist_ok=True)
+    weights_file = target_dir / ADAPTER_WEIGHTS_FILE
+    save_file(
+        {PREFIX + name: tensor.contiguous() for name, tensor in adapters.items()},
+        weights_file,
+        metadata={"format": "pt"},
+    )
+    weights_file.chmod(0o644)  # safetensors lets the owner alone read it
+    config = _adapter_config(adapters, lora=lora, base_model=base_model)
+    (target_dir / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _adapter_config(adapters: Mapping[str, Tensor], *, lora: "Lora", base_model: str) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": _target_modules(adapters),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _target_modules(adapters: Mapping[str, Tensor]) -> list[str]:
+    """Name the layers for peft, in full where the last part of the name would not say which are meant."""
+    layers = sorted({name.removesuffix(".lora_A.weight") for name in adapters if name.endswith(".lora_A.weight")})
+    return layers
