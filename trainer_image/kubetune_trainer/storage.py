@@ -75,8 +75,8 @@ class Store(Protocol):
     def exists(self, path: str) -> bool:
         """Whether there is a file `path`."""
 
-    def read_bytes(self, path: str) -> bytes:
-        """The content of `path`."""
+    def read_bytes(self, path: str, *, length: int | None = None) -> bytes:
+        """The content of `path`, or only its first `length` bytes."""
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write `path`, whole or not at all."""
@@ -198,10 +198,10 @@ class LocalStore:
         """As `Store.exists`."""
         return (self._root / path).is_file()
 
-    def read_bytes(self, path: str) -> bytes:
+    def read_bytes(self, path: str, *, length: int | None = None) -> bytes:
         """As `Store.read_bytes`."""
-        with _local_errors(self.uri(path)):
-            return (self._root / path).read_bytes()
+        with _local_errors(self.uri(path)), (self._root / path).open("rb") as file:
+            return file.read(length)
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """As `Store.write_bytes`."""
@@ -270,10 +270,11 @@ class S3Store:
             return False
         return True
 
-    def read_bytes(self, path: str) -> bytes:
+    def read_bytes(self, path: str, *, length: int | None = None) -> bytes:
         """As `Store.read_bytes`."""
+        part = {} if length is None else {"Range": f"bytes=0-{length - 1}"}
         with self._errors(path):
-            content: bytes = self._client.get_object(Bucket=self._bucket, Key=self._key(path))["Body"].read()
+            content: bytes = self._client.get_object(Bucket=self._bucket, Key=self._key(path), **part)["Body"].read()
         return content
 
     def write_bytes(self, path: str, data: bytes) -> None:
