@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from tests.cluster import kubectl
 from tests.cluster.binaries import ensure
 from tests.cluster.pki import Authority, Identity
 from tests.cluster.progress import stage
@@ -91,20 +92,8 @@ class ControlPlane:
         input: str | None = None,  # noqa: A002 (the word that subprocess.run uses)
         check: bool = True,
     ) -> subprocess.CompletedProcess[str]:
-        """Run kubectl as administrator.
-
-        Args:
-            *args: What stands after `kubectl`.
-            input: What it reads from its standard input.
-            check: Raise CalledProcessError, with what kubectl said as a note, when it fails.
-        """
-        command = [str(self._programs["kubectl"]), "--kubeconfig", str(self.kubeconfig), *args]
-        ran = subprocess.run(command, input=input, check=False, capture_output=True, text=True)
-        if check and ran.returncode:
-            error = subprocess.CalledProcessError(ran.returncode, command, ran.stdout, ran.stderr)
-            error.add_note(ran.stderr.strip())
-            raise error
-        return ran
+        """Run kubectl as administrator; `input` is its standard input, `check` raises when it fails."""
+        return kubectl.run(self.kubeconfig, *args, input=input, check=check)
 
     def kubeconfig_for(self, user: str, *, groups: Sequence[str] = ()) -> Path:
         """Write a kubeconfig for any user, for tests of what a role may do; returns its path."""

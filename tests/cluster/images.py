@@ -24,7 +24,7 @@ from typing import Any, Final
 from tests.cluster import locks, oci, packages, settings
 from tests.cluster.binaries import binary
 from tests.cluster.paths import CACHE, ROOT
-from tests.cluster.progress import stage
+from tests.cluster.progress import note, stage
 
 DIRECTORY: Final = CACHE / "images"
 STORE: Final = DIRECTORY / "store"
@@ -101,6 +101,25 @@ def loaded() -> set[str]:
     return set(_ctr("images", "list", "--quiet").split())
 
 
+def prune() -> None:
+    """Remove the images that the checkout no longer uses, from the build store and from a node that runs."""
+    base = _ensure_base()
+    kept = {image.reference for image in IMAGES.values()}
+    kept |= {f"localhost/{image.name}-dependencies:{_dependencies_key(image, base)}" for image in IMAGES.values()}
+    for reference in _built() - kept - {base}:
+        note(f"removing {reference}")
+        _buildah("rmi", "--force", reference)
+    _buildah("rmi", "--prune", "--force")
+    if settings.CONTAINERD_SOCKET.exists():
+        for reference in {name for name in loaded() if "-dependencies:" in name} - kept:
+            _ctr("images", "remove", reference)
+
+
+def _built() -> set[str]:
+    listed = _buildah_output("images", "--format={{.Name}}:{{.Tag}}")
+    return {line for line in listed.split() if "<none>" not in line}
+
+
 def _dependencies_key(image: Image, base: str) -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = {
@@ -122,7 +141,7 @@ def _ensure_base() -> str:
     with stage(f"base image: {BASE_REFERENCE}"):
         if _buildah("pull", "--quiet", *_policy(), BASE_REFERENCE, check=False, timeout=PULL_SECONDS):
             return BASE_REFERENCE
-        print("   no image registry answers; a minimal Debian with Python 3.11 stands in", flush=True)
+        note("no image registry answers; a minimal Debian with Python 3.11 stands in")
         _make_stand_in(stand_in)
     return stand_in
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.cluster.progress import note
+
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
@@ -14,6 +16,6 @@ def held(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"   waiting for another process: {path}", flush=True)
+            note(f"waiting for another process: {path}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from tests.cluster import packages, settings
-from tests.cluster.binaries import binary, ensure
+from tests.cluster import kubectl, packages, settings
+from tests.cluster.binaries import ensure
 from tests.cluster.paths import CLUSTER, LOGS, ROOT
 from tests.cluster.progress import stage
 from tests.cluster.settings import KUBECONFIG
@@ -59,17 +59,6 @@ def down() -> None:
         with stage("ending the node"):
             _end(pid)
     _remove_remains()
-
-
-def kubectl(*args: str, input: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:  # noqa: A002
-    """Run kubectl as administrator of the node's cluster; as `ControlPlane.kubectl`."""
-    command = [str(binary("kubectl")), "--kubeconfig", str(KUBECONFIG), *args]
-    ran = subprocess.run(command, input=input, check=False, capture_output=True, text=True)
-    if check and ran.returncode:
-        error = subprocess.CalledProcessError(ran.returncode, command, ran.stdout, ran.stderr)
-        error.add_note(ran.stderr.strip())
-        raise error
-    return ran
 
 
 def _prepare() -> None:
@@ -123,8 +112,8 @@ def _wait_ready() -> None:
     deadline = time.monotonic() + READY_SECONDS
     while True:
         condition = '{.status.conditions[?(@.type=="Ready")].status}'
-        asked = kubectl("get", "node", settings.NODE, f"--output=jsonpath={condition}", check=False)
-        account = kubectl("get", "serviceaccount", "default", check=False)
+        asked = kubectl.run(KUBECONFIG, "get", "node", settings.NODE, f"--output=jsonpath={condition}", check=False)
+        account = kubectl.run(KUBECONFIG, "get", "serviceaccount", "default", check=False)
         if asked.stdout == "True" and not account.returncode:
             return
         if not is_up() or time.monotonic() > deadline:

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from tests.cluster.progress import stage
+from tests.cluster.progress import note, stage
 
 NODE: Final = {
     "runc": ("runc", "containerd starts containers with it"),
@@ -27,12 +27,13 @@ def ensure(programs: Mapping[str, tuple[str, str]]) -> None:
         RuntimeError: A program is missing and this is not root on a Debian.
     """
     # A login that is not root's often leaves the system's folders out.
-    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    if "/usr/sbin" not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] += f"{os.pathsep}/usr/sbin{os.pathsep}/sbin"
     missing = {package: why for name, (package, why) in programs.items() if shutil.which(name) is None}
     if not missing:
         return
     for package, why in missing.items():
-        print(f"   {package}: {why}", flush=True)
+        note(f"{package}: {why}")
     if os.geteuid() or shutil.which("apt-get") is None:
         raise RuntimeError(f"install {' '.join(missing)} first: only root on a Debian can do it by itself")
     with stage(f"installing {', '.join(missing)} with apt-get"):

@@ -6,6 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def note(text: str) -> None:
+    """Print one line that belongs to the stage that runs."""
+    print(f"   {text}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def stage(what: str) -> Iterator[None]:
     """Print `what` when it begins, and what it took (or that it failed) when it ends."""
@@ -14,6 +19,6 @@ def stage(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        print(f"   failed after {time.monotonic() - begun:.1f} s: {what}", file=sys.stderr, flush=True)
+        note(f"failed after {time.monotonic() - begun:.1f} s: {what}")
         raise
-    print(f"   {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
+    note(f"{time.monotonic() - begun:.1f} s: {what}")

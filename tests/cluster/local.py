@@ -1,0 +1,183 @@
+"""The local cluster as its users see it, whichever of the two kinds it is: a native node, or kind where Docker answers.
+
+cluster = local.up()
+local.load("trainer")
+cluster.kubectl("apply", "-f", "examples/tickets.yaml")
+"""
+
+import contextlib
+import functools
+import os
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests.cluster import binaries, images, kind, kubectl, locks, node, packages, settings
+from tests.cluster.paths import CLUSTER, HERE, LOGS, ROOT
+from tests.cluster.progress import stage
+
+S3_NAMESPACE: Final = "kubetune-s3"
+S3_ENDPOINT: Final = "http://s3.kubetune-s3:9000"
+"""What a job's `storage.s3.endpoint` says."""
+S3_ACCESS_KEY: Final = "kubetune-access-key"
+S3_SECRET_KEY: Final = "kubetune-secret-key"
+S3_REGION: Final = "us-east-1"
+S3_IMAGE: Final = "localhost/kubetune-s3:dev"
+CHART: Final = ROOT / "helm" / "kubetune"
+OPERATOR_NAMESPACE: Final = "kubetune"
+RELEASE: Final = "kubetune"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running local cluster.
+
+    Attributes:
+        kubeconfig: A kubeconfig of an administrator.
+        is_kind: Whether it is a kind cluster; otherwise it is the native node.
+    """
+
+    kubeconfig: Path
+    is_kind: bool
+
+    def kubectl(
+        self,
+        *args: str,
+        input: str | None = None,  # noqa: A002 (the word that subprocess.run uses)
+        check: bool = True,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run kubectl as administrator; `input` is its standard input, `check` raises when it fails."""
+        return kubectl.run(self.kubeconfig, *args, input=input, check=check)
+
+    def helm(self, *args: str) -> str:
+        """Run Helm as administrator; returns what it printed."""
+        command = [str(binaries.binary("helm")), "--kubeconfig", str(self.kubeconfig), *args]
+        ran = subprocess.run(command, check=False, capture_output=True, text=True)
+        if ran.returncode:
+            raise RuntimeError(f"helm {' '.join(args)} failed:\n{ran.stdout[-2000:]}{ran.stderr[-4000:]}")
+        return ran.stdout
+
+    @functools.cached_property
+    def s3_endpoint(self) -> str:
+        """Where the host reaches the S3 server."""
+        if self.is_kind:
+            return kind.S3_ENDPOINT
+        address = self.kubectl("get", "-n", S3_NAMESPACE, "service", "s3", "--output=jsonpath={.spec.clusterIP}").stdout
+        return f"http://{address}:9000"
+
+
+def up() -> Cluster:
+    """Bring the cluster up, or leave it as it is when it is up; one process at a time."""
+    with _lock():
+        if not _uses_kind():
+            node.up()
+            if settings.PAUSE_IMAGE not in images.loaded():
+                files = {"/pause": binaries.binary("pause")}
+                images.load_files(settings.PAUSE_IMAGE, files=files, entrypoint=["/pause"])
+        else:
+            kind.up()
+    return running()
+
+
+def down() -> None:
+    """Take the cluster down and remove what it made; the images stay for the next time."""
+    with _lock():
+        if _uses_kind():
+            kind.down()
+        else:
+            node.down()
+
+
+def is_up() -> bool:
+    """Whether the cluster is up."""
+    return kind.is_up() if _uses_kind() else node.is_up()
+
+
+def running() -> Cluster:
+    """The cluster that is up.
+
+    Raises:
+        RuntimeError: None is.
+    """
+    if not is_up():
+        raise RuntimeError("the cluster is not up: python -m tests.cluster up")
+    return Cluster(kind.KUBECONFIG if _uses_kind() else settings.KUBECONFIG, is_kind=_uses_kind())
+
+
+def prepare() -> None:
+    """Make what an empty cache lacks, the programs while the images' packages download."""
+    if _uses_kind():
+        binaries.ensure("kind", "kubectl", "helm", "rclone")
+        return
+    packages.ensure(packages.NODE | packages.IMAGES)
+    with ThreadPoolExecutor() as pool:
+        programs = pool.submit(binaries.ensure, *settings.NODE_PROGRAMS, "pause", "helm", "rclone")
+        for image in images.IMAGES.values():
+            images.build_dependencies(image)
+        programs.result()
+
+
+def load(*names: str) -> None:
+    """Build images (`operator`, `trainer`) from the checkout as it is and bring them into the cluster."""
+    for name in names:
+        (kind if _uses_kind() else images).load(name)
+
+
+def start_s3() -> str:
+    """Start the S3 server in the cluster unless it runs; returns where the host reaches it."""
+    cluster = running()
+    if _uses_kind() or S3_IMAGE not in images.loaded():
+        load_files = (kind if _uses_kind() else images).load_files
+        load_files(S3_IMAGE, files={"/rclone": binaries.binary("rclone")}, entrypoint=["/rclone"])
+    with stage("starting the S3 server"):
+        cluster.kubectl("apply", "-f", str(HERE / "manifests" / "s3.yaml"))
+        cluster.kubectl("rollout", "status", "-n", S3_NAMESPACE, "deployment/s3", "--timeout=60s")
+    return cluster.s3_endpoint
+
+
+def install(*, values: Sequence[str] = ()) -> None:
+    """Install or upgrade the chart with Helm and wait for the operator.
+
+    Args:
+        values: More of Helm's `--set` arguments, for instance `settings.logLevel=DEBUG`.
+    """
+    cluster = running()
+    # The node has no accelerators, so a job's are mapped to processes.
+    settled = ["trainer.cpuProcesses=1", *values]
+    with stage("installing the chart"):
+        cluster.helm(
+            "upgrade", "--install", RELEASE, str(CHART), "--namespace", OPERATOR_NAMESPACE, "--create-namespace",
+            *(f"--set={value}" for value in settled), "--wait", "--timeout=120s",
+        )  # fmt: skip
+        # The tag stays the same when the code changes, so the pods have to be told.
+        cluster.kubectl("rollout", "restart", "-n", OPERATOR_NAMESPACE, "deployment")
+        cluster.kubectl("rollout", "status", "-n", OPERATOR_NAMESPACE, "deployment", "--timeout=120s")
+
+
+def s3_secret(namespace: str, *, name: str = "s3") -> str:
+    """The manifest of a credentials Secret for the S3 server, for the namespace of a job."""
+    keys = f"{{AWS_ACCESS_KEY_ID: {S3_ACCESS_KEY}, AWS_SECRET_ACCESS_KEY: {S3_SECRET_KEY}}}"
+    return f"apiVersion: v1\nkind: Secret\nmetadata: {{name: {name}, namespace: {namespace}}}\nstringData: {keys}\n"
+
+
+def logs() -> Path:
+    """The folder with one log per component and, under `pods`, what containers wrote."""
+    if _uses_kind() and kind.is_up():
+        kind.export_logs()
+    return LOGS
+
+
+@functools.cache
+def _uses_kind() -> bool:
+    """KUBETUNE_CLUSTER (`kind` or `native`) decides; unset, kind where a Docker daemon answers."""
+    wanted = os.environ.get("KUBETUNE_CLUSTER", "")
+    if wanted not in ("", "kind", "native"):
+        raise ValueError(f"KUBETUNE_CLUSTER must be kind or native, got {wanted}")
+    return wanted == "kind" or (not wanted and kind.answers())
+
+
+def _lock() -> contextlib.AbstractContextManager[None]:
+    return locks.held(CLUSTER.with_suffix(".lock"))
