@@ -1,6 +1,7 @@
 """Low-rank adaptation (LoRA, arXiv 2106.09685) as surgery on a model's linear layers, with peft's names.
 
-The base keeps Hugging Face's names, `q_proj.weight`; beside it come `q_proj.lora_A.weight` (rank, in) and `q_proj.lora_B.weight` (out, rank).
+The base keeps Hugging Face's names, `q_proj.weight`; beside it come `q_proj.lora_A.weight` (rank, in) and
+`q_proj.lora_B.weight` (out, rank).
 """
 
 import math

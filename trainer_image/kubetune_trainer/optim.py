@@ -37,8 +37,8 @@ def build_scheduler(optimizer: torch.optim.Optimizer, training: "Training", tota
 def learning_rate_factor(step: int, *, scheduler: str, warmup_steps: int, total_steps: int) -> float:
     """Return what the learning rate is multiplied with in a step, counted from 0.
 
-    It rises in equal parts to 1 in the last warm-up step, then stays (Constant), or falls towards 0, which it would reach
-    in the step after the last (Linear, Cosine).
+    It rises in equal parts to 1 in the last warm-up step, then stays (Constant), or falls towards 0, which it would
+    reach in the step after the last (Linear, Cosine).
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -69,5 +69,5 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         torch.distributed.all_reduce(square, group=gradients[0].device_mesh.get_group())
     norm = square.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(local, scale.to(local[0].dtype))  # noqa: SLF001 - what torch's own clipping calls
+    torch._foreach_mul_(local, scale.to(local[0].dtype))
     return norm

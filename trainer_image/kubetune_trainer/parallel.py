@@ -1,7 +1,8 @@
 """Spread an untouched model over ranks from outside: precision, recomputation, then FSDP2 (arXiv 2304.11277).
 
-The order is fixed: weights get the type that they are kept in, blocks are told to recompute, and every block becomes one group of
-fully_shard, with embedding, final norm and output head in the root's. Only CPU with gloo is run by this tree's tests.
+The order is fixed: weights get the type that they are kept in, blocks are told to recompute, and every block becomes
+one group of fully_shard, with embedding, final norm and output head in the root's. This tree's tests run CPU and gloo
+only; nothing here asks which device it is but `compute_dtype`.
 """
 
 from typing import Literal
@@ -32,13 +33,13 @@ def parallelize(
 
     Args:
         model: Changed in place; adapters must be applied already.
-        precision: FP32 keeps and computes everything in fp32. BF16Mixed keeps trained weights in fp32 and frozen ones in
-            bf16, computes in bf16 and sums gradients in fp32. BF16 keeps everything in bf16, and still sums gradients in fp32.
+        precision: FP32 keeps and computes everything in fp32. BF16Mixed keeps trained weights in fp32 and frozen ones
+            in bf16, and computes in bf16. BF16 keeps and computes everything in bf16. Gradients are summed in fp32.
         activation_checkpointing: Full keeps only each block's input and computes the rest again in backward.
         mesh: One dimension, all ranks.
 
     Returns:
-        The type that the model computes in: what `precision` says, but fp32 where some rank's CPU has no bf16 arithmetic.
+        The type that it computes in: what `precision` says, but fp32 where some rank's CPU has no bf16 arithmetic.
     """
     set_dtypes(model, precision=precision)
     for block in model.model.layers:
@@ -60,9 +61,10 @@ def compute_dtype(device: str | torch.device) -> torch.dtype:
 
     There torch 2.14 is 10 to 40 times slower in bf16 than in fp32 (measured on AVX2).
     """
-    if torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001 - torch has no public way to ask
-        return torch.float32
-    return torch.bfloat16
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001 - torch has no public way to ask
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def _agreed_compute_dtype(mesh: DeviceMesh) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, from a model folder's `tokenizer.json`, with what its config files say about special tokens."""
+"""Text to token ids and back, by a model folder's `tokenizer.json` and what its configs say about special tokens."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 def folder_digest(folder: Path) -> tuple[str, int]:
     """Return a digest of all files in a folder, by name and content, and their bytes together.
 
-    The digest is `sha256:` and the SHA-256 of lines of the form `<sha256 of the file>  <path>`, sorted by path, as `sha256sum` prints them.
+    The digest is `sha256:` and the SHA-256 of the lines that `sha256sum` prints for the files, sorted by path.
     """
     files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
     lines = []

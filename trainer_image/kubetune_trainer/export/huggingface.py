@@ -1,4 +1,4 @@
-"""Write a complete model as a Hugging Face folder: safetensors, with the source's config and tokenizer files beside them."""
+"""Write a complete model as a Hugging Face folder: safetensors beside the source's config and tokenizer files."""
 
 import json
 import re
@@ -27,7 +27,7 @@ COMPANION_FILES = re.compile(
 
 
 def trained_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each trained weight whole, on CPU, one at a time; every rank must run through this at the same time."""
+    """Yield each trained weight whole, on CPU, one at a time; every rank must run through it at the same time."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, whole_tensor(parameter)
@@ -38,7 +38,7 @@ def complete_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Put trained weights and the source's own together into one complete model; for one rank alone.
 
-    Weights that were frozen come from the source's files, exactly as they stand there, and adapters are merged into them.
+    """Put trained weights and the source's own together into one complete model; call it on one rank only.
 
     Args:
         trained: What `trained_weights` yields.

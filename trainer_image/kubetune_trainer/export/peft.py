@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kubetune_trainer.lora import ALL_LINEAR
+
 if TYPE_CHECKING:
     from kubetune_trainer.config import Lora
 
@@ -45,7 +47,7 @@ def _adapter_config(adapters: Mapping[str, Tensor], *, lora: "Lora", base_model:
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": _target_modules(adapters),
+        "target_modules": _target_modules(adapters, lora=lora),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -54,7 +56,8 @@ def _adapter_config(adapters: Mapping[str, Tensor], *, lora: "Lora", base_model:
     }
 
 
-def _target_modules(adapters: Mapping[str, Tensor]) -> list[str]:
-    """Name the layers for peft, in full where the last part of the name would not say which are meant."""
-    layers = sorted({name.removesuffix(".lora_A.weight") for name in adapters if name.endswith(".lora_A.weight")})
-    return layers
+def _target_modules(adapters: Mapping[str, Tensor], *, lora: "Lora") -> list[str]:
+    """Say for peft which layers are meant: its names match as ours do, but its all-linear asks for the base model."""
+    if ALL_LINEAR not in lora.target_modules:
+        return list(lora.target_modules)
+    return sorted({name.rsplit(".", 3)[1] for name in adapters})

@@ -1,7 +1,7 @@
 """The shape of a model, read from a Hugging Face `config.json`.
 
-Sizes come from the file, so there are no tables of sizes. What differs between families is a field of `ModelConfig`; a family is one
-function that turns the file into those fields.
+Sizes come from the file, so there are no tables of sizes. What differs between families is a field of `ModelConfig`;
+a family is one function that turns the file into those fields.
 """
 
 import json
@@ -61,7 +61,7 @@ class ModelConfig:
             raise DataError(
                 f"{CONFIG_FILE}: architectures must be ['LlamaForCausalLM'] with model_type 'llama', "
                 f"got {architectures!r} with {config.get('model_type')!r}",
-                hint="Supported models are those of the Llama architecture: Llama 2 and 3, SmolLM2, TinyLlama and their kin.",
+                hint="Models of the Llama architecture are supported: Llama 2 and 3, SmolLM2, TinyLlama and their kin.",
             )
         return _llama(config)
 
@@ -109,7 +109,8 @@ def _llama(config: Mapping[str, Any]) -> ModelConfig:
     num_kv_heads = _positive(config, "num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
         raise DataError(
-            f"{CONFIG_FILE}: num_attention_heads must be a multiple of num_key_value_heads, got {num_heads} and {num_kv_heads}"
+            f"{CONFIG_FILE}: num_attention_heads must be a multiple of num_key_value_heads, "
+            f"got {num_heads} and {num_kv_heads}"
         )
     max_positions = _positive(config, "max_position_embeddings", default=2048)
     attention_bias = bool(config.get("attention_bias"))

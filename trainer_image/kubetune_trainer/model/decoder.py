@@ -1,6 +1,6 @@
 """The model: a causal decoder with Hugging Face's parameter names, so that no weight is ever converted.
 
-Shapes: B batch, T tokens, D hidden_size, N heads, K key and value heads, H head_dim, V vocab_size, S slots of the cache.
+Shapes: B batch, T tokens, D hidden_size, N heads, K key and value heads, H head_dim, V vocab_size, S cached tokens.
 """
 
 import torch
@@ -153,14 +153,14 @@ class Decoder(nn.Module):
         Args:
             tokens_BT: Token ids.
             positions_BT: Position of each token in its document; unset counts from 0, or on from the cache.
-            documents_BT: Document of each token, -1 for padding; attention stays inside a document. Unset means one per row.
+            documents_BT: Document of each token, -1 for padding; attention stays inside a document. Unset: one per row.
             labels_BT: Target of each position, already shifted, -100 where none is trained.
             cache: Where keys and values are kept for the next call; it grows by T.
             last_only: Return the logits of the last position alone, (B, 1, V).
 
         Returns:
-            The logits (B, T, V) without labels; with labels the SUM of cross entropy over the trained positions, an fp32 scalar.
-            The output head stands in here, so that FSDP has its weights at hand when the loss needs them.
+            The logits (B, T, V) without labels; with labels the SUM of cross entropy over the trained positions, an
+            fp32 scalar. The loss is computed in here so that FSDP has the output head's weights at hand.
         """
         start = cache.length if cache is not None else 0
         if positions_BT is None:
@@ -197,7 +197,7 @@ def attention_mask(tokens_BT: Tensor, documents_BT: Tensor | None, cache: KVCach
 
 
 def _one_document_per_row(documents_BT: Tensor) -> bool:
-    """Whether padding, always at the end, is all that a row has beside one document (asked on CPU only: it would stall a GPU)."""
+    """Whether a row is one document and then padding; asked on CPU only, since a GPU would have to be waited for."""
     if documents_BT.device.type != "cpu":
         return False
     return bool(((documents_BT == documents_BT[:, :1]) | (documents_BT == PADDING_DOCUMENT)).all())

@@ -1,7 +1,7 @@
 """Rotary position embedding in Hugging Face's half-split layout, with the scalings that Llama models use.
 
-Sources: RoFormer (arXiv 2104.09864); linear interpolation (arXiv 2306.15595); dynamic NTK and YaRN (arXiv 2309.00071); llama3 as
-published with Llama 3.1. Shapes: B batch, T tokens, H head_dim.
+Sources: RoFormer (arXiv 2104.09864); linear interpolation (arXiv 2306.15595); dynamic NTK and YaRN (arXiv 2309.00071);
+llama3 as published with Llama 3.1. Shapes: B batch, T tokens, H head_dim.
 """
 
 import math

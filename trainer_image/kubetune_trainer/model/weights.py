@@ -1,4 +1,4 @@
-"""Read a Hugging Face folder of safetensors straight into a model, whole or sharded: each rank reads only its own rows."""
+"""Read a Hugging Face folder of safetensors straight into a model: each rank reads only the rows that it holds."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -129,8 +129,8 @@ class WeightFiles:
             found = tuple(self._slice(name).get_shape())
             if found != shape:
                 raise DataError(
-                    f"Model folder {self.folder}: {name} in {self._file_of[name]} must have the shape {shape} that config.json asks for, "
-                    f"got {found}"
+                    f"Model folder {self.folder}: {name} in {self._file_of[name]} must have the shape {shape} "
+                    f"that config.json asks for, got {found}"
                 )
 
     def dtype(self, name: str) -> torch.dtype:
