@@ -1,4 +1,7 @@
-"""The cluster where a Docker daemon answers: kind, with kind-config.yaml of the repository's root."""
+"""The cluster where a Docker daemon answers: kind, with kind-config.yaml of the repository's root.
+
+Unlike the native node it has not been run by the machine that runs the tests, which has no Docker.
+"""
 
 import shutil
 import subprocess

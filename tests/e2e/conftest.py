@@ -1,0 +1,38 @@
+"""A whole cluster for the end-to-end tests: node, images from the checkout, S3 server, chart installed with Helm."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster import local
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[local.Cluster]:
+    """The cluster with kubetune in it; taken down at the end unless it was up before."""
+    was_up = local.is_up()
+    local.prepare()
+    running = local.up()
+    try:
+        local.load("operator", "trainer")
+        local.start_s3()
+        local.install(values=["settings.progressIntervalSeconds=2"])
+        yield running
+    finally:
+        if not was_up:
+            local.down()
+
+
+@pytest.fixture
+def namespace(cluster: local.Cluster) -> Iterator[str]:
+    """A fresh namespace that admits restricted pods only, with the S3 server's credentials in the Secret `s3`."""
+    name = f"e2e-{next(_numbers)}"
+    cluster.kubectl("delete", "namespace", name, "--ignore-not-found")
+    cluster.kubectl("create", "namespace", name)
+    cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+    cluster.kubectl("apply", "-f", "-", input=local.s3_secret(name))
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
