@@ -1,45 +1,51 @@
-"""What the end-to-end tests do with a FineTuneJob: apply it, follow it, strike at it, read what it left.
+"""What the end-to-end tests do with a FineTuneJob: apply it, follow it, strike at it, read what it printed.
 
-A test reads the unrounded loss of a step where a person would: in the JSON lines of rank 0, which the trainer also keeps
-under `logs/` in the run's folder, one file per attempt.
+Pods go with their attempt, so a `Recording` follows the log of each from its start: what it holds is what a person
+saw who watched with `kubectl logs --follow`.
 """
 
 import json
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import yaml
 
+from tests.cluster.binaries import binary
+from tests.cluster.local import Cluster
+
 T = TypeVar("T")
-
-
-class Kubectl(Protocol):
-    """What runs kubectl as administrator and returns what it printed."""
-
-    def __call__(self, *args: str, input: str | None = None, check: bool = True) -> Any: ...  # noqa: A002
+TERMINAL = frozenset({"Complete", "Failed"})
 
 
 @dataclass(frozen=True)
 class Job:
     """A FineTuneJob in the cluster, by name."""
 
-    kubectl: Kubectl
+    cluster: Cluster
     namespace: str
     name: str
 
+    def kubectl(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run kubectl in the job's namespace."""
+        return self.cluster.kubectl("--namespace", self.namespace, *args, check=check)
+
     def status(self) -> dict[str, Any]:
         """`.status`, empty while there is none."""
-        shown = self.kubectl("get", "finetunejob", self.name, "--namespace", self.namespace, "--output", "json")
-        return json.loads(shown.stdout).get("status", {})
+        shown = json.loads(self.kubectl("get", "finetunejob", self.name, "--output", "json").stdout)
+        status: dict[str, Any] = shown.get("status", {})
+        return status
 
     def condition(self, kind: str) -> dict[str, Any]:
         """The condition of that type, empty while there is none."""
         found = [each for each in self.status().get("conditions", []) if each["type"] == kind]
         return found[0] if found else {}
 
-    def wait_state(self, *states: str, timeout_seconds: float = 300) -> dict[str, Any]:
+    def wait_state(self, *states: str, timeout_seconds: float = 240) -> dict[str, Any]:
         """Wait until `.status.state` is one of `states`; a terminal state that is not asked for fails at once."""
 
         def look() -> dict[str, Any] | None:
@@ -47,58 +53,108 @@ class Job:
             state = status.get("state")
             if state in states:
                 return status
-            if state in {"Complete", "Failed"}:
-                raise AssertionError(f"{self.name} became {state}: {json.dumps(status, indent=1)}")
+            assert state not in TERMINAL, f"{self.name} became {state}: {json.dumps(status, indent=1)}"
             return None
 
         return wait_for(look, f"{self.name} to become {' or '.join(states)}", timeout_seconds=timeout_seconds)
 
-    def wait_step(self, step: int, *, timeout_seconds: float = 180) -> int:
-        """Wait until rank 0 of the running attempt has printed that it finished `step`; returns the step it is at."""
+    def wait_condition(self, kind: str, *, says: str, timeout_seconds: float = 120) -> dict[str, Any]:
+        """Wait until the condition's message contains `says`; returns the condition."""
 
-        def look() -> int | None:
-            done = [event["step"] for event in self.printed() if event["event"] == "step"]
-            return done[-1] if done and done[-1] >= step else None
+        def look() -> dict[str, Any] | None:
+            found = self.condition(kind)
+            return found if says in found.get("message", "") else None
 
-        return wait_for(look, f"{self.name} to finish step {step}", timeout_seconds=timeout_seconds, every=0.25)
-
-    def printed(self) -> list[dict[str, Any]]:
-        """The JSON lines that rank 0 of the newest training attempt has printed so far."""
-        pods = [pod for pod in self.pods("train") if index_of(pod) == 0]
-        if not pods:
-            return []
-        newest = max(pods, key=lambda pod: pod["metadata"]["creationTimestamp"])["metadata"]["name"]
-        shown = self.kubectl("logs", newest, "--namespace", self.namespace, check=False)
-        return list(events(shown.stdout)) if shown.returncode == 0 else []
+        return wait_for(look, f"{kind} of {self.name} to say {says!r}", timeout_seconds=timeout_seconds)
 
     def pods(self, component: str) -> list[dict[str, Any]]:
-        """Pods of `component` (prepare or train), finished ones included."""
+        """Pods of `component` (prepare or train), finished ones included, oldest first."""
         selector = f"kubetune.dev/job-name={self.name},kubetune.dev/component={component}"
-        shown = self.kubectl("get", "pods", "--namespace", self.namespace, "--selector", selector, "--output", "json")
-        return json.loads(shown.stdout)["items"]
+        shown = self.kubectl("get", "pods", "--selector", selector, "--output", "json")
+        pods: list[dict[str, Any]] = json.loads(shown.stdout)["items"]
+        return sorted(pods, key=lambda pod: pod["metadata"]["creationTimestamp"])
 
     def running_pod(self, index: int) -> str:
         """Name of the running training pod with that completion index."""
 
         def look() -> str | None:
-            found = [
-                pod["metadata"]["name"]
-                for pod in self.pods("train")
-                if index_of(pod) == index and pod["status"]["phase"] == "Running" and not _leaving(pod)
-            ]
-            return found[0] if found else None
+            for pod in self.pods("train"):
+                leaving = "deletionTimestamp" in pod["metadata"]
+                if index_of(pod) == index and pod["status"].get("phase") == "Running" and not leaving:
+                    return str(pod["metadata"]["name"])
+            return None
 
-        return wait_for(look, f"pod {index} of {self.name} to run", timeout_seconds=60, every=0.25)
+        return wait_for(look, f"pod {index} of {self.name} to run", timeout_seconds=90, every=0.25)
+
+    def remove(self) -> None:
+        """Delete the job and wait until it is gone."""
+        self.kubectl("delete", "finetunejob", self.name, "--timeout=60s")
 
 
-def apply(kubectl: Kubectl, manifest: dict[str, Any], *, namespace: str) -> Job:
+@dataclass
+class Recording:
+    """Everything that rank 0 of a job prints, by attempt, from when the block begins to when it ends."""
+
+    job: Job
+    folder: Path
+    _followed: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+        for follower in self._followed.values():
+            try:
+                follower.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                follower.terminate()
+                follower.wait()
+
+    def attempts(self) -> dict[int, list[dict[str, Any]]]:
+        """Attempt → its events so far."""
+        return {int(path.stem): list(events(path.read_text())) for path in sorted(self.folder.glob("*.jsonl"))}
+
+    def losses(self) -> dict[int, dict[int, float]]:
+        """Attempt → step → unrounded loss."""
+        return {attempt: losses(lines) for attempt, lines in self.attempts().items()}
+
+    def wait_step(self, step: int, *, attempt: int, timeout_seconds: float = 120) -> int:
+        """Wait until rank 0 has printed that it finished `step` in `attempt`; returns the step it is at."""
+
+        def look() -> int | None:
+            done = self.losses().get(attempt, {})
+            return max(done) if done and max(done) >= step else None
+
+        waited = f"attempt {attempt} of {self.job.name} to finish step {step}"
+        return wait_for(look, waited, timeout_seconds=timeout_seconds, every=0.1)
+
+    def _follow(self) -> None:
+        while not self._over.wait(0.25):
+            for pod in self.job.pods("train"):
+                name = pod["metadata"]["name"]
+                if name not in self._followed and index_of(pod) == 0 and pod["status"].get("phase") != "Pending":
+                    self._start(name, pod["metadata"]["labels"]["kubetune.dev/attempt"])
+
+    def _start(self, pod: str, attempt: str) -> None:
+        command = [str(binary("kubectl")), "--kubeconfig", str(self.job.cluster.kubeconfig)]
+        command += ["logs", "--follow", "--namespace", self.job.namespace, pod]
+        with (self.folder / f"{attempt}.jsonl").open("wb") as log:
+            self._followed[pod] = subprocess.Popen(command, stdout=log, stderr=subprocess.DEVNULL)
+
+
+def apply(cluster: Cluster, manifest: dict[str, Any], *, namespace: str) -> Job:
     """Create the FineTuneJob `manifest` in `namespace`."""
-    kubectl("apply", "--namespace", namespace, "--filename", "-", input=yaml.safe_dump(manifest))
-    return Job(kubectl, namespace, manifest["metadata"]["name"])
+    cluster.kubectl("apply", "--namespace", namespace, "--filename", "-", input=yaml.safe_dump(manifest))
+    return Job(cluster, namespace, manifest["metadata"]["name"])
 
 
 def events(text: str) -> Iterator[dict[str, Any]]:
-    """The trainer's JSON lines in `text`; a line cut off at the end is left out."""
+    """The trainer's JSON lines in `text`; other lines, and one that is cut off, are left out."""
     for line in text.splitlines():
         try:
             event = json.loads(line)
@@ -108,7 +164,7 @@ def events(text: str) -> Iterator[dict[str, Any]]:
             yield event
 
 
-def losses(lines: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> dict[int, float]:
+def losses(lines: list[dict[str, Any]]) -> dict[int, float]:
     """Step → unrounded loss."""
     return {line["step"]: line["loss"] for line in lines if line["event"] == "step"}
 
@@ -130,7 +186,3 @@ def wait_for(look: Callable[[], T | None], what: str, *, timeout_seconds: float,
             return found
         time.sleep(every)
     raise TimeoutError(f"waited {timeout_seconds:.0f} s for {what}")
-
-
-def _leaving(pod: dict[str, Any]) -> bool:
-    return "deletionTimestamp" in pod["metadata"]

@@ -1,0 +1,70 @@
+"""What the end-to-end jobs read: a small model with random weights and SmolLM2's tokenizer, and two little datasets."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Final
+
+from tests.cluster.paths import CACHE
+
+MODEL: Final = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "bfloat16",
+}
+TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+SMOLLM2: Final = CACHE / "models" / "smollm2-135m-instruct"
+CAPITALS: Final = {
+    "France": "Paris", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Norway": "Oslo", "Egypt": "Cairo",
+    "Chile": "Santiago", "Cuba": "Havana", "Iraq": "Baghdad", "Ghana": "Accra", "Spain": "Madrid", "Italy": "Rome",
+}  # fmt: skip
+
+
+def make(folder: Path) -> None:
+    """Write the model and the data below `folder`; the same bytes every time."""
+    make_model(folder / "model")
+    make_data(folder)
+
+
+def make_model(folder: Path) -> None:
+    """Write the model as a Hugging Face folder."""
+    import torch  # noqa: PLC0415 (slow, and needed only where material is made)
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_dict(MODEL)).to(torch.bfloat16).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (SMOLLM2 / name).exists():
+            shutil.copy(SMOLLM2 / name, folder / name)
+
+
+def make_data(folder: Path) -> None:
+    """Write sums.jsonl (prompt and completion) and capitals.jsonl (messages)."""
+    sums = [
+        {"prompt": f"What is {a} plus {b}?", "completion": f"{a} plus {b} is {a + b}."}
+        for a in range(1, 21)
+        for b in range(1, 9)
+    ]
+    capitals = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is the capital of {country}?"},
+                {"role": "assistant", "content": f"The capital of {country} is {capital}."},
+            ]
+        }
+        for country, capital in CAPITALS.items()
+    ]
+    for name, records in (("sums", sums), ("capitals", capitals)):
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))

@@ -1,0 +1,88 @@
+"""A job that is killed goes on as if nothing had happened: the unrounded loss of every step is that of a run in peace."""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.local import Cluster
+from tests.e2e.jobs import Job, Recording, apply
+from tests.e2e.manifests import LONG_STEPS, long_job
+
+pytestmark = pytest.mark.cluster
+RESUME_SECONDS = 30
+SEED = 7
+
+
+def delete_pod(job: Job, index: int) -> None:
+    job.kubectl("delete", "pod", job.running_pod(index), "--wait=false")
+
+
+def kill_process(job: Job, index: int) -> None:
+    """SIGKILL of the rank, as the kernel would do it when memory is short; no time to say goodbye."""
+    script = (
+        "import os, pathlib, signal\n"
+        "for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):\n"
+        "    words = path.read_bytes().split(b'\\0')\n"
+        "    if path.parent.name != '1' and any(word.endswith(b'finetune.py') for word in words):\n"
+        "        os.kill(int(path.parent.name), signal.SIGKILL)\n"
+    )
+    job.kubectl("exec", job.running_pod(index), "--", "python", "-c", script)
+
+
+STRIKES: list[tuple[Callable[[Job, int], None], int]] = [
+    (delete_pod, 1), (kill_process, 0), (kill_process, 1), (delete_pod, 0), (kill_process, 1),
+]  # fmt: skip
+
+
+@pytest.mark.timeout(900)
+def test_five_kills_change_no_number(cluster: Cluster, namespace: str, tmp_path: Path) -> None:
+    expected = losses_in_peace(cluster, namespace, tmp_path)
+    job = apply(cluster, long_job("struck"), namespace=namespace)
+    generator = random.Random(SEED)
+    resumes = []
+    (tmp_path / "struck").mkdir()
+    with Recording(job, tmp_path / "struck") as recording:
+        for number, (strike, index) in enumerate(STRIKES):
+            # Around the checkpoints at every tenth step: before them, while they are written, after them.
+            attempt = number + 1
+            recording.wait_step(10 * attempt + generator.randint(-2, 2), attempt=attempt)
+            began = time.monotonic()
+            strike(job, index)
+            recording.wait_step(1, attempt=attempt + 1)
+            resumes.append(round(time.monotonic() - began, 1))
+        status = job.wait_state("Complete")
+    print("seconds from a kill to the next finished step:", resumes)
+
+    seen = recording.losses()
+    assert {step for losses in seen.values() for step in losses} == set(expected)
+    for attempt, losses in seen.items():
+        assert losses == {step: expected[step] for step in losses}, f"attempt {attempt}"
+    assert status["restarts"] == len(STRIKES)
+    assert status["attempt"] == len(STRIKES) + 1
+    assert max(resumes) <= RESUME_SECONDS
+
+
+def test_sigterm_loses_at_most_the_step_in_flight(cluster: Cluster, namespace: str, tmp_path: Path) -> None:
+    manifest = long_job("evicted")
+    manifest["spec"]["checkpoint"] = {"everySteps": 1000}
+    job = apply(cluster, manifest, namespace=namespace)
+    with Recording(job, tmp_path) as recording:
+        recording.wait_step(5, attempt=1)
+        delete_pod(job, 0)
+        recording.wait_step(1, attempt=2)
+    losses = recording.losses()
+    assert min(losses[2]) == max(losses[1]) + 1
+    job.remove()
+
+
+def losses_in_peace(cluster: Cluster, namespace: str, folder: Path) -> dict[int, float]:
+    (folder / "peaceful").mkdir()
+    job = apply(cluster, long_job("peaceful"), namespace=namespace)
+    with Recording(job, folder / "peaceful") as recording:
+        job.wait_state("Complete")
+    (losses,) = recording.losses().values()
+    assert sorted(losses) == list(range(1, LONG_STEPS + 1))
+    return losses
