@@ -1,6 +1,7 @@
 """Run kubectl, and say what it said when it fails."""
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.cluster.binaries import binary
@@ -21,6 +22,16 @@ def run(
         check: Raise CalledProcessError, with what kubectl said as a note, when it fails.
     """
     command = [str(binary("kubectl")), "--kubeconfig", str(kubeconfig), *args]
+    return completed(command, input=input, check=check)
+
+
+def completed(
+    command: Sequence[str],
+    *,
+    input: str | None = None,  # noqa: A002 (the word that subprocess.run uses)
+    check: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; an error that is raised carries what the command said as a note."""
     ran = subprocess.run(command, input=input, check=False, capture_output=True, text=True)
     if check and ran.returncode:
         error = subprocess.CalledProcessError(ran.returncode, command, ran.stdout, ran.stderr)

@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import boto3
+from botocore.config import Config
 
 from tests.cluster import binaries, images, kind, kubectl, locks, node, packages, settings
 from tests.cluster.paths import CLUSTER, HERE, LOGS, ROOT
@@ -27,7 +30,7 @@ S3_SECRET_KEY: Final = "kubetune-secret-key"
 S3_REGION: Final = "us-east-1"
 S3_IMAGE: Final = "localhost/kubetune-s3:dev"
 CHART: Final = ROOT / "helm" / "kubetune"
-OPERATOR_NAMESPACE: Final = "kubetune"
+OPERATOR_NAMESPACE: Final = "kubetune-system"
 RELEASE: Final = "kubetune"
 
 
@@ -52,13 +55,10 @@ class Cluster:
         """Run kubectl as administrator; `input` is its standard input, `check` raises when it fails."""
         return kubectl.run(self.kubeconfig, *args, input=input, check=check)
 
-    def helm(self, *args: str) -> str:
-        """Run Helm as administrator; returns what it printed."""
+    def helm(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run Helm as administrator; `check` raises when it fails, with what Helm said as a note."""
         command = [str(binaries.binary("helm")), "--kubeconfig", str(self.kubeconfig), *args]
-        ran = subprocess.run(command, check=False, capture_output=True, text=True)
-        if ran.returncode:
-            raise RuntimeError(f"helm {' '.join(args)} failed:\n{ran.stdout[-2000:]}{ran.stderr[-4000:]}")
-        return ran.stdout
+        return kubectl.completed(command, check=check)
 
     @functools.cached_property
     def s3_endpoint(self) -> str:
@@ -67,6 +67,37 @@ class Cluster:
             return kind.S3_ENDPOINT
         address = self.kubectl("get", "-n", S3_NAMESPACE, "service", "s3", "--output=jsonpath={.spec.clusterIP}").stdout
         return f"http://{address}:9000"
+
+    @functools.cached_property
+    def s3(self) -> Any:
+        """A boto3 client of the S3 server."""
+        return boto3.client(
+            "s3",
+            endpoint_url=self.s3_endpoint,
+            aws_access_key_id=S3_ACCESS_KEY,
+            aws_secret_access_key=S3_SECRET_KEY,
+            region_name=S3_REGION,
+            # The server is one hop away, never behind a proxy of the environment.
+            config=Config(proxies={}),
+        )
+
+    def upload(self, source: Path, uri: str) -> None:
+        """Put a file, or every file of a folder, to `s3://bucket/key`; the bucket is made if it does not exist."""
+        bucket, key = _bucket_and_key(uri)
+        self.s3.create_bucket(Bucket=bucket)
+        for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+            if path.is_file():
+                name = f"{key.rstrip('/')}/{path.relative_to(source)}" if source.is_dir() else key
+                self.s3.upload_file(str(path), bucket, name.lstrip("/"))
+
+    def download(self, uri: str, target: Path) -> None:
+        """Write every object under `s3://bucket/prefix` into the folder `target`."""
+        bucket, prefix = _bucket_and_key(uri.rstrip("/") + "/")
+        for page in self.s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for entry in page.get("Contents", []):
+                path = target / entry["Key"].removeprefix(prefix)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.s3.download_file(bucket, entry["Key"], str(path))
 
 
 def up() -> Cluster:
@@ -181,3 +212,8 @@ def _uses_kind() -> bool:
 
 def _lock() -> contextlib.AbstractContextManager[None]:
     return locks.held(CLUSTER.with_suffix(".lock"))
+
+
+def _bucket_and_key(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key

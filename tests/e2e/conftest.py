@@ -6,12 +6,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster import local
+from tests.cluster.local import Cluster
 
 _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[local.Cluster]:
+def cluster() -> Iterator[Cluster]:
     """The cluster with kubetune in it; taken down at the end unless it was up before."""
     was_up = local.is_up()
     local.prepare()
@@ -27,7 +28,7 @@ def cluster() -> Iterator[local.Cluster]:
 
 
 @pytest.fixture
-def namespace(cluster: local.Cluster) -> Iterator[str]:
+def namespace(cluster: Cluster) -> Iterator[str]:
     """A fresh namespace that admits restricted pods only, with the S3 server's credentials in the Secret `s3`."""
     name = f"e2e-{next(_numbers)}"
     cluster.kubectl("delete", "namespace", name, "--ignore-not-found")
