@@ -1,6 +1,6 @@
 """`make demo`: fine-tune a real model on a real cluster, the way a user of a GPU cluster would.
 
-A Kubernetes node comes up, the chart is installed with Helm, examples/tickets.yaml is applied with kubectl, two pods train,
+A Kubernetes node comes up, Helm installs the chart, kubectl applies examples/tickets.yaml, two pods train,
 the model comes back from object storage, and its answers on tickets that it never saw are compared with those of the
 model it began as. Each stage says what it took. A cluster that was up before stays up; otherwise it is taken down.
 """
@@ -15,10 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-
-import boto3
-from kubetune_trainer.config import S3Storage
-from kubetune_trainer.storage import Store, download_tree, open_store, upload_tree
 
 from tests.cluster import local
 from tests.cluster.local import Cluster
@@ -57,7 +53,7 @@ def main() -> None:
         bring_model_and_data(cluster)
         status = fine_tune(cluster)
         with stage("fetching the tuned model from S3"):
-            download_tree(at(cluster, output_uri(status, "merged")), "", TUNED_MODEL)
+            cluster.download(output_uri(status, "merged"), TUNED_MODEL)
     before = score("before", BASE_MODEL)
     after = score("after", TUNED_MODEL)
     show(status, before, after)
@@ -86,17 +82,10 @@ def bring_model_and_data(cluster: Cluster) -> None:
     """Put the base model and the training data where the manifest looks for them."""
     with stage("model and data into S3"):
         subprocess.run([sys.executable, ROOT / "examples" / "fetch_smollm2.py", BASE_MODEL], check=True)
-        os.environ |= {"AWS_ACCESS_KEY_ID": local.S3_ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": local.S3_SECRET_KEY}
-        client = boto3.client("s3", endpoint_url=cluster.s3_endpoint, region_name=local.S3_REGION)
         for bucket in BUCKETS:
-            client.create_bucket(Bucket=bucket)
-        upload_tree(at(cluster, "s3://models"), BASE_MODEL, BASE_MODEL.name)
-        at(cluster, "s3://data").upload(TRAIN_DATA, TRAIN_DATA.name)
-
-
-def at(cluster: Cluster, uri: str) -> Store:
-    """A place in the cluster's object storage, seen from here."""
-    return open_store(uri, s3=S3Storage(endpoint=cluster.s3_endpoint, region=local.S3_REGION))
+            cluster.s3.create_bucket(Bucket=bucket)
+        cluster.upload(BASE_MODEL, f"s3://models/{BASE_MODEL.name}")
+        cluster.upload(TRAIN_DATA, f"s3://data/{TRAIN_DATA.name}")
 
 
 def fine_tune(cluster: Cluster) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.cluster import local
 from tests.cluster.local import Cluster
+from tests.e2e import material
 
 _numbers = itertools.count(1)
 
@@ -20,6 +21,7 @@ def cluster() -> Iterator[Cluster]:
     try:
         local.load("operator", "trainer")
         local.start_s3()
+        material.put(running)
         local.install(values=["settings.progressIntervalSeconds=2"])
         yield running
     finally:

@@ -2,10 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Final
 
-from tests.cluster.paths import CACHE
+from tests.cluster.local import Cluster
+from tests.cluster.paths import CACHE, ROOT
 
 MODEL: Final = {
     "architectures": ["LlamaForCausalLM"],
@@ -32,10 +36,17 @@ CAPITALS: Final = {
 }  # fmt: skip
 
 
-def make(folder: Path) -> None:
-    """Write the model and the data below `folder`; the same bytes every time."""
-    make_model(folder / "model")
-    make_data(folder)
+BUCKETS: Final = ("material", "runs")
+
+
+def put(cluster: Cluster) -> None:
+    """Make the buckets, the model and the data in the cluster's object storage; the same bytes every time."""
+    for bucket in BUCKETS:
+        cluster.s3.create_bucket(Bucket=bucket)
+    with tempfile.TemporaryDirectory() as made:
+        make_model(Path(made) / "model")
+        make_data(Path(made))
+        cluster.upload(Path(made), "s3://material")
 
 
 def make_model(folder: Path) -> None:
@@ -43,6 +54,7 @@ def make_model(folder: Path) -> None:
     import torch  # noqa: PLC0415 (slow, and needed only where material is made)
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
+    subprocess.run([sys.executable, ROOT / "examples" / "fetch_smollm2.py", SMOLLM2], check=True)
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig.from_dict(MODEL)).to(torch.bfloat16).save_pretrained(folder)
     for name in TOKENIZER_FILES:

@@ -4,12 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from kubetune_trainer.storage import download_tree
 from transformers import AutoModelForCausalLM
 
 from tests.cluster import local
 from tests.cluster.local import Cluster
-from tests.e2e.conftest import store_at
 from tests.e2e.jobs import Recording, apply
 from tests.e2e.manifests import small_job
 
@@ -40,7 +38,7 @@ def test_a_job_trains_on_two_pods_and_its_outputs_come_back(cluster: Cluster, na
     assert sorted(losses) == list(range(1, 9))
     assert losses[8] < losses[1]
 
-    download_tree(store_at(cluster, outputs["merged"]["uri"]), "", tmp_path / "merged")
+    cluster.download(outputs["merged"]["uri"], tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
