@@ -28,7 +28,6 @@ HELDOUT_DATA: Final = ROOT / "examples" / "data" / "tickets-heldout.jsonl"
 BASE_MODEL: Final = CACHE / "models" / "smollm2-135m-instruct"
 TUNED_MODEL: Final = CACHE / "demo" / "tickets"
 TIMEOUT_SECONDS: Final = 900
-BUCKETS: Final = ("models", "data", "runs")
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,7 @@ def bring_model_and_data(cluster: Cluster) -> None:
     """Put the base model and the training data where the manifest looks for them."""
     with stage("model and data into S3"):
         subprocess.run([sys.executable, ROOT / "examples" / "fetch_smollm2.py", BASE_MODEL], check=True)
-        for bucket in BUCKETS:
-            cluster.s3.create_bucket(Bucket=bucket)
+        cluster.make_bucket("runs")
         cluster.upload(BASE_MODEL, f"s3://models/{BASE_MODEL.name}")
         cluster.upload(TRAIN_DATA, f"s3://data/{TRAIN_DATA.name}")
 

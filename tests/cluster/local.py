@@ -81,11 +81,15 @@ class Cluster:
             config=Config(proxies={}),
         )
 
+    def make_bucket(self, bucket: str) -> None:
+        """Make a bucket unless it exists."""
+        with contextlib.suppress(self.s3.exceptions.BucketAlreadyExists, self.s3.exceptions.BucketAlreadyOwnedByYou):
+            self.s3.create_bucket(Bucket=bucket)
+
     def upload(self, source: Path, uri: str) -> None:
         """Put a file, or every file of a folder, to `s3://bucket/key`; the bucket is made if it does not exist."""
         bucket, key = _bucket_and_key(uri)
-        with contextlib.suppress(self.s3.exceptions.BucketAlreadyExists, self.s3.exceptions.BucketAlreadyOwnedByYou):
-            self.s3.create_bucket(Bucket=bucket)
+        self.make_bucket(bucket)
         for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
             if path.is_file():
                 name = f"{key.rstrip('/')}/{path.relative_to(source)}" if source.is_dir() else key

@@ -36,13 +36,9 @@ CAPITALS: Final = {
 }  # fmt: skip
 
 
-BUCKETS: Final = ("material", "runs")
-
-
 def put(cluster: Cluster) -> None:
     """Make the buckets, the model and the data in the cluster's object storage; the same bytes every time."""
-    for bucket in BUCKETS:
-        cluster.s3.create_bucket(Bucket=bucket)
+    cluster.make_bucket("runs")
     with tempfile.TemporaryDirectory() as made:
         make_model(Path(made) / "model")
         make_data(Path(made))
