@@ -21,6 +21,7 @@ def main() -> int:
         logging.basicConfig(
             level=settings.log_level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr
         )
+        logging.getLogger("kopf").setLevel("DEBUG" if settings.log_level == "DEBUG" else "WARNING")
         asyncio.run(Operator(settings).run())
     except OperatorError as error:
         sys.stderr.write(f"{error}\n")

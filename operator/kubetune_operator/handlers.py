@@ -60,32 +60,41 @@ class Operator:
             await serve({"/metrics": self.serve_metrics}, port=self.settings.metrics_port),
             await serve({"/healthz": self.serve_health, "/readyz": self.serve_ready}, port=self.settings.health_port),
         ]
+        ticking = asyncio.create_task(self._tick())
         lease = Leadership(self.cluster, settings=self.settings)
-        background = [asyncio.create_task(self._tick())]
-        stop = asyncio.Event()
         try:
             await lease.acquire()
-            self.leading = True
-            background += [asyncio.create_task(self._work()) for _ in range(self.settings.workers)]
-            background += [asyncio.create_task(self._resync()), asyncio.create_task(self._compare())]
-            holding = asyncio.create_task(lease.hold())
-            holding.add_done_callback(lambda _: stop.set())
-            background.append(holding)
-            await self._watch(stop)
+            await self._lead(lease)
         finally:
-            self.leading = False
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
-            self.queue.close()
-            if not stop.is_set():
-                await lease.release()
+            await _cancel(ticking)
             for server in servers:
                 await server.cleanup()
             await self.cluster.close()
 
-    async def _watch(self, stop: asyncio.Event) -> None:
-        """Run kopf until `stop`, or a signal, or the death of a watch, which is an error."""
+    async def _lead(self, lease: Leadership) -> None:
+        """Work until told to stop.
+
+        Raises:
+            ClusterError: The Lease is lost.
+        """
+        self.leading = True
+        holding = asyncio.create_task(lease.hold())
+        jobs = (*(self._work() for _ in range(self.settings.workers)), self._resync(), self._compare())
+        working = [asyncio.create_task(job) for job in jobs]
+        watching = asyncio.create_task(self._watch())
+        try:
+            await asyncio.wait([holding, watching], return_when=asyncio.FIRST_COMPLETED)
+            if holding.done():
+                raise ClusterError("the Lease is lost: another operator may be active")
+            await watching
+        finally:
+            self.leading = False
+            await _cancel(watching, holding, *working)
+            self.queue.close()
+            await lease.release()
+
+    async def _watch(self) -> None:
+        """Run kopf until a signal, or the death of a watch, which is an error."""
         settings = kopf.OperatorSettings()
         settings.scanning.disabled = True
         settings.posting.enabled = False
@@ -102,25 +111,27 @@ class Operator:
             standalone=True,
             clusterwide=not namespaces,
             namespaces=namespaces,
-            stop_flag=stop,
         )
 
     def _registry(self) -> kopf.OperatorRegistry:
         """The handlers, all of which only put a key on the queue."""
         registry = kopf.OperatorRegistry()
 
-        def on_job(type: str | None, body: kopf.Body, **_: Any) -> None:  # noqa: A002 (kopf's name)
+        async def on_job(type: str | None, body: kopf.Body, **_: Any) -> None:  # noqa: A002 (kopf's name)
             self.watched[KIND_FINETUNEJOB].note(type, body)
             self.census.note(type, body)
             self._wake(JobRef(body["metadata"]["namespace"], body["metadata"]["name"]))
 
-        def on_child(type: str | None, body: kopf.Body, **_: Any) -> None:  # noqa: A002 (kopf's name)
+        async def on_child(type: str | None, body: kopf.Body, **_: Any) -> None:  # noqa: A002 (kopf's name)
             self.watched[body["kind"]].note(type, body)
             labels: Mapping[str, str] = body["metadata"]["labels"]
             if labels[LABEL_JOB_KIND] == KIND_FINETUNEJOB:
                 self.queue.add(JobRef(body["metadata"]["namespace"], labels[LABEL_JOB_NAME]))
 
-        kopf.on.login(registry=registry)(lambda **_: login())
+        async def log_in(**_: Any) -> kopf.ConnectionInfo:
+            return login()
+
+        kopf.on.login(registry=registry)(log_in)
         kopf.on.event(API_GROUP, API_VERSION, PLURAL_FINETUNEJOB, registry=registry, id="job")(on_job)
         kopf.on.event("batch", "v1", "jobs", registry=registry, id="batch-job")(on_child)
         kopf.on.event("", "v1", "pods", registry=registry, id="pod")(on_child)
@@ -225,6 +236,13 @@ class Operator:
         for kind, watched in self.watched.items():
             metrics.WATCH_AGE_SECONDS.labels(kind).set(time.monotonic() - watched.last_event)
         return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def _cancel(*tasks: asyncio.Task[None]) -> None:
+    """End tasks and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def serve(routes: Mapping[str, Callable[[web.Request], Any]], *, port: int) -> web.AppRunner:

@@ -42,12 +42,12 @@ class Leadership:
         while True:
             await asyncio.sleep(self._settings.lease_seconds / 3)
             if not await self._try() and time.monotonic() - self._renewed_at > self._settings.lease_seconds * 2 / 3:
-                metrics.LEADER.set(0)
                 logger.error("the Lease %s is lost", self._settings.lease_name)
                 return
 
     async def release(self) -> None:
-        """Let the next one begin at once."""
+        """Let the next one begin at once, if the Lease is still ours and the API server answers."""
+        metrics.LEADER.set(0)
         try:
             lease = await self._read()
             if lease is not None and lease["spec"].get("holderIdentity") == self._settings.identity:
