@@ -1,5 +1,6 @@
 """The native node runs what a user's cluster would run, is reached from the host, and leaves nothing when it ends."""
 
+import secrets
 import subprocess
 import time
 import urllib.request
@@ -22,6 +23,7 @@ apiVersion: v1
 kind: Pod
 metadata: {name: web, labels: {app: web}}
 spec:
+  terminationGracePeriodSeconds: 1
   securityContext: {runAsNonRoot: true, runAsUser: 65532, seccompProfile: {type: RuntimeDefault}}
   containers:
     - name: web
@@ -59,8 +61,7 @@ def cluster() -> Iterator[local.Cluster]:
 
 @pytest.fixture
 def own_namespace(cluster: local.Cluster) -> Iterator[str]:
-    name = "node-test"
-    cluster.kubectl("delete", "namespace", name, "--ignore-not-found")
+    name = f"node-{secrets.token_hex(3)}"
     cluster.kubectl("create", "namespace", name)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
@@ -86,7 +87,7 @@ def test_a_restricted_pod_serves_the_host_and_other_pods_by_its_service(
 def test_kubectl_reads_logs_and_runs_commands_in_a_pod(cluster: local.Cluster, own_namespace: str) -> None:
     cluster.kubectl("apply", "-n", own_namespace, "-f", "-", input=WEB)
     cluster.kubectl("wait", "-n", own_namespace, "--for=condition=Ready", "pod/web", "--timeout=60s")
-    assert "Serving" in cluster.kubectl("logs", "-n", own_namespace, "web").stdout
+    assert "HTTP Server started" in cluster.kubectl("logs", "-n", own_namespace, "web").stdout
     version = cluster.kubectl("exec", "-n", own_namespace, "web", "--", "/rclone", "version", "--config=").stdout
     assert version.startswith("rclone v")
 

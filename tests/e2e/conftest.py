@@ -1,6 +1,6 @@
 """A whole cluster for the end-to-end tests: node, images from the checkout, S3 server, chart installed with Helm."""
 
-import itertools
+import secrets
 from collections.abc import Iterator
 
 import pytest
@@ -8,8 +8,6 @@ import pytest
 from tests.cluster import local
 from tests.cluster.local import Cluster
 from tests.e2e import material
-
-_numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +30,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def namespace(cluster: Cluster) -> Iterator[str]:
     """A fresh namespace that admits restricted pods only, with the S3 server's credentials in the Secret `s3`."""
-    name = f"e2e-{next(_numbers)}"
-    cluster.kubectl("delete", "namespace", name, "--ignore-not-found")
+    name = f"e2e-{secrets.token_hex(3)}"
     cluster.kubectl("create", "namespace", name)
     cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
     cluster.kubectl("apply", "-f", "-", input=local.s3_secret(name))
