@@ -43,9 +43,3 @@ def pack(lengths: Sequence[int], *, row_length: int) -> list[list[int]]:
             bisect.insort(rooms, left)
         rows_by_room[left].append(row)
     return rows
-
-
-def split_lengths(length: int, *, limit: int) -> list[int]:
-    """Returns the lengths of the pieces of an overlong sample: all of the limit but the last."""
-    whole, rest = divmod(length, limit)
-    return [limit] * whole + ([rest] if rest else [])

@@ -27,6 +27,8 @@ def read_records(file: Path, *, name: str) -> Iterator[tuple[str, Record]]:
     Raises:
         DataError: The file is not what its suffix says, or one of its records is no object.
     """
+    if not name.endswith(SUFFIXES):
+        raise DataError(f"{name} must be a file of type {', '.join(SUFFIXES)}")
     if name.endswith(".parquet"):
         records = _read_parquet(file, name)
     elif name.endswith(".json") and _begins_with_a_list(file):

@@ -22,23 +22,6 @@ _OFFSET = np.dtype("<i8")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One record after the tokenizer."""
-
-    tokens: np.ndarray
-    """Token ids, int32."""
-    trained: np.ndarray
-    """Whether the loss asks for this token, bool."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """For each token the next one if that is trained, IGNORE_LABEL otherwise and at the end; int32."""
-        labels = np.full(len(self.tokens), IGNORE_LABEL, dtype=_ITEM)
-        labels[:-1] = np.where(self.trained[1:], self.tokens[1:], IGNORE_LABEL)
-        return labels
-
-
-@dataclass(frozen=True, kw_only=True)
 class Row:
     """What a model sees as one sequence: one sample, or several packed together. All arrays are int32 of one length."""
 
@@ -48,6 +31,29 @@ class Row:
     """The target of each position, already shifted: the next token of the same sample, or IGNORE_LABEL."""
     documents: np.ndarray
     """Number of the sample within the row that a token belongs to, from 0."""
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], trained: Sequence[bool]) -> "Row":
+        """Returns a row of one sample.
+
+        Args:
+            tokens: Its token ids.
+            trained: Whether the loss asks for each; nobody can ask for the first.
+        """
+        ids = np.asarray(tokens, dtype=_ITEM)
+        labels = np.full(len(ids), IGNORE_LABEL, dtype=_ITEM)
+        labels[:-1] = np.where(np.asarray(trained[1:], dtype=bool), ids[1:], IGNORE_LABEL)
+        return cls(tokens=ids, labels=labels, documents=np.zeros_like(ids))
+
+    def part(self, begin: int, end: int) -> "Row":
+        """Returns some positions; the label of the last is the token that would have followed."""
+        cut = slice(begin, end)
+        return Row(tokens=self.tokens[cut], labels=self.labels[cut], documents=self.documents[cut])
+
+    @property
+    def trained_tokens(self) -> int:
+        """Positions that carry loss."""
+        return int(np.count_nonzero(self.labels != IGNORE_LABEL))
 
     @property
     def positions(self) -> np.ndarray:
@@ -120,8 +126,11 @@ class DataWriter:
             np.array(self._offsets, dtype=_OFFSET).tofile(self._folder / f"{_OFFSETS}.bin")
             (self._folder / COMPLETE_MARKER).touch()
 
-    def append(self, samples: Sequence[Sample]) -> None:
-        """Writes one row made of these samples."""
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def append(self, samples: Sequence[Row]) -> None:
+        """Writes one row made of these, each a sample of its own."""
         for document, sample in enumerate(samples):
             self._write("tokens", sample.tokens)
             self._write("labels", sample.labels)

@@ -1,0 +1,279 @@
+"""Everything that happens once per run, before an accelerator is used: look at the model, tokenize the data, estimate.
+
+`prepare` leaves `prepared.json` in the run's folder, written last; every attempt trains what it names, or refuses.
+`fetch` brings that to a node.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.alias_generators import to_camel
+
+from kubetune_trainer.config import FineTuneConfig
+from kubetune_trainer.data.encode import SampleEncoder, epoch_of, held_samples, hold_out, trainable_tokens, write_rows
+from kubetune_trainer.data.sampler import total_steps
+from kubetune_trainer.data.sources import FoundSource, OpenSource, open_source
+from kubetune_trainer.data.store import DataStore, DataWriter
+from kubetune_trainer.errors import DataError
+from kubetune_trainer.estimate import Estimate, count_parameters, estimate_memory
+from kubetune_trainer.model.config import read_config
+from kubetune_trainer.model_files import FoundModel, fetch_model, find_model, is_small, model_s3
+from kubetune_trainer.names import COMPLETE_MARKER, PREPARED_FILE
+from kubetune_trainer.report import Report
+from kubetune_trainer.storage import Store, download_tree, open_store, scratch_dir, upload_tree
+from kubetune_trainer.tokenizer import Tokenizer, load_tokenizer
+
+TRAIN_DIR = "train"
+VALIDATION_DIR = "validation"
+DATA_FILE = "data.json"
+ROWS_FORMAT = 1
+"""Part of the key of tokenized data; a change to how rows are made makes it another number."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True)
+
+
+class StoredRows(_Record):
+    """One store of rows."""
+
+    location: str
+    """URI of its folder."""
+    rows: int
+    """Rows in it."""
+    tokens: int
+    """Tokens of all rows."""
+
+
+class DataStatistics(_Record):
+    """What the data turned out to be."""
+
+    samples: int
+    """Read."""
+    rows: int
+    """Rows of an epoch."""
+    tokens: int
+    """Tokens of these rows."""
+    trainable_token_percent: float
+    """Part of these tokens that carries loss."""
+    dropped_samples: int
+    """Left out: longer than allowed, or with nothing in them that is trained."""
+    truncated_samples: int
+    """Cut at the limit."""
+
+
+class PreparedData(_Record):
+    """Tokenized data as the cache keeps it."""
+
+    train: StoredRows
+    """What is trained on."""
+    validation: StoredRows | None
+    """What is held out."""
+    data: DataStatistics
+    """What the data turned out to be."""
+
+
+class Prepared(PreparedData):
+    """What a run trains on; the content of prepared.json."""
+
+    model: FoundModel
+    """The model."""
+    sources: tuple[FoundSource, ...]
+    """The datasets."""
+    estimate: Estimate
+    """What training needs."""
+    parameters: int
+    """Parameters of the model, adapters not counted."""
+    total_steps: int
+    """Optimizer steps of the run."""
+
+    def message(self) -> dict[str, Any]:
+        """Returns the fields of the termination message, short whatever the number of files."""
+        model = {"location": self.model.location, "commit": self.model.commit, "etag": self.model.digest}
+        told = self.model_dump(mode="json", by_alias=True, exclude={"model", "train", "validation"}, exclude_none=True)
+        return {"model": {key: value for key, value in model.items() if value}, **told}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """What a run trains on, on this machine."""
+
+    model_dir: Path
+    """Folder of the model."""
+    train_data: DataStore
+    """Rows to train on."""
+    validation_data: DataStore | None
+    """Rows that are held out."""
+
+
+def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
+    """Finds, checks and tokenizes what a run needs; a run that was prepared before is only reported again.
+
+    Args:
+        config: The run.
+        report: Takes progress and warnings.
+
+    Raises:
+        DataError: The model or the data is not what it should be; names the folder, or the file and the line.
+    """
+    directory = open_store(config.run.directory, s3=config.storage.s3)
+    if directory.exists(PREPARED_FILE):
+        return _read_prepared(directory)
+    report("prepare", stage="Checking the model")
+    model = find_model(_model_location(config), s3=model_s3(config))
+    folder = fetch_model(model, s3=model_s3(config), only_small=True)
+    shape, tokenizer = read_config(folder), load_tokenizer(folder)
+    sources = [open_source(source, config=config) for source in config.dataset.sources]
+    data = _prepare_data(config, sources, model=model, tokenizer=tokenizer, report=report)
+    prepared = Prepared(
+        **dict(data),
+        model=model,
+        sources=tuple(opened.found for opened in sources),
+        estimate=estimate_memory(config, shape),
+        parameters=count_parameters(shape),
+        total_steps=total_steps(
+            data.train.rows,
+            global_batch_size=config.training.global_batch_size,
+            epochs=config.training.epochs,
+            max_steps=config.training.max_steps,
+        ),
+    )
+    directory.write_bytes(PREPARED_FILE, prepared.model_dump_json(by_alias=True, indent=2).encode())
+    report("prepare", stage="Prepared", **dict(data.data), total_steps=prepared.total_steps)
+    return prepared
+
+
+def fetch(prepared: Prepared, config: FineTuneConfig) -> Local:
+    """Brings the model and the rows to this machine; what is there already, or lies in a local folder, stays.
+
+    Raises:
+        DataError: The model has changed since the run was prepared.
+    """
+    return Local(
+        model_dir=fetch_model(prepared.model, s3=model_s3(config)),
+        train_data=_fetch_rows(prepared.train, config),
+        validation_data=_fetch_rows(prepared.validation, config) if prepared.validation else None,
+    )
+
+
+def _read_prepared(directory: Store) -> Prepared:
+    try:
+        return Prepared.model_validate_json(directory.read_bytes(PREPARED_FILE))
+    except ValidationError as error:
+        raise DataError(
+            f"{directory.uri(PREPARED_FILE)} cannot be read: {error}", hint="Remove the file to prepare the run again."
+        ) from error
+
+
+def _model_location(config: FineTuneConfig) -> str:
+    return config.model.uri.location.rstrip("/")
+
+
+def _fetch_rows(rows: StoredRows, config: FineTuneConfig) -> DataStore:
+    store = open_store(rows.location, s3=config.storage.s3)
+    local = store.local_path()
+    if local is None:
+        local = scratch_dir() / "rows" / hashlib.sha256(rows.location.encode()).hexdigest()[:16]
+        fetched = local / f"{COMPLETE_MARKER}.fetched"
+        if not fetched.exists():
+            shutil.rmtree(local, ignore_errors=True)
+            download_tree(store, "", local)
+            fetched.touch()
+    return DataStore.open(local)
+
+
+def _prepare_data(
+    config: FineTuneConfig, sources: Sequence[OpenSource], *, model: FoundModel, tokenizer: Tokenizer, report: Report
+) -> PreparedData:
+    """Takes tokenized data from the cache, or makes it and puts it there."""
+    validation = config.dataset.validation
+    held_out = [open_source(source, config=config) for source in (validation and validation.sources) or ()]
+    key = _data_key(config, [*sources, *held_out], model)
+    cache = open_store(f"{config.run.cache}/data/{key}", s3=config.storage.s3)
+    if cache.exists(COMPLETE_MARKER):
+        report("prepare", stage="Using tokenized data of an earlier run")
+        return PreparedData.model_validate_json(cache.read_bytes(DATA_FILE))
+    staging = scratch_dir() / "prepare" / key
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        data = _tokenize(config, sources, held_out, tokenizer=tokenizer, staging=staging, report=report)
+        stored = _locate(data, cache)
+        report("prepare", stage="Storing")
+        for name in (TRAIN_DIR, VALIDATION_DIR):
+            if (staging / name).is_dir():
+                upload_tree(cache, staging / name, name)
+        cache.write_bytes(DATA_FILE, stored.model_dump_json(by_alias=True, indent=2).encode())
+        cache.write_bytes(COMPLETE_MARKER, b"")
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return stored
+
+
+def _data_key(config: FineTuneConfig, sources: Sequence[OpenSource], model: FoundModel) -> str:
+    """Returns a name for all that decides the rows."""
+    decides = {
+        "format": ROWS_FORMAT,
+        "dataset": config.dataset.model_dump(mode="json"),
+        "seed": config.training.seed,
+        "sources": [opened.found.model_dump() for opened in sources],
+        "tokenizer": {path: etag for path, etag in model.etags.items() if is_small(path)},
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tokenize(
+    config: FineTuneConfig,
+    sources: Sequence[OpenSource],
+    held_out: Sequence[OpenSource],
+    *,
+    tokenizer: Tokenizer,
+    staging: Path,
+    report: Report,
+) -> PreparedData:
+    """Writes both stores below the staging folder; their locations are those there."""
+    dataset, encoder = config.dataset, SampleEncoder(config.dataset, tokenizer=tokenizer, report=report)
+    with DataWriter(staging / "samples") as writer:
+        trained = [encoder.write_samples(opened, writer) for opened in sources]
+        validated = [encoder.write_samples(opened, writer, count=False) for opened in held_out]
+    samples = DataStore.open(staging / "samples")
+    fraction = dataset.validation.fraction if dataset.validation else None
+    held = hold_out(trained, fraction=fraction) if fraction else set()
+    epoch = epoch_of(trained, held=held, seed=config.training.seed)
+    if not epoch:
+        raise DataError(f"{config.title}: no samples are left to train on, by dataset.sources[].weight and validation")
+    kept = held_samples(trained, held=held) or [index for source in validated for index, _ in source.pairs()]
+    if fraction and not kept:
+        report("warning", message="dataset.validation.fraction holds nothing out: there is only one sample")
+    report("prepare", stage="Packing" if dataset.packing == "BestFit" else "Writing rows")
+    train = write_rows(samples, epoch, staging / TRAIN_DIR, dataset=dataset)
+    validation = write_rows(samples, kept, staging / VALIDATION_DIR, dataset=dataset) if kept else None
+    return PreparedData(
+        train=_stored(train),
+        validation=_stored(validation) if validation else None,
+        data=DataStatistics(
+            **vars(encoder.counts),
+            rows=len(train),
+            tokens=train.num_tokens,
+            trainable_token_percent=round(100 * trainable_tokens(train) / train.num_tokens, 2),
+        ),
+    )
+
+
+def _stored(store: DataStore) -> StoredRows:
+    return StoredRows(location=f"file://{store.folder}", rows=len(store), tokens=store.num_tokens)
+
+
+def _locate(data: PreparedData, cache: Store) -> PreparedData:
+    """Returns the same data at the place where the cache keeps it."""
+    places: dict[str, Mapping[str, Any]] = {"train": {"location": cache.uri(TRAIN_DIR)}}
+    if data.validation is not None:
+        places["validation"] = {"location": cache.uri(VALIDATION_DIR)}
+    return data.model_copy(
+        update={name: getattr(data, name).model_copy(update=place) for name, place in places.items()}
+    )

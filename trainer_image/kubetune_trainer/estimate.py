@@ -1,0 +1,109 @@
+"""What a run needs in memory, computed from the model's shape before any accelerator is used.
+
+The largest parts, rather too high than too low: weights, gradients and optimizer state as FSDP shards
+them, what is gathered for one block at a time, activations of one micro batch, a chunk of logits, and the runtime itself.
+"""
+
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict
+from pydantic.alias_generators import to_camel
+from torch import nn
+
+from kubetune_trainer.config import FineTuneConfig
+from kubetune_trainer.lora import apply_lora
+from kubetune_trainer.loss import CHUNK_TOKENS
+from kubetune_trainer.model.config import ModelConfig
+from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.model.weights import build_model
+
+FP32: Final = 4
+BF16: Final = 2
+RUNTIME_BYTES: Final = 700 * 2**20
+"""Python, torch and its kernels or the device's context."""
+GATHERED_BLOCKS: Final = 2
+"""FSDP gathers the next block while one computes."""
+
+
+class Estimate(BaseModel):
+    """The memory of one device, or of one process on a CPU."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True)
+
+    memory_per_device_bytes: int
+    """All parts together."""
+    message: str
+    """The parts by name."""
+
+
+def count_parameters(shape: ModelConfig) -> int:
+    """Returns how many parameters a model has, a tied output head counted once."""
+    return _count(build_model(shape))
+
+
+def estimate_memory(config: FineTuneConfig, shape: ModelConfig) -> Estimate:
+    """Estimates what one rank needs at its peak.
+
+    Args:
+        config: The run; its number of nodes and processes says over how many ranks the weights are spread.
+        shape: The model.
+    """
+    model = build_model(shape)
+    if config.lora is not None:
+        apply_lora(model, **config.lora.model_dump())
+    ranks = config.run.num_nodes * config.run.processes_per_node
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    kept_trained = BF16 if config.training.precision == "BF16" else FP32
+    kept_frozen = FP32 if config.training.precision == "FP32" else BF16
+    parts = {
+        "weights": (trained * kept_trained + (_count(model) - trained) * kept_frozen) // ranks,
+        "gradients": trained * kept_trained // ranks,
+        "optimizer": 2 * trained * kept_trained // ranks,
+        "gathered weights": _gathered(model, config),
+        "activations": _activations(config, shape),
+        "logits": CHUNK_TOKENS * shape.vocab_size * (2 * FP32 + _compute_bytes(config)),
+        "runtime": RUNTIME_BYTES,
+    }
+    message = ", ".join(f"{name} {_readable(size)}" for name, size in parts.items())
+    return Estimate(memory_per_device_bytes=sum(parts.values()), message=message)
+
+
+def _gathered(model: Decoder, config: FineTuneConfig) -> int:
+    """Returns the bytes of what FSDP has gathered: blocks in flight, and always embedding and output head.
+
+    Whole gradients of a block come on top while it goes backward, and those of all adapters until the last micro batch.
+    """
+    blocks = [_count(block) for block in model.model.layers]
+    root = _count(model) - sum(blocks)
+    adapters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) if config.lora else 0
+    gradients = root + max(blocks) if config.lora is None else adapters
+    return (root + GATHERED_BLOCKS * max(blocks) + gradients) * _compute_bytes(config)
+
+
+def _activations(config: FineTuneConfig, shape: ModelConfig) -> int:
+    """Returns the bytes that the backward pass needs of one micro batch.
+
+    Per token and block these are the inputs of its two norms in fp32 and their outputs, queries, keys, values, the
+    attention's output, and four times the inner width of the feed-forward block.
+    """
+    tokens = config.training.micro_batch_size * config.dataset.max_sequence_length
+    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    block = 2 * shape.hidden_size * FP32 + (
+        4 * shape.hidden_size + heads + 4 * shape.intermediate_size
+    ) * _compute_bytes(config)
+    if config.training.activation_checkpointing == "Full":
+        return tokens * (shape.num_layers * shape.hidden_size * _compute_bytes(config) + block)
+    return tokens * shape.num_layers * block
+
+
+def _compute_bytes(config: FineTuneConfig) -> int:
+    return FP32 if config.training.precision == "FP32" else BF16
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _readable(size: int) -> str:
+    gibibytes = size / 2**30
+    return f"{gibibytes:.1f} GiB" if gibibytes >= 1 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,167 @@
+"""The model's folder: found and checked by its small files before anything is spent, then brought to each node."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from kubetune_trainer.config import FineTuneConfig, S3Storage
+from kubetune_trainer.errors import DataError
+from kubetune_trainer.model.config import CONFIG_FILE
+from kubetune_trainer.model.weights import INDEX_FILE, WEIGHTS_FILE
+from kubetune_trainer.names import COMPLETE_MARKER
+from kubetune_trainer.storage import ObjectInfo, Store, open_store, scratch_dir
+from kubetune_trainer.tokenizer import TOKENIZER_FILE
+
+WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".tflite", ".ot"}
+)
+HEADER_LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+"""What the safetensors format allows a header to have."""
+
+
+class FoundModel(BaseModel):
+    """A model folder as it was when the run was prepared; every attempt trains this one or none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    location: str
+    """URI of the folder."""
+    commit: str | None = None
+    """Commit of the Hub, where it came from there."""
+    etags: Mapping[str, str]
+    """ETag of each of its files that are used, by path."""
+
+    @property
+    def digest(self) -> str:
+        """One short name for all of it."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def model_s3(config: FineTuneConfig) -> S3Storage | None:
+    """Returns how to reach the S3 service of the model, where it lies in one."""
+    uri = config.model.uri
+    return (uri.s3 if uri else None) or config.storage.s3
+
+
+def find_model(location: str, *, s3: S3Storage | None, commit: str | None = None) -> FoundModel:
+    """Looks at a model folder without reading its weights.
+
+    Raises:
+        DataError: A file is missing, or a weight file is shorter than its own header says.
+    """
+    store = open_store(location, s3=s3)
+    files = {info.path: info for info in store.list()}
+    if not files:
+        raise DataError(f"Model folder {location}: there is no such folder, or it is empty")
+    for name in (CONFIG_FILE, TOKENIZER_FILE):
+        if name not in files:
+            raise DataError(
+                f"Model folder {location}: {name} is missing",
+                hint="It must be a folder in Hugging Face format: config.json, tokenizer.json and *.safetensors.",
+            )
+    weights = _weight_files(store, files)
+    for name in weights:
+        _check_weights(store, files[name])
+    used = [*(path for path in files if is_small(path)), *weights]
+    return FoundModel(location=location, commit=commit, etags={path: files[path].etag for path in sorted(used)})
+
+
+def fetch_model(model: FoundModel, *, s3: S3Storage | None, only_small: bool = False) -> Path:
+    """Returns a local folder with the model, downloaded once per node unless it is local already.
+
+    Args:
+        model: What was found.
+        s3: How to reach the S3 service.
+        only_small: Everything but the weights, which is enough for the tokenizer.
+
+    Raises:
+        DataError: A file has changed since the model was found.
+    """
+    store = open_store(model.location, s3=s3)
+    local = store.local_path()
+    if local is not None:
+        _check_unchanged(model, store.list())
+        return local
+    folder = scratch_dir() / "models" / (f"{model.digest}-small" if only_small else model.digest)
+    if not (folder / COMPLETE_MARKER).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        for path, etag in model.etags.items():
+            if is_small(path) or not only_small:
+                store.download(path, folder / path, etag=etag)
+        (folder / COMPLETE_MARKER).touch()
+    return folder
+
+
+def is_small(path: str) -> bool:
+    """Whether a file of a model folder belongs to the model and is no weights: configuration, tokenizer, license."""
+    return "/" not in path and PurePosixPath(path).suffix not in WEIGHT_SUFFIXES and path != COMPLETE_MARKER
+
+
+def _check_unchanged(model: FoundModel, files: Sequence[ObjectInfo]) -> None:
+    now = {info.path: info.etag for info in files}
+    for path, etag in model.etags.items():
+        if now.get(path) != etag:
+            what = "has changed since the run was prepared" if path in now else "is gone since the run was prepared"
+            raise DataError(
+                f"Model folder {model.location}: {path} {what}", hint="Restore the file, or start a new job."
+            )
+
+
+def _weight_files(store: Store, files: Mapping[str, ObjectInfo]) -> list[str]:
+    """Returns which weight files the loader will read: those of the index, or the only one."""
+    if INDEX_FILE not in files:
+        if WEIGHTS_FILE not in files:
+            raise DataError(
+                f"Model folder {store.uri()}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there",
+                hint="Weights must be safetensors; convert other formats with transformers' save_pretrained.",
+            )
+        return [WEIGHTS_FILE]
+    weight_map = _parse(store.read_bytes(INDEX_FILE), what=f"Model folder {store.uri()}: {INDEX_FILE}").get(
+        "weight_map"
+    )
+    if not isinstance(weight_map, dict):
+        raise DataError(f"Model folder {store.uri()}: {INDEX_FILE} has no weight_map")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if name not in files:
+            raise DataError(f"Model folder {store.uri()}: {name} is missing, and {INDEX_FILE} names it")
+    return names
+
+
+def _check_weights(store: Store, file: ObjectInfo) -> None:
+    """Compares a file's size with what its header says; a copy that broke off is found without reading it."""
+    what = f"Model folder {store.uri()}: {file.path}"
+    hint = "The file may have been cut off while it was copied; copy it again."
+    if file.size <= HEADER_LENGTH_BYTES:
+        raise DataError(f"{what} is not a whole safetensors file: it has {file.size} bytes", hint=hint)
+    header_bytes = int.from_bytes(store.read_bytes(file.path, length=HEADER_LENGTH_BYTES), "little")
+    begin = HEADER_LENGTH_BYTES + header_bytes
+    if header_bytes > MAX_HEADER_BYTES or begin > file.size:
+        raise DataError(
+            f"{what} is not a whole safetensors file: its header must have {header_bytes} bytes, it has {file.size}",
+            hint=hint,
+        )
+    header = _parse(store.read_bytes(file.path, length=begin)[HEADER_LENGTH_BYTES:], what=f"{what}'s header")
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = begin + max(ends, default=0)
+    if file.size != expected:
+        raise DataError(
+            f"{what} is not a whole safetensors file: by its header it must have {expected} bytes, it has {file.size}",
+            hint=hint,
+        )
+
+
+def _parse(content: bytes, *, what: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{what} is not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise DataError(f"{what} must hold an object, got {type(parsed).__name__}")
+    return parsed
