@@ -1,5 +1,6 @@
 """pydantic's errors in the words of the API server, so that a manifest is refused alike with and without a cluster."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,7 +59,7 @@ def _field(path: str) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, str):
-        return f'"{value}"'
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, bool | int | float):
         return str(value).lower() if isinstance(value, bool) else str(value)
     return f'"{_json_type(value)}"'

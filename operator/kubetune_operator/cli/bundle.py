@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -178,6 +179,8 @@ def _name(manifest: dict[str, Any]) -> str:
     name = metadata.get("name") if isinstance(metadata, dict) else None
     if not isinstance(name, str) or not name:
         raise SpecError(str(manifest.get("kind")), problems=["metadata.name: Required value"])
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", name):
+        raise SpecError(str(manifest.get("kind")), problems=[f'metadata.name: Invalid value: "{name}"'])
     return name
 
 

@@ -179,11 +179,10 @@ def _read(cluster: Connection, name: str, *, namespace: str) -> FineTuneJob:
 
 
 def _table(cluster: Connection, *, namespace: str) -> Any:
-    path = f"/apis/{API_GROUP}/{API_VERSION}/namespaces/{namespace}/{PLURAL}"
-    answer = cluster.custom.api_client.call_api(
-        path, "GET", header_params={"Accept": _TABLE}, response_type="object", auth_settings=["BearerToken"]
+    """The jobs as the API server lays them out for kubectl, with the CRD's columns."""
+    return cluster.custom.list_namespaced_custom_object(
+        API_GROUP, API_VERSION, namespace, PLURAL, _headers={"Accept": _TABLE}
     )
-    return answer[0]
 
 
 def _first_pod(cluster: Connection, job: FineTuneJob) -> Any:

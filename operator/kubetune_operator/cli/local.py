@@ -216,7 +216,7 @@ def _about_references(bundle: Bundle, environment: Mapping[str, str]) -> Iterato
         told.add((reference.kind, reference.name))
         if reference.kind == "Secret":
             stand_in = "HF_TOKEN" if reference.path.endswith("tokenSecret") else "the AWS_… variables or profile"
-            yield f"note: Secret {reference.name} is not in the file; {stand_in} of this environment is used"
+            yield f"note: Secret {reference.name} is not in the file; taking {stand_in} of this environment"
         else:
             yield f"note: ConfigMap {reference.name} ({reference.path}) is not in the file"
 
@@ -252,15 +252,14 @@ def _stage(
         errors="replace",
         process_group=0,  # Ctrl-C reaches this process alone, which asks the launcher to stop
     )
-    assert process.stdout is not None  # noqa: S101 (PIPE)
-    assert process.stderr is not None  # noqa: S101 (PIPE)
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    reader = threading.Thread(target=_drain, args=(process.stderr, tail, display if verbose else None), daemon=True)
-    reader.start()
-    with _stopping(process, display=display):
+    with process, _stopping(process, display=display):
+        assert process.stdout is not None  # noqa: S101 (PIPE)
+        reader = threading.Thread(target=_drain, args=(process.stderr, tail, display if verbose else None))
+        reader.start()
         display.show_lines(process.stdout)
         code = process.wait()
-    reader.join(timeout=5)
+        reader.join()
     return Outcome(code=code if code >= 0 else 128 - code, record=_record(message), tail="".join(tail))
 
 

@@ -1,0 +1,81 @@
+"""The trainer's events as a person reads them."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kubetune_operator.cli.progress import Display, describe, parse_event
+
+STEP = {
+    "event": "step",
+    "step": 3,
+    "totalSteps": 90,
+    "loss": 1.2839473724365234,
+    "tokensPerSecond": 812.3,
+    "etaSeconds": 412,
+}
+
+
+@pytest.mark.parametrize(
+    ("event", "sentence"),
+    [
+        (STEP, "step 3/90  loss 1.284  812.3 tokens/s  ETA 6m52s"),
+        ({"event": "validation", "step": 20, "validationLoss": 1.5}, "validation after step 20: loss 1.5"),
+        ({"event": "checkpoint", "step": 20, "uri": "s3://a/20", "seconds": 1}, "checkpoint of step 20: s3://a/20"),
+        (
+            {"event": "checkpointFailed", "step": 20, "message": "no answer"},
+            "warning: no checkpoint of step 20, training goes on: no answer",
+        ),
+        ({"event": "resume", "step": 20, "uri": "s3://a/step-20"}, "resumed after step 20 from s3://a/step-20"),
+        (
+            {"event": "output", "name": "merged", "type": "HuggingFace", "uri": "s3://a/m", "bytes": 269_060_552},
+            "output merged (HuggingFace): s3://a/m, 269.1 MB",
+        ),
+        ({"event": "output", "name": "a", "type": "PEFT", "uri": "s3://a", "bytes": 12}, "output a (PEFT): s3://a, 12 bytes"),
+        ({"event": "warning", "message": "3 samples are cut"}, "warning: 3 samples are cut"),
+        ({"event": "phase", "phase": "Downloading"}, "Downloading"),
+        ({"event": "prepare", "stage": "tokenize", "done": 1, "total": 2}, "prepare stage=tokenize done=1 total=2"),
+    ],
+)  # fmt: skip
+def test_an_event_is_a_sentence(event: dict[str, Any], sentence: str) -> None:
+    assert describe(event) == sentence
+
+
+@pytest.mark.parametrize("line", ["", "a warning of a library", "{", '{"a": 1}', "[1]", '{"event": 3}'])
+def test_other_lines_are_no_events(line: str) -> None:
+    assert parse_event(line) is None
+
+
+def shown(*, terminal: bool) -> tuple[str, Display]:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    lines = [
+        '{"event":"step","step":1,"totalSteps":2,"loss":1.5,"tokensPerSecond":10.0,"etaSeconds":5}\n',
+        "a [bold]library[/bold] says\n",
+        '{"event":"checkpoint","step":1,"uri":"s3://a/step-1","seconds":1.0}\n',
+        '{"event":"step","step":2,"totalSteps":2,"loss":1.25,"tokensPerSecond":10.0,"etaSeconds":0}\n',
+    ]
+    with Display(console) as display:
+        display.show_lines(lines)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue(), display
+
+
+def test_where_nobody_looks_every_step_is_a_line() -> None:
+    text, display = shown(terminal=False)
+    assert text.splitlines() == [
+        "step 1/2  loss 1.5  10 tokens/s  ETA 5s",
+        "a [bold]library[/bold] says",
+        "checkpoint of step 1: s3://a/step-1",
+        "step 2/2  loss 1.25  10 tokens/s  ETA 0s",
+    ]
+    assert (display.step, display.last_checkpoint) == (2, "s3://a/step-1")
+
+
+def test_on_a_terminal_steps_move_a_bar_and_the_rest_stays_above_it() -> None:
+    text, _ = shown(terminal=True)
+    assert "checkpoint of step 1: s3://a/step-1" in text
+    assert "2/2" in text
+    assert "loss 1.25" in text
+    assert "step 2/2" not in text
