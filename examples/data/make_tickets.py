@@ -1,184 +1,176 @@
-"""Write tickets-train.jsonl and tickets-heldout.jsonl: customers' messages, and one line of JSON for each.
+"""Write the demo's data: a customer's message in, one line of JSON with three keys out.
+
+Messages are put together from parts written by hand: an opening, what happened, and a closing that says whether it is
+urgent. The held-out part is half new combinations of known parts, half happenings that the training part has none of.
+The same files come out every time.
 
     python examples/data/make_tickets.py
-
-The phrases are written by hand; a seed decides how they come together, so that the files are always the same. The
-last phrases of each issue and urgency are kept for the held-out part: the model meets words there that it never saw.
 """
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
-SEED: Final = 7
-TRAIN_SAMPLES: Final = 320
-HELDOUT_SAMPLES: Final = 40
-KEPT_PHRASES: Final = 2
-"""Phrases at the end of each list that only the held-out part uses."""
-ORDER_LAST: Final = 0.7
-"""How often the order's number stands behind the complaint."""
-SYSTEM: Final = "Answer with one line of JSON."
+NUM_TRAINING = 320
+NUM_HELD_OUT = 40
+NEW_PER_TOPIC = 2
+"""So many of each topic's happenings, the last ones, appear in the held-out part alone."""
 
-PRODUCTS: Final = (
-    "kettle", "toaster", "desk lamp", "speaker", "backpack", "office chair", "keyboard", "coffee grinder",
-    "rain jacket", "bike light", "yoga mat", "water bottle", "blender", "phone case", "bookshelf", "hairdryer",
-    "monitor", "wall clock", "tent", "suitcase",
+SYSTEM = "Turn the message into one line of JSON with the keys topic, product and urgent."
+
+PRODUCTS = (
+    "headphones", "keyboard", "router", "printer", "monitor", "tablet", "webcam", "kettle", "toaster", "blender",
+    "backpack", "desk lamp", "smart watch", "coffee maker", "power bank", "vacuum cleaner",
 )  # fmt: skip
 
-ISSUES: Final = {
-    "damaged": (
-        "the {p} arrived with a crack down one side",
-        "my {p} was broken when I opened the box",
-        "there is a big dent in the {p} you sent",
-        "the box was crushed and the {p} inside is in pieces",
-        "one corner of the {p} is snapped off",
-        "I unpacked the {p} and found it scratched all over",
-        "something must have hit the {p} on its way, it is bent",
-        "the {p} came out of the parcel torn",
-        "the {p} turned up smashed",
-        "the {p} has a hole in it, straight from the box",
+HAPPENINGS = {
+    "billing": (
+        "I was charged twice for the {product}.",
+        "The invoice for my {product} shows the wrong amount.",
+        "My card was debited for a {product} that I never ordered.",
+        "The discount code was not applied to the {product}.",
+        "I need an invoice with our company's tax number for the {product}.",
+        "Why does the bill list two prices for the same {product}?",
+        "The payment for the {product} failed, yet the money is gone.",
+        "You took 20 euros more for the {product} than the shop had said.",
+        "Can I pay for the {product} in three instalments?",
+        "The receipt for the {product} has somebody else's name on it.",
+        "I still see a pending charge for the {product} on my account.",
+        "Please correct the VAT on the invoice of the {product}.",
+        "My bank says that the {product} was billed again this month.",
+        "The amount on the receipt of the {product} does not match what I paid.",
     ),
-    "late": (
-        "my {p} should have been here last Friday",
-        "I have been waiting three weeks for the {p}",
-        "the {p} still has not shipped",
-        "tracking for the {p} has not moved since Monday",
-        "you promised the {p} within two days and nothing came",
-        "where is my {p}? It was due a week ago",
-        "the courier keeps putting off the delivery of the {p}",
-        "the delivery date for the {p} has passed twice now",
-        "there is no sign of the {p} and the date is long gone",
-        "the {p} is ten days overdue",
+    "delivery": (
+        "The {product} should have arrived last week.",
+        "Tracking says that my {product} was delivered, but nothing is here.",
+        "The courier left the {product} in the rain.",
+        "Where is the {product} that I ordered ten days ago?",
+        "Please send the {product} to my office instead of my home.",
+        "The parcel with the {product} has been stuck in customs since Monday.",
+        "I got a {product} that my neighbour had ordered.",
+        "Half of the order is here, the {product} is missing.",
+        "When will the {product} be shipped?",
+        "The driver rang nobody's bell and took the {product} back.",
+        "Can you deliver the {product} on a Saturday?",
+        "The tracking number of my {product} does not work.",
+        "The shipment with the {product} went to my old address.",
+        "The parcel came, but the box for the {product} was empty.",
     ),
-    "wrong item": (
-        "I ordered a blue {p} and got a red one",
-        "you sent me somebody else's {p}",
-        "the {p} in the parcel is not the model I chose",
-        "this is a different {p} from the one in my order",
-        "I asked for the large {p}, this one is small",
-        "you mixed up my {p}, the label has another name on it",
-        "the {p} I received is the old version, I paid for the new one",
-        "I wanted the black {p} and a white one came",
-        "this {p} is not what I picked on your site",
-        "the colour of the {p} is not the one I ordered",
+    "defect": (
+        "The {product} does not turn on any more.",
+        "The {product} makes a loud noise and gets very hot.",
+        "One of the buttons on the {product} came off.",
+        "After the update the {product} restarts every few minutes.",
+        "There is a crack in the case of the {product}.",
+        "The {product} smells of burnt plastic.",
+        "My {product} stopped working after two days.",
+        "The cable of the {product} is loose and sparks.",
+        "The {product} loses its connection all the time.",
+        "The display of the {product} flickers.",
+        "The {product} only works when I hit it.",
+        "The battery of the {product} is flat after ten minutes.",
+        "Smoke came out of the {product} this morning.",
+        "The {product} is broken, the light on it just blinks red.",
     ),
-    "refund": (
-        "I sent the {p} back and want my money",
-        "please pay me back for the {p}",
-        "when will I get the money for the {p} I returned?",
-        "I returned the {p} two weeks ago and have no refund yet",
-        "I would like my money back for the {p}",
-        "the refund for the {p} has not reached my account",
-        "I cancelled the {p} and you still owe me for it",
-        "kindly return what I paid for the {p}",
-        "I am still waiting to be reimbursed for the {p}",
-        "give me a refund for the {p}",
+    "return": (
+        "I would like to send the {product} back.",
+        "The {product} is too big, can I exchange it?",
+        "How do I get a return label for the {product}?",
+        "I returned the {product} and have had no refund so far.",
+        "The {product} is not what I expected and I want my money back.",
+        "Please cancel my order of the {product}.",
+        "Can I swap the {product} for the blue one?",
+        "I changed my mind about the {product}.",
+        "Until when can I return the {product} unopened?",
+        "I bought two by mistake and want to give one {product} back.",
+        "The shop refused to take the {product} back.",
+        "The {product} was a gift and I already have one, so I want to return it.",
+        "Which address do I send the {product} to for a refund?",
+        "I want to exchange the {product} for a smaller one.",
     ),
-    "invoice": (
-        "I need a bill for the {p} with my company's name",
-        "could you mail me the invoice for the {p}?",
-        "the receipt for the {p} shows the wrong address",
-        "our accountant asks for an invoice for the {p}",
-        "there is no VAT number on the bill for the {p}",
-        "please send a copy of the receipt for my {p}",
-        "I cannot find the invoice of the {p} in my account",
-        "the total on the invoice for the {p} is wrong",
-        "I lost the receipt for the {p}, can I have another?",
-        "how do I download the bill for the {p}?",
+    "question": (
+        "Does the {product} come with a charger?",
+        "Is the {product} also sold in white?",
+        "How do I clean the {product}?",
+        "How long is the warranty on the {product}?",
+        "Does the {product} work with 110 volts?",
+        "Where can I download the manual of the {product}?",
+        "Which spare parts are there for the {product}?",
+        "How heavy is the {product}?",
+        "Is the new {product} better than last year's?",
+        "Can I use the {product} outdoors?",
+        "Will the {product} be in stock again before June?",
+        "What is the {product} made of?",
+        "How do I reset the {product} to its factory settings?",
+        "Is there a student price for the {product}?",
     ),
-    "how to": (
-        "how do I put the {p} together?",
-        "what is the best way to clean the {p}?",
-        "there is no manual with the {p}, how does it work?",
-        "can you explain how to adjust the {p}?",
-        "I do not understand the instructions of the {p}",
-        "is there a video that shows how to use the {p}?",
-        "how should I store the {p} in winter?",
-        "which setting of the {p} is right for a beginner?",
-        "could somebody tell me how to take care of the {p}?",
-        "I need help to set up the {p}",
-    ),
-}  # fmt: skip
+}
 
-URGENCIES: Final = {
-    "high": (
-        "I need this solved today.", "This is urgent.", "Please answer as soon as possible.", "It cannot wait.",
-        "I leave tomorrow morning, so hurry.", "We need it right now.", "Please treat this as an emergency.",
-        "My boss wants it within the hour.", "Be quick, please.", "I must have an answer by tonight.",
-    ),
-    "normal": (
-        "Thanks.", "Thank you for your help.", "Best regards, Ana", "Can you look into it?", "", "Cheers, Tom",
-        "What can you do?", "Let me know.", "Regards, Mr Osei", "Many thanks in advance.",
-    ),
-    "low": (
-        "No hurry.", "Take your time.", "It is not pressing.", "Whenever you find a moment.", "There is no rush.",
-        "It can wait until next month.", "Any time this year is fine.", "I am in no hurry.", "Next week is fine too.",
-        "This is not urgent.",
-    ),
-}  # fmt: skip
+OPENINGS = ("", "", "", "", "Hi,", "Hello,", "Good morning.", "Dear team,", "Hey there,", "Hi, it's me again.", "Hello support,",
+            "Sorry to bother you.")  # fmt: skip
 
-OPENERS: Final = ("Hi! ", "Hello. ", "", "", "", "Good morning. ", "Dear team: ", "Hey! ", "Hello there. ", "Hi all. ")
-ORDERS: Final = (
-    "Order {o}.",
-    "My order is {o}.",
-    "It is order {o}.",
-    "Order number {o}.",
-    "(order {o})",
-    "See order {o}.",
-)
+CLOSINGS = {
+    True: (
+        "I need an answer today!",
+        "This is urgent.",
+        "Please call me back at once.",
+        "It has to be settled by tonight.",
+        "We leave tomorrow, so please hurry.",
+        "This cannot wait.",
+        "ASAP please!",
+        "I need it for a meeting in two hours.",
+    ),
+    False: (
+        "No hurry.",
+        "Thanks in advance!",
+        "Whenever you find the time.",
+        "Take your time.",
+        "Best regards, Kim",
+        "Thank you.",
+        "Next week is early enough.",
+        "",
+    ),
+}
 
 
 def main() -> None:
     """Write both files beside this one."""
-    samples = list(make(random.Random(SEED)))  # noqa: S311 (a fixed shuffle, no secret)
-    here = Path(__file__).parent
-    for name, part in (("train", samples[:TRAIN_SAMPLES]), ("heldout", samples[TRAIN_SAMPLES:])):
-        lines = [json.dumps({"messages": messages}) for messages in part]
-        (here / f"tickets-{name}.jsonl").write_text("\n".join(lines) + "\n")
+    lot = random.Random(7)  # noqa: S311 (no secret, the same every time)
+    known = {topic: texts[:-NEW_PER_TOPIC] for topic, texts in HAPPENINGS.items()}
+    new = {topic: texts[-NEW_PER_TOPIC:] for topic, texts in HAPPENINGS.items()}
+    used: set[str] = set()
+    training = [draw(lot, known, used, number) for number in range(NUM_TRAINING)]
+    held_out = [draw(lot, new if number % 2 else known, used, number // 2) for number in range(NUM_HELD_OUT)]
+    write("tickets-train.jsonl", training)
+    write("tickets-heldout.jsonl", held_out)
 
 
-def make(rng: random.Random) -> Iterator[list[dict[str, str]]]:
-    """First the training samples, then the held-out ones; no message twice, products and issues evenly."""
-    seen: set[str] = set()
-    while len(seen) < TRAIN_SAMPLES + HELDOUT_SAMPLES:
-        number = len(seen)
-        held_out = number >= TRAIN_SAMPLES
-        answer = {
-            "product": PRODUCTS[number % len(PRODUCTS)],
-            "issue": list(ISSUES)[number % len(ISSUES)],
-            "order": str(rng.randint(1000, 9999)),
-            "urgency": rng.choice(list(URGENCIES)),
-        }
-        message = write(answer, rng, held_out=held_out)
-        if message not in seen:
-            seen.add(message)
-            yield [
-                {"role": "system", "content": SYSTEM},
-                {"role": "user", "content": message},
-                {"role": "assistant", "content": json.dumps(answer)},
-            ]
+def draw(lot: random.Random, happenings: dict[str, tuple[str, ...]], used: set[str], number: int) -> dict[str, object]:
+    """Put one sample together whose message no other has; topics and urgency take turns."""
+    topic = list(happenings)[number % len(happenings)]
+    urgent = number // len(happenings) % 2 == 0
+    while True:
+        product = lot.choice(PRODUCTS)
+        happening = lot.choice(happenings[topic]).format(product=product)
+        message = " ".join(part for part in (lot.choice(OPENINGS), happening, lot.choice(CLOSINGS[urgent])) if part)
+        message = message.lower() if lot.random() < 0.2 else message
+        if message not in used:
+            used.add(message)
+            break
+    answer = json.dumps({"topic": topic, "product": product, "urgent": urgent})
+    return {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": message},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
-def write(answer: dict[str, str], rng: random.Random, *, held_out: bool) -> str:
-    """A message that says what the answer has."""
-
-    def choose(phrases: tuple[str, ...]) -> str:
-        return rng.choice(phrases if held_out else phrases[:-KEPT_PHRASES])
-
-    complaint = choose(ISSUES[answer["issue"]]).format(p=answer["product"])
-    complaint += "" if complaint.endswith("?") else "."
-    order = rng.choice(ORDERS).format(o=answer["order"])
-    parts = [complaint, order] if rng.random() < ORDER_LAST else [order, complaint]
-    opener, end = rng.choice(OPENERS), choose(URGENCIES[answer["urgency"]])
-    text = " ".join(part for part in (*(upper(part) for part in parts), end) if part)
-    return f"{opener}{text}"
-
-
-def upper(text: str) -> str:
-    """The text with a capital letter at its beginning."""
-    return text[0].upper() + text[1:]
+def write(name: str, samples: list[dict[str, object]]) -> None:
+    """Write one sample per line."""
+    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+    Path(__file__).with_name(name).write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a run needs in memory, computed from the model's shape before any accelerator is used.
 
-The largest parts, rather too high than too low: weights, gradients and optimizer state as FSDP shards
-them, what is gathered for one block at a time, activations of one micro batch, a chunk of logits, and the runtime itself.
+The largest parts, rather too high than too low: weights, gradients and optimizer state as FSDP shards them, what is
+gathered for one block at a time, activations of one micro batch, a chunk of logits, and the runtime itself.
 """
 
 from typing import Final
