@@ -106,8 +106,10 @@ HAPPENINGS = {
     ),
 }
 
-OPENINGS = ("", "", "", "", "Hi,", "Hello,", "Good morning.", "Dear team,", "Hey there,", "Hi, it's me again.", "Hello support,",
-            "Sorry to bother you.")  # fmt: skip
+OPENINGS = (
+    "", "", "", "", "Hi,", "Hello,", "Good morning.", "Dear team,", "Hey there,", "Hi, it's me again.",
+    "Hello support,", "Sorry to bother you.",
+)  # fmt: skip
 
 CLOSINGS = {
     True: (
