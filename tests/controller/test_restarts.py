@@ -50,7 +50,7 @@ async def test_a_gang_that_fails_too_often_fails_with_the_cause(world: World) ->
     assert status["restarts"] == 1
     assert status["lastFailure"]["reason"] == "OOMKilled"
     assert "memory" in status["lastFailure"]["hint"]
-    assert status["lastFailure"]["node"] == "node-1"
+    assert status["lastFailure"]["node"] == world.node
     job = await world.cluster.get("Job", namespace=world.namespace, name="run-train-2")
     assert job is not None
     assert job["spec"]["suspend"], "what still runs is stopped, and what failed stays for diagnosis"

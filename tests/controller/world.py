@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -13,15 +14,16 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from aiohttp import web
 from kubetune_operator.cluster import Cluster, object_path
 from kubetune_operator.names import LABEL_ATTEMPT, LABEL_COMPONENT, LABEL_JOB_NAME
 from kubetune_operator.status import index_of, is_deleting, phase_of
 from tests.cluster.controlplane import ControlPlane, free_ports
+from tests.cluster.pki import Authority, Identity
 
 Json = dict[str, Any]
 
 KIND = "FineTuneJob"
-NODE = "node-1"
 PREPARED: Json = {
     "result": "Prepared",
     "model": {"location": "s3://models/tiny/", "etag": "abc"},
@@ -72,6 +74,10 @@ class OperatorProcess:
         }
         self._process: subprocess.Popen[bytes] | None = None
 
+    def set(self, key: str, value: str) -> None:
+        """Change a setting for the next start."""
+        self._environment[f"KUBETUNE_OPERATOR_{key.upper()}"] = value
+
     def start(self) -> None:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -120,6 +126,9 @@ class World:
         self.operator = operator
         self.control_plane = control_plane
         self.cluster = Cluster(qps=1000, burst=1000)
+        self.node = f"node-of-{namespace}"
+        self.logs: dict[str, str] = {}
+        self.polls: list[str] = []
 
     # ---------------------------------------------------------------------------------------------- a person
 
@@ -192,7 +201,7 @@ class World:
 
     async def bind(self, pod: Json) -> None:
         path = object_path("Pod", namespace=self.namespace, name=pod["metadata"]["name"], subresource="binding")
-        target = {"apiVersion": "v1", "kind": "Node", "name": NODE}
+        target = {"apiVersion": "v1", "kind": "Node", "name": self.node}
         body = {
             "apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod["metadata"]["name"]}, "target": target,
         }  # fmt: skip
@@ -229,6 +238,36 @@ class World:
                         await self.cluster.request("DELETE", path, body={"gracePeriodSeconds": 0})
             await asyncio.sleep(0.1)
 
+    async def serve_logs(self, directory: Path) -> web.AppRunner:
+        """Register the node and answer for the logs of its pods, as the kubelet does."""
+
+        async def answer(request: web.Request) -> web.Response:
+            pod, lines = request.match_info["pod"], int(request.query.get("tailLines", "0"))
+            self.polls.append(pod)
+            return web.Response(text="\n".join(self.logs.get(pod, "").splitlines()[-lines:]))
+
+        [port] = free_ports(1)
+        certificate, key = Authority(directory).issue(Identity("kubelet", hosts=["127.0.0.1"]))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        app = web.Application()
+        app.add_routes([web.get("/containerLogs/{namespace}/{pod}/{container}", answer)])
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port, ssl_context=context).start()
+        status = {
+            "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}],
+            "daemonEndpoints": {"kubeletEndpoint": {"Port": port}},
+            "allocatable": {"memory": "8Gi", "cpu": "4"},
+            "conditions": [{"type": "Ready", "status": "True"}],
+        }
+        await self.cluster.request(
+            "POST",
+            object_path("Node", namespace=None),
+            body={"apiVersion": "v1", "kind": "Node", "metadata": {"name": self.node}, "status": status},
+        )
+        return runner
+
     # ---------------------------------------------------------------------------------------- shortcuts through life
 
     async def prepared(self, *, name: str = "run", report: Json | None = None) -> None:
@@ -263,6 +302,7 @@ async def world_of(
     os.environ["KUBECONFIG"] = str(control_plane.kubeconfig)
     operator = OperatorProcess(kubeconfig=control_plane.kubeconfig, log=log, settings=defaults | settings)
     world = World(namespace=namespace, operator=operator, control_plane=control_plane)
+    node = await world.serve_logs(log.parent / "pki")
     kubelet = asyncio.create_task(world.play_kubelet())
     if start:
         operator.start()
@@ -272,6 +312,8 @@ async def world_of(
         kubelet.cancel()
         if operator.running:
             operator.stop()
+        await node.cleanup()
+        await world.cluster.request("DELETE", object_path("Node", namespace=None, name=world.node))
         await world.cluster.close()
 
 
