@@ -160,7 +160,7 @@ def _build(dockerfile: Path, reference: str, *arguments: str) -> None:
         cache.mkdir(parents=True, exist_ok=True)
         volumes = [f"{cache}:/tmp/uv-cache", f"{_host_certificates()}:{CERTIFICATES}:ro"]
         _buildah(
-            "bud", "--quiet", *_policy(), "--pull-never", "--layers=false", "--secret", f"id=environment,src={secret}",
+            "bud", *_policy(), "--pull-never", "--layers=false", "--secret", f"id=environment,src={secret}",
             *(f"--volume={volume}" for volume in volumes), *arguments,
             "--file", str(dockerfile), "--tag", reference, str(ROOT),
         )  # fmt: skip
