@@ -1,0 +1,135 @@
+"""Repositories of the Hugging Face Hub: what a branch or tag stands for now, which files are there, and the files.
+
+Everything is fixed to a commit before it is downloaded. HF_ENDPOINT names another Hub, HF_TOKEN a token where the config
+has no tokenSecret.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+
+import httpx
+import huggingface_hub
+from huggingface_hub import errors
+
+from kubetune_trainer.errors import ConfigError, DataError, StorageError
+from kubetune_trainer.model_files import is_small
+from kubetune_trainer.names import COMPLETE_MARKER
+from kubetune_trainer.report import Report
+from kubetune_trainer.storage import open_store, read_secret, scratch_dir
+
+if TYPE_CHECKING:
+    from kubetune_trainer.config import HubModel
+
+RepoType = Literal["model", "dataset"]
+PAUSES_SECONDS: Final = (1.0, 4.0, 15.0)
+"""Between the tries of one request; after the last the Hub counts as unavailable."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubRepo:
+    """A repository at one commit."""
+
+    repo: str
+    """Owner and name."""
+    kind: RepoType
+    """Model or dataset."""
+    commit: str
+    """The commit, in full."""
+    paths: tuple[str, ...]
+    """All of its files."""
+    card: dict[str, Any]
+    """What its README says in its YAML head."""
+    token: str | None
+    """Opens private and gated repositories."""
+
+    def download(self, path: str, folder: Path) -> Path:
+        """Returns the local copy of a file, below `folder` under its own path.
+
+        Raises:
+            StorageError: The Hub does not answer.
+            DataError: There is no such file.
+        """
+
+        def attempt() -> str:
+            return huggingface_hub.hf_hub_download(
+                self.repo,
+                path,
+                repo_type=self.kind,
+                revision=self.commit,
+                local_dir=folder,
+                token=self.token or False,
+                endpoint=_endpoint(),
+            )
+
+        return Path(_with_retries(attempt, what=f"{self.kind} {self.repo} on the Hub: {path}"))
+
+
+def find_repo(source: "HubModel", *, kind: RepoType) -> HubRepo:
+    """Returns a repository with its revision fixed to a commit.
+
+    Raises:
+        ConfigError: There is no such repository or revision, or the token does not open it.
+        StorageError: The Hub does not answer.
+    """
+    token = (read_secret(source.token_secret) if source.token_secret else None) or os.environ.get("HF_TOKEN") or None
+    api = huggingface_hub.HfApi(endpoint=_endpoint(), token=token or False)
+    found = _with_retries(
+        lambda: api.repo_info(source.repo, revision=source.revision, repo_type=kind, timeout=30),
+        what=f"{kind} {source.repo} at revision {source.revision} on the Hub",
+    )
+    return HubRepo(
+        repo=source.repo,
+        kind=kind,
+        commit=found.sha,
+        paths=tuple(sorted(file.rfilename for file in found.siblings or ())),
+        card=found.card_data.to_dict() if found.card_data else {},
+        token=token,
+    )
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _with_retries(request: Callable[[], Result], *, what: str) -> Result:
+    for pause in PAUSES_SECONDS:
+        try:
+            with _translated(what):
+                return request()
+        except StorageError:
+            time.sleep(pause)
+    with _translated(what):
+        return request()
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Says in our errors whose turn it is."""
+    access = "Check the name, and that the token (tokenSecret or HF_TOKEN) belongs to somebody who has access."
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ConfigError(f"{what}: the repository is gated and this token does not open it", hint=access) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ConfigError(f"{what}: there is no such repository, or this token may not see it", hint=access) from error
+    except errors.RevisionNotFoundError as error:
+        raise ConfigError(f"{what}: there is no such branch, tag or commit") from error
+    except errors.HFValidationError as error:
+        raise ConfigError(f"{what}: {error}") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise DataError(f"{what}: there is no such file") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in {401, 403}:
+            raise ConfigError(f"{what}: the Hub refused with status {status}", hint=access) from error
+        raise StorageError(f"{what}: the Hub answered with status {status}") from error
+    except (httpx.TransportError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        hint = "The model and the data may also lie in storage: model.uri, dataset.sources[].uri."
+        raise StorageError(f"{what}: the Hub cannot be reached: {error}", hint=hint) from error
