@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -36,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from kubetune_trainer.distributed import World, broadcast_object, gather_vector
 from kubetune_trainer.errors import DataError, StorageError, TrainerError
 from kubetune_trainer.names import COMPLETE_MARKER
-from kubetune_trainer.report import report
+from kubetune_trainer.report import last_step, report, set_last_step
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +68,7 @@ class Checkpointer:
             settings: When to save and how many to keep.
             world: This rank among the others.
             scratch: A local folder of this rank's own.
-            record: What trainer.json says beside the step.
+            record: What trainer.json says beside the step and its progress.
         """
         self.settings = settings
         self.in_flight: int | None = None
@@ -75,7 +76,7 @@ class Checkpointer:
         self._store = store
         self._world = world
         self._scratch = scratch
-        self._record = dict(record)
+        self._record = {**record, "torchVersion": torch.__version__}
         self._saved_at = time.monotonic()
         self._uploaded_step = 0
         self._completed_step = 0
@@ -100,9 +101,10 @@ class Checkpointer:
         by_step = every is not None and step // every > self.saved_step // every
         return by_step or (seconds is not None and time.monotonic() - self._saved_at >= seconds)
 
-    def start_from(self, step: int) -> None:
-        """Counts from a step whose checkpoint is complete."""
-        self.saved_step = self._completed_step = step
+    def start_from(self, resumed: "Resumed") -> None:
+        """Counts from the step of a loaded checkpoint."""
+        self.saved_step = self._completed_step = resumed.step
+        set_last_step(resumed.record["progress"])
 
     def save(self, step: int, model: "nn.Module", optimizer: "Optimizer") -> None:
         """Copies the state and begins to write it; in mode Sync, waits until it is complete or given up.
@@ -119,7 +121,8 @@ class Checkpointer:
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=_OPTIONS), strict=True))
         writer = FileSystemWriter(folder, sync_files=False)
         written = self._written = dcp.async_save(state, storage_writer=writer, process_group=self._group)
-        self._jobs.put(lambda: self._upload(step, folder, written, began))
+        record = {"step": step, **self._record, "progress": last_step()}
+        self._jobs.put(lambda: self._upload(record, folder, written, began))
         if self.settings.mode == "Sync":
             self.wait()
 
@@ -162,12 +165,12 @@ class Checkpointer:
             finally:
                 self._jobs.task_done()
 
-    def _upload(self, step: int, folder: Path, written: "Future[Any]", began: float) -> None:
+    def _upload(self, record: Mapping[str, Any], folder: Path, written: "Future[Any]", began: float) -> None:
         """Uploads this rank's files of a checkpoint, unless a newer one has taken its place."""
+        step = int(record["step"])
         try:
             written.result()
             if self._world.is_first:
-                record = {"step": step, **self._record}
                 (folder / TRAINER_FILE).write_text(json.dumps(record, indent=1))
             for path in sorted(folder.iterdir()):
                 upload = partial(self._store.upload, path, f"step-{step}/{path.name}")

@@ -4,11 +4,14 @@ A gang is restarted whole, so the rendezvous is static (MASTER_ADDR and MASTER_P
 come or go in the middle.
 """
 
+import atexit
 import errno
 import os
 import re
+import shutil
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from kubetune_trainer.errors import PeerLostError, TrainerError
+from kubetune_trainer.names import ENV_SCRATCH
 
 RENDEZVOUS_SECONDS: Final = 300.0
 """How long a rank waits for its peers: their pods may be scheduled, and pull an image, a few minutes later."""
@@ -75,6 +79,7 @@ def join_world() -> Iterator[World]:
         torch.cuda.set_device(device)
     with peer_losses():
         _meet("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", rank, size)
+        _share_scratch(is_first=rank == 0)
         yield World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)
     dist.destroy_process_group()
 
@@ -92,6 +97,13 @@ def _meet(backend: str, rank: int, size: int) -> None:
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=COLLECTIVE_SECONDS)
     )
+
+
+def _share_scratch(*, is_first: bool) -> None:
+    """Gives the ranks that torchrun started by hand one scratch folder, as launch and pods have; it goes at the end."""
+    if not broadcast_object(os.environ.get(ENV_SCRATCH)):
+        os.environ[ENV_SCRATCH] = broadcast_object(tempfile.mkdtemp(prefix="kubetune-") if is_first else None)
+        atexit.register(shutil.rmtree, os.environ[ENV_SCRATCH], ignore_errors=True)
 
 
 def wait_for_name(host: str, *, seconds: float) -> None:
@@ -164,7 +176,7 @@ def gather_vector(values: list[float]) -> torch.Tensor:
     """
     mine = torch.tensor(values, dtype=torch.float64)
     everyone = torch.empty(dist.get_world_size() * len(values), dtype=torch.float64)
-    dist.all_gather_into_tensor(everyone, mine)
+    dist.all_gather_single(everyone, mine)
     return everyone.view(-1, len(values))
 
 

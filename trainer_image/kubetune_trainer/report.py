@@ -165,6 +165,11 @@ def last_step() -> dict[str, Any]:
     return dict(_reporter.last_step)
 
 
+def set_last_step(record: Mapping[str, Any]) -> None:
+    """Takes over the last step of an earlier attempt, as a checkpoint remembers it."""
+    _reporter.last_step = dict(record)
+
+
 def write_termination_message(result: str, **fields: Any) -> None:
     """Writes the message that Kubernetes takes into the container's status; without a file for it, does nothing.
 
