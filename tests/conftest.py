@@ -1,6 +1,8 @@
 """Fixtures that more than one area uses: the real API server, with our custom resources, and a namespace per test."""
 
 import itertools
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,9 +58,17 @@ def _namespace(control_plane: ControlPlane) -> Iterator[str]:
 def _apply_crds(control_plane: ControlPlane) -> None:
     if files := _crd_files():
         control_plane.kubectl("apply", "--server-side", *(f"--filename={path}" for path in files))
-        # `--for=condition=` fails at once on a CRD that has no conditions yet.
-        established = '--for=jsonpath={.status.conditions[?(@.type=="Established")].status}=True'
-        control_plane.kubectl("wait", established, "crd", "--all", "--timeout=60s")
+        # `kubectl wait` gives up at once on a CRD that has no conditions yet.
+        deadline = time.monotonic() + 60
+        while not _are_established(control_plane):
+            assert time.monotonic() < deadline, control_plane.kubectl("describe", "crd").stdout
+            time.sleep(0.1)
+
+
+def _are_established(control_plane: ControlPlane) -> bool:
+    crds = json.loads(control_plane.kubectl("get", "crd", "--output=json").stdout)["items"]
+    conditions = [(each.get("status") or {}).get("conditions") or [] for each in crds]
+    return all(any(each["type"] == "Established" and each["status"] == "True" for each in all_) for all_ in conditions)
 
 
 def _crd_files() -> list[Path]:
