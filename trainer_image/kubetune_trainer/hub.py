@@ -1,7 +1,7 @@
 """Repositories of the Hugging Face Hub: what a branch or tag stands for now, which files are there, and the files.
 
-Everything is fixed to a commit before it is downloaded. HF_ENDPOINT names another Hub, HF_TOKEN a token where the config
-has no tokenSecret.
+Everything is fixed to a commit before it is downloaded. HF_ENDPOINT names another Hub, and HF_TOKEN is the token where
+the config names no Secret.
 """
 
 import os
@@ -12,15 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-import httpx
 import huggingface_hub
 from huggingface_hub import errors
 
 from kubetune_trainer.errors import ConfigError, DataError, StorageError
-from kubetune_trainer.model_files import is_small
-from kubetune_trainer.names import COMPLETE_MARKER
-from kubetune_trainer.report import Report
-from kubetune_trainer.storage import open_store, read_secret, scratch_dir
+from kubetune_trainer.storage import read_secret
 
 if TYPE_CHECKING:
     from kubetune_trainer.config import HubModel
@@ -130,6 +126,6 @@ def _translated(what: str) -> Iterator[None]:
         if status in {401, 403}:
             raise ConfigError(f"{what}: the Hub refused with status {status}", hint=access) from error
         raise StorageError(f"{what}: the Hub answered with status {status}") from error
-    except (httpx.TransportError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         hint = "The model and the data may also lie in storage: model.uri, dataset.sources[].uri."
         raise StorageError(f"{what}: the Hub cannot be reached: {error}", hint=hint) from error
