@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict
 
 from kubetune_trainer.config import FineTuneConfig, S3Storage
 from kubetune_trainer.errors import DataError
+from kubetune_trainer.hub import HubRepo, find_repo
 from kubetune_trainer.model.config import CONFIG_FILE
 from kubetune_trainer.model.weights import INDEX_FILE, WEIGHTS_FILE
 from kubetune_trainer.names import COMPLETE_MARKER
+from kubetune_trainer.report import Report
 from kubetune_trainer.storage import ObjectInfo, Store, open_store, scratch_dir
 from kubetune_trainer.tokenizer import TOKENIZER_FILE
 
@@ -47,6 +49,23 @@ def model_s3(config: FineTuneConfig) -> S3Storage | None:
     """Returns how to reach the S3 service of the model, where it lies in one."""
     uri = config.model.uri
     return (uri.s3 if uri else None) or config.storage.s3
+
+
+def locate_model(config: FineTuneConfig, *, report: Report) -> FoundModel:
+    """Finds the run's model; one of the Hub is brought into the workspace's cache first, once for all runs.
+
+    Raises:
+        DataError: A file is missing, or a weight file is shorter than its own header says.
+        ConfigError: The Hub has no such repository.
+    """
+    if config.model.hub is None:
+        return find_model(config.model.uri.location.rstrip("/"), s3=model_s3(config))
+    repo = find_repo(config.model.hub, kind="model")
+    key = f"{repo.repo.replace('/', '--')}-{repo.commit[:12]}"
+    cache = open_store(f"{config.run.cache}/models/{key}", s3=config.storage.s3)
+    if not cache.exists(COMPLETE_MARKER):
+        _copy_from_hub(repo, cache, report=report)
+    return find_model(cache.uri(), s3=config.storage.s3, commit=repo.commit)
 
 
 def find_model(location: str, *, s3: S3Storage | None, commit: str | None = None) -> FoundModel:
@@ -100,7 +119,21 @@ def fetch_model(model: FoundModel, *, s3: S3Storage | None, only_small: bool = F
 
 def is_small(path: str) -> bool:
     """Whether a file of a model folder belongs to the model and is no weights: configuration, tokenizer, license."""
-    return "/" not in path and PurePosixPath(path).suffix not in WEIGHT_SUFFIXES and path != COMPLETE_MARKER
+    return not (
+        "/" in path or path.startswith(".") or path == COMPLETE_MARKER or PurePosixPath(path).suffix in WEIGHT_SUFFIXES
+    )
+
+
+def _copy_from_hub(repo: HubRepo, cache: Store, *, report: Report) -> None:
+    """Copies what a model folder needs, one file at a time, so that no disk has to hold all of it."""
+    wanted = [path for path in repo.paths if "/" not in path and (is_small(path) or path.endswith(".safetensors"))]
+    folder = scratch_dir() / "hub"
+    for number, path in enumerate(wanted):
+        report("prepare", stage=f"Downloading {repo.repo}", done=number, total=len(wanted))
+        local = repo.download(path, folder)
+        cache.upload(local, path)
+        local.unlink()
+    cache.write_bytes(COMPLETE_MARKER, b"")
 
 
 def _check_unchanged(model: FoundModel, files: Sequence[ObjectInfo]) -> None:

@@ -23,7 +23,7 @@ from kubetune_trainer.data.store import DataStore, DataWriter
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.estimate import Estimate, count_parameters, estimate_memory
 from kubetune_trainer.model.config import read_config
-from kubetune_trainer.model_files import FoundModel, fetch_model, find_model, is_small, model_s3
+from kubetune_trainer.model_files import FoundModel, fetch_model, is_small, locate_model, model_s3
 from kubetune_trainer.names import COMPLETE_MARKER, PREPARED_FILE
 from kubetune_trainer.report import Report
 from kubetune_trainer.storage import Store, download_tree, open_store, scratch_dir, upload_tree
@@ -126,7 +126,7 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
     if directory.exists(PREPARED_FILE):
         return _read_prepared(directory)
     report("prepare", stage="Checking the model")
-    model = find_model(_model_location(config), s3=model_s3(config))
+    model = locate_model(config, report=report)
     folder = fetch_model(model, s3=model_s3(config), only_small=True)
     shape, tokenizer = read_config(folder), load_tokenizer(folder)
     sources = [open_source(source, config=config) for source in config.dataset.sources]
@@ -169,10 +169,6 @@ def _read_prepared(directory: Store) -> Prepared:
         raise DataError(
             f"{directory.uri(PREPARED_FILE)} cannot be read: {error}", hint="Remove the file to prepare the run again."
         ) from error
-
-
-def _model_location(config: FineTuneConfig) -> str:
-    return config.model.uri.location.rstrip("/")
 
 
 def _fetch_rows(rows: StoredRows, config: FineTuneConfig) -> DataStore:

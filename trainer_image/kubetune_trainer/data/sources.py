@@ -4,13 +4,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from kubetune_trainer.config import FineTuneConfig, S3Storage, Source
+from kubetune_trainer.config import FineTuneConfig, HubSource, S3Storage, Source
 from kubetune_trainer.data.read import Record, choose_files, read_records
+from kubetune_trainer.data.splits import Split, split_files
 from kubetune_trainer.errors import DataError
+from kubetune_trainer.hub import find_repo
 from kubetune_trainer.storage import config_map_file, open_store, scratch_dir
 
 WILDCARDS = frozenset("*?[")
@@ -56,6 +59,9 @@ class OpenSource:
 
     def records(self) -> Iterator[tuple[str, Record]]:
         """Yields every record with its place."""
+        return Split.parse(self.source.hub.split).cut(self._all_records) if self.source.hub else self._all_records()
+
+    def _all_records(self) -> Iterator[tuple[str, Record]]:
         for file in self.files:
             local = file.fetch()
             yield from read_records(local, name=file.name)
@@ -69,6 +75,8 @@ def open_source(source: Source, *, config: FineTuneConfig) -> OpenSource:
     Raises:
         DataError: There are none.
     """
+    if source.hub is not None:
+        return _open_hub(source, source.hub)
     if source.config_map is not None:
         return _open_config_map(source)
     return _open_uri(source, s3=source.uri.s3 or config.storage.s3)
@@ -112,6 +120,21 @@ def _open_uri(source: Source, *, s3: S3Storage | None) -> OpenSource:
     etag = etags[paths[0]] if len(paths) == 1 else _digest({path: etags[path] for path in paths})
     return OpenSource(
         source=source, found=FoundSource(name=source.name, etag=etag), files=[file(path) for path in paths]
+    )
+
+
+def _open_hub(source: Source, hub: HubSource) -> OpenSource:
+    split = Split.parse(hub.split)
+    repo = find_repo(hub, kind="dataset")
+    paths = split_files(repo.paths, card=repo.card, config=hub.config, split=split.name, repo=hub.repo)
+    folder = scratch_dir() / "sources" / source.name
+    return OpenSource(
+        source=source,
+        found=FoundSource(name=source.name, commit=repo.commit),
+        files=[
+            DataFile(name=f"{hub.repo}/{path}", fetch=partial(repo.download, path, folder), is_temporary=True)
+            for path in paths
+        ],
     )
 
 
