@@ -28,8 +28,8 @@ def parallelize(
 ) -> torch.dtype:
     """Make a model ready to train on a mesh, in place; its weights must not be loaded yet (meta device).
 
-    Afterwards: `model.to_empty(device=…)`, `load_weights`, and `init_lora` where there are adapters. Gradients are summed
-    over ranks, not averaged: the recipe divides by the number of trained tokens of all ranks.
+    Afterwards: `model.to_empty(device=…)`, `load_weights`, and `init_lora` where there are adapters. Gradients are
+    summed over ranks, not averaged: the recipe divides by the number of trained tokens of all ranks.
 
     Args:
         model: Changed in place; adapters must be applied already.

@@ -36,9 +36,9 @@ def trained_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def complete_weights(
     trained: Iterable[tuple[str, Tensor]], *, source_dir: Path, lora_scale: float | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Put trained weights and the source's own together into one complete model; for one rank alone.
-
     """Put trained weights and the source's own together into one complete model; call it on one rank only.
+
+    Frozen weights come from the source's files exactly as they stand there, and adapters are merged into them.
 
     Args:
         trained: What `trained_weights` yields.
