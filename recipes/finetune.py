@@ -6,8 +6,8 @@ The script reads from top to bottom: `main` meets the other ranks, `finetune` is
 resume, train, export), `train` is the loop, and what follows are its parts. Clone it and change it:
 `kubetune recipes cp finetune`.
 
-A run can be killed at any moment and started again with the same command: it goes on from its newest complete checkpoint
-with the same numbers, bit for bit, as if nothing had happened.
+A run can be killed at any moment and started again with the same command: it goes on from its newest complete
+checkpoint with the same numbers, bit for bit, as if nothing had happened.
 
 Shapes: B rows of a micro batch, T tokens.
 """
@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from kubetune_trainer.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
 from kubetune_trainer.config import FineTuneConfig, Output, load_config
-from kubetune_trainer.data.prepare import Prepared, fetch_data, fetch_model, prepare
+from kubetune_trainer.data.prepare import fetch, prepare
 from kubetune_trainer.data.sampler import Batch, collate, rows_for_step, total_steps
 from kubetune_trainer.data.store import DataStore
 from kubetune_trainer.distributed import (
@@ -130,23 +130,21 @@ def finetune(config: FineTuneConfig, world: World, stop: StopSignal) -> None:
 def set_up(config: FineTuneConfig, world: World, stop: StopSignal) -> Job:
     """Gets the model and the data to this node, and builds the model on all ranks."""
     report("phase", phase="Downloading")
-    prepared: Prepared = broadcast_object(prepare(config, report=report) if world.is_first else None)
+    prepared = broadcast_object(prepare(config, report=report) if world.is_first else None)
     if not world.is_first_of_node:
         barrier()  # the first rank of the node downloads for all of them
-    model_dir = fetch_model(prepared, config)
-    train_data = DataStore.open(fetch_data(prepared.train, config))
-    validation_data = DataStore.open(fetch_data(prepared.validation, config)) if prepared.validation else None
+    local = fetch(prepared, config)
     if world.is_first_of_node:
         barrier()
 
     report("phase", phase="Loading")
     training = config.training
-    model = build(config, model_dir, world)
+    model = build(config, local.model_dir, world)
     return Job(
         config=config,
         world=world,
         stop=stop,
-        model_dir=model_dir,
+        model_dir=local.model_dir,
         model=model,
         optimizer=build_optimizer(model, training),
         checkpointer=Checkpointer(
@@ -156,11 +154,11 @@ def set_up(config: FineTuneConfig, world: World, stop: StopSignal) -> Job:
             scratch=scratch_dir() / f"rank-{world.rank}",
             record={"seed": training.seed, "configDigest": config.training_digest(), "worldSize": world.size},
         ),
-        train_data=train_data,
-        validation_data=validation_data,
-        pad_id=load_tokenizer(model_dir).pad_id,
+        train_data=local.train_data,
+        validation_data=local.validation_data,
+        pad_id=load_tokenizer(local.model_dir).pad_id,
         total_steps=total_steps(
-            len(train_data),
+            len(local.train_data),
             global_batch_size=training.global_batch_size,
             epochs=training.epochs,
             max_steps=training.max_steps,
@@ -187,25 +185,22 @@ def build(config: FineTuneConfig, model_dir: Path, world: World) -> Decoder:
 
 def resume(job: Job) -> int:
     """Loads the newest complete checkpoint, of this run or else of the run to begin with; returns its step."""
-    config = job.config
-    places = [f"{config.run.directory}/{CHECKPOINTS_DIR}"]
-    if config.checkpoint.resume_from is not None:
-        places.append(config.checkpoint.resume_from.uri)
-    for place in places:
+    config, scratch = job.config, scratch_dir() / f"rank-{job.world.rank}"
+    first = config.checkpoint.resume_from
+    for place in [f"{config.run.directory}/{CHECKPOINTS_DIR}", *([first.uri] if first else [])]:
         store = open_store(place, s3=config.storage.s3)
         folder = broadcast_object(find_checkpoint(store) if job.world.is_first else None)
-        if folder is None:
-            continue
-        resumed = load_checkpoint(
-            store, folder, model=job.model, optimizer=job.optimizer, scratch=scratch_dir() / f"rank-{job.world.rank}"
+        if folder is not None:
+            resumed = load_checkpoint(store, folder, model=job.model, optimizer=job.optimizer, scratch=scratch)
+            if resumed.record["configDigest"] != config.training_digest():
+                report("warning", message=f"{resumed.uri} was saved under another config; the loss may jump")
+            report("resume", step=resumed.step, uri=resumed.uri)
+            job.checkpointer.start_from(resumed)
+            return resumed.step
+    if first is not None:
+        raise ConfigError(
+            f"{config.title}: checkpoint.resume_from.uri must hold a complete checkpoint, got {first.uri}"
         )
-        if resumed.record["configDigest"] != config.training_digest():
-            report("warning", message=f"{resumed.uri} was written under another config; the loss may jump")
-        report("resume", step=resumed.step, uri=resumed.uri)
-        job.checkpointer.start_from(resumed)
-        return resumed.step
-    if len(places) > 1:
-        raise ConfigError(f"{config.title}: checkpoint.resume_from.uri must hold a complete checkpoint, got {other}")
     return 0
 
 
@@ -387,7 +382,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def keep_log(config: FineTuneConfig, log: Path) -> None:
-    """Puts this attempt's progress beside the run's checkpoints; a store that fails now must not hide why the run ends."""
+    """Puts this attempt's progress into the run's folder; a store that fails now must not hide why the run ends."""
     try:
         open_store(f"{config.run.directory}/{LOGS_DIR}", s3=config.storage.s3).upload(log, log.name)
     except TrainerError as error:

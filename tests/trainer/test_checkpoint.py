@@ -192,7 +192,7 @@ def test_a_store_that_is_away_for_a_while_is_tried_again(store: FolderStore, wor
 
 @pytest.mark.parametrize("part", ["distcp", ".metadata", "trainer.json", "COMPLETE"])
 def test_a_checkpoint_whose_upload_is_cut_is_never_complete(
-    store: FolderStore, world: World, tmp_path: Path, part: str, capfd: pytest.CaptureFixture[str]
+    store: FolderStore, world: World, tmp_path: Path, part: str
 ) -> None:
     saver = checkpointer(store, world, tmp_path)
     saver.save(1, *trained())
@@ -217,7 +217,7 @@ def test_a_truncated_file_keeps_a_checkpoint_from_being_completed(
     (store.root / "step-1" / "COMPLETE").unlink()
     shard = store.root / "step-1" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(StorageError, match="lacks __0_0.distcp"):
+    with pytest.raises(StorageError, match=r"lacks __0_0\.distcp"):
         module.complete(store, 1)
 
 
@@ -240,7 +240,7 @@ def test_while_one_is_under_way_no_other_is_due_and_then_it_is(
     store: FolderStore, world: World, tmp_path: Path
 ) -> None:
     released = threading.Event()
-    store.fault = lambda _path: None if released.wait(10) else None
+    store.fault = lambda _path: [None][released.wait(10) and 0]
     saver = checkpointer(store, world, tmp_path, every_steps=2)
     assert [saver.due(step) for step in (1, 2, 3)] == [False, True, True]
     saver.save(2, *trained())

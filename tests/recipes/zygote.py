@@ -1,0 +1,51 @@
+"""A process that has torch loaded and forks one rank per order: importing torch takes seconds, and tests have many ranks.
+
+The ranks are processes like any other: they have their own environment and arguments, can be killed, and end with their
+own exit code. Orders are JSON lines on stdin, answers JSON lines on stdout.
+"""
+
+import json
+import os
+import runpy
+import sys
+from typing import Any
+
+
+def main() -> None:
+
+
+    answer({"ready": True})
+    for line in sys.stdin:
+        order = json.loads(line)
+        if order["do"] == "start":
+            answer({"pid": start(order)})
+        else:
+            _, status = os.waitpid(order["pid"], 0)
+            answer({"code": os.waitstatus_to_exitcode(status)})
+
+
+def start(order: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.environ.update(order["environment"])
+        os.chdir(order["folder"])
+        for descriptor, path in ((0, os.devnull), (1, order["stdout"]), (2, order["stderr"])):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
+        sys.argv = [order["recipe"], *order["arguments"]]
+        runpy.run_path(order["recipe"], run_name="__main__")
+        sys.stderr.flush()
+    except SystemExit as stop:
+        os._exit(stop.code if isinstance(stop.code, int) else 1)
+    except BaseException:  # noqa: BLE001 (nothing may come back into the zygote's own loop)
+        os._exit(1)
+    os._exit(0)
+
+
+def answer(words: dict[str, Any]) -> None:
+    print(json.dumps(words), flush=True)
+
+
+if __name__ == "__main__":
+    main()
