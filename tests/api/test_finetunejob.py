@@ -152,9 +152,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an object for a list": ({"spec__outputs": {}}, "spec.outputs in body must be of type array"),
     "a boolean for an integer": ({"spec__training__seed": True}, "spec.training.seed in body must be of type integer"),
     "a null in a list": ({"spec__lora": {"targetModules": [None]}}, "spec.lora.targetModules[0]"),
+    "a map's key that is a type's name": (
+        {"spec__compute__nodeSelector": {"int": 5}},
+        "spec.compute.nodeSelector.int in body must be of type string",
+    ),
     "a fraction for a quantity": (
         {"spec__compute__resources": {"limits": {"cpu": 0.5}}},
-        "spec.compute.resources.limits.cpu",
+        "spec.compute.resources.limits.cpu in body must be of type integer,string",
     ),
     # Values
     "an unknown choice": (
@@ -390,6 +394,9 @@ def test_the_api_server_refuses_it_with_the_same_message(
     refused = control_plane.kubectl("create", "--dry-run=server", "--filename=-", input=text, check=False)
     assert refused.returncode
     assert message in refused.stderr
+    with pytest.raises(SpecError) as ours:
+        parse_finetunejob(manifest(**changes))
+    assert all(problem in refused.stderr for problem in ours.value.problems), "both say the whole sentence"
 
 
 def test_every_problem_is_named_at_once() -> None:

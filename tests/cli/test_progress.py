@@ -33,7 +33,10 @@ STEP = {
             {"event": "output", "name": "merged", "type": "HuggingFace", "uri": "s3://a/m", "bytes": 269_060_552},
             "output merged (HuggingFace): s3://a/m, 269.1 MB",
         ),
-        ({"event": "output", "name": "a", "type": "PEFT", "uri": "s3://a", "bytes": 12}, "output a (PEFT): s3://a, 12 bytes"),
+        (
+            {"event": "output", "name": "a", "type": "PEFT", "uri": "s3://a", "bytes": 9},
+            "output a (PEFT): s3://a, 9 bytes",
+        ),
         ({"event": "warning", "message": "3 samples are cut"}, "warning: 3 samples are cut"),
         ({"event": "phase", "phase": "Downloading"}, "Downloading"),
         ({"event": "prepare", "stage": "tokenize", "done": 1, "total": 2}, "prepare stage=tokenize done=1 total=2"),

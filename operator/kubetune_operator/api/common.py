@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from kubetune_operator.api.model import ApiModel, Rule, StatusModel, Unique, exactly_one_of
+from kubetune_operator.api.model import ApiModel, IntOrString, Rule, StatusModel, Unique, exactly_one_of
 from kubetune_operator.names import (
     API_GROUP,
     API_VERSION,
@@ -108,6 +108,7 @@ Time = Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-ti
 _QUANTITY = r"\+?([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]{1,2})?"
 Quantity = Annotated[
     int | str,
+    IntOrString(),
     Rule(
         cel="type(self) == int ? self >= 0 : isQuantity(self) && !self.startsWith('-')",
         message="must be a quantity, 0 or more, for example 500m, 2 or 8Gi",

@@ -15,9 +15,12 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 RULES_BROKEN = "rules_broken"
-"""The error type that a broken rule raises in pydantic; its context holds the messages."""
+"""The error type that a broken rule raises; its context holds the messages and whether they begin with the value."""
 DUPLICATE = "duplicate"
 """The error type of an item that stands twice in a list; its context holds its place and what it has in common."""
+
+BRANCHES = ("<integer>", "<string>")
+"""How pydantic names the branches of `IntOrString` in the place of an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class Rule:
         """Check the annotated value after its own schema."""
 
         def validate(value: Any) -> Any:
-            check_rules(value, rules=(self,))
+            check_rules(value, rules=(self,), shown=source is str)
             return value
 
         return core_schema.no_info_after_validator_function(validate, handler(source))
@@ -52,6 +55,18 @@ class Rule:
         json_schema = handler(schema)
         json_schema.setdefault("x-kubernetes-validations", []).append(self.to_crd())
         return json_schema
+
+
+@dataclass(frozen=True)
+class IntOrString:
+    """An integer or a string, as quantities of resources are written."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Name the branches so that no key of a manifest can be taken for one."""
+        integer, string = BRANCHES
+        return core_schema.union_schema(
+            [(core_schema.int_schema(strict=True), integer), (core_schema.str_schema(strict=True), string)]
+        )
 
 
 @dataclass(frozen=True)
@@ -86,10 +101,17 @@ class Unique:
         return items
 
 
-def check_rules(value: Any, *, rules: tuple[Rule, ...]) -> None:
-    """Raise one error that names every rule which the value breaks."""
+def check_rules(value: Any, *, rules: tuple[Rule, ...], shown: bool) -> None:
+    """Raise one error that names every rule which the value breaks.
+
+    Args:
+        value: What is checked.
+        rules: Its rules.
+        shown: Whether the messages show the value, as those of the API server do where a schema has one scalar type.
+    """
     if broken := [rule.message for rule in rules if rule.check is not None and not rule.check(value)]:
-        raise PydanticCustomError(RULES_BROKEN, "{messages}", {"messages": "; ".join(broken), "broken": broken})
+        context = {"messages": "; ".join(broken), "broken": broken, "shown": shown}
+        raise PydanticCustomError(RULES_BROKEN, "{messages}", context)
 
 
 class ApiModel(BaseModel):
@@ -117,7 +139,7 @@ class ApiModel(BaseModel):
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
-        check_rules(self, rules=self.rules)
+        check_rules(self, rules=self.rules, shown=False)
         return self
 
     @classmethod

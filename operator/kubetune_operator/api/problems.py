@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from kubetune_operator.api.model import DUPLICATE, RULES_BROKEN
+from kubetune_operator.api.model import BRANCHES, DUPLICATE, RULES_BROKEN
 
 _JSON_TYPES: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (list, "array"), (dict, "object"),
@@ -31,10 +31,11 @@ def _sentences(details: ErrorDetails) -> list[str]:
     path, value, context = _path(details["loc"]), details["input"], details.get("ctx", {})
     kind = details["type"]
     if kind == RULES_BROKEN:
-        return [f"{_field(path)}: Invalid value: {_shown(value)}: {message}" for message in context["broken"]]
+        shown = f"{_shown(value)}: " if context["shown"] else ""
+        return [f"{path or '<nil>'}: Invalid value: {shown}{message}" for message in context["broken"]]
     if kind == DUPLICATE:
         return [f"{path}[{context['index']}]: Duplicate value: {context['shown']}"]
-    if wanted := _WANTED.get(kind):
+    if wanted := _wanted(details):
         got = _json_type(value)
         return [f'{path}: Invalid value: "{got}": {path} in body must be of type {wanted}: "{got}"']
     if sentence := _SENTENCES.get(kind):
@@ -43,18 +44,23 @@ def _sentences(details: ErrorDetails) -> list[str]:
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """`spec.dataset.sources[0].uri`; the branches of a union, which are no part of a manifest, are left out."""
+    """`spec.dataset.sources[0].uri`; the branches of a union are no part of it."""
     path = ""
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in {"int", "str"} and not part.startswith("function-"):
+        elif part not in BRANCHES:
             path += f".{part}" if path else part
     return path
 
 
-def _field(path: str) -> str:
-    return path or "<nil>"
+def _wanted(details: ErrorDetails) -> str | None:
+    """The type that a field should have had, if that is what is wrong."""
+    if details["loc"] and details["loc"][-1] in BRANCHES:
+        return "integer,string"
+    if details["type"] == "literal_error" and not isinstance(details["input"], str):
+        return "string"
+    return _WANTED.get(details["type"])
 
 
 def _shown(value: Any) -> str:
