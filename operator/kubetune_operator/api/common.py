@@ -113,6 +113,7 @@ Quantity = Annotated[
         cel="type(self) == int ? self >= 0 : isQuantity(self) && !self.startsWith('-')",
         message="must be a quantity, 0 or more, for example 500m, 2 or 8Gi",
         check=lambda value: value >= 0 if isinstance(value, int) else re.fullmatch(_QUANTITY, value) is not None,
+        keyed=True,
     ),
 ]
 Size = Annotated[str, Field(max_length=32), matches(_QUANTITY, message="must be a size, for example 8Gi")]

@@ -15,7 +15,7 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 RULES_BROKEN = "rules_broken"
-"""The error type that a broken rule raises; its context holds the messages and whether they begin with the value."""
+"""The error type that a broken rule raises in pydantic; its context holds the rules."""
 DUPLICATE = "duplicate"
 """The error type of an item that stands twice in a list; its context holds its place and what it has in common."""
 
@@ -31,11 +31,13 @@ class Rule:
         cel: The expression that the API server evaluates; `self` is the value.
         message: What the user reads, from either side.
         check: The same in Python. None for rules on the object's former version, which only the API server has.
+        keyed: The rule stands on the values of a map, whose fields the API server then writes as `limits[cpu]`.
     """
 
     cel: str
     message: str
     check: Callable[[Any], bool] | None = None
+    keyed: bool = False
 
     def to_crd(self) -> dict[str, str]:
         """The rule as an item of `x-kubernetes-validations`."""
@@ -45,7 +47,7 @@ class Rule:
         """Check the annotated value after its own schema."""
 
         def validate(value: Any) -> Any:
-            check_rules(value, rules=(self,), shown=source is str)
+            check_rules(value, rules=(self,))
             return value
 
         return core_schema.no_info_after_validator_function(validate, handler(source))
@@ -101,17 +103,11 @@ class Unique:
         return items
 
 
-def check_rules(value: Any, *, rules: tuple[Rule, ...], shown: bool) -> None:
-    """Raise one error that names every rule which the value breaks.
-
-    Args:
-        value: What is checked.
-        rules: Its rules.
-        shown: Whether the messages show the value, as those of the API server do where a schema has one scalar type.
-    """
-    if broken := [rule.message for rule in rules if rule.check is not None and not rule.check(value)]:
-        context = {"messages": "; ".join(broken), "broken": broken, "shown": shown}
-        raise PydanticCustomError(RULES_BROKEN, "{messages}", context)
+def check_rules(value: Any, *, rules: tuple[Rule, ...]) -> None:
+    """Raise one error that names every rule which the value breaks."""
+    if broken := [rule for rule in rules if rule.check is not None and not rule.check(value)]:
+        messages = "; ".join(rule.message for rule in broken)
+        raise PydanticCustomError(RULES_BROKEN, "{messages}", {"messages": messages, "broken": broken})
 
 
 class ApiModel(BaseModel):
@@ -139,7 +135,7 @@ class ApiModel(BaseModel):
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
-        check_rules(self, rules=self.rules, shown=False)
+        check_rules(self, rules=self.rules)
         return self
 
     @classmethod

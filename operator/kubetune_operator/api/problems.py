@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from kubetune_operator.api.model import BRANCHES, DUPLICATE, RULES_BROKEN
+from kubetune_operator.api.model import BRANCHES, DUPLICATE, RULES_BROKEN, Rule
 
 _JSON_TYPES: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (list, "array"), (dict, "object"),
@@ -31,8 +31,7 @@ def _sentences(details: ErrorDetails) -> list[str]:
     path, value, context = _path(details["loc"]), details["input"], details.get("ctx", {})
     kind = details["type"]
     if kind == RULES_BROKEN:
-        shown = f"{_shown(value)}: " if context["shown"] else ""
-        return [f"{path or '<nil>'}: Invalid value: {shown}{message}" for message in context["broken"]]
+        return [_broken(rule, details["loc"], value) for rule in context["broken"]]
     if kind == DUPLICATE:
         return [f"{path}[{context['index']}]: Duplicate value: {context['shown']}"]
     if wanted := _wanted(details):
@@ -41,6 +40,12 @@ def _sentences(details: ErrorDetails) -> list[str]:
     if sentence := _SENTENCES.get(kind):
         return [sentence(path, value, context)]
     return [f"{path}: Invalid value: {_shown(value)}: {details['msg']}"]
+
+
+def _broken(rule: Rule, location: tuple[int | str, ...], value: Any) -> str:
+    path = f"{_path(location[:-1])}[{location[-1]}]" if rule.keyed else _path(location)
+    shown = f"{_shown(value)}: " if isinstance(value, str | int | float) else ""
+    return f"{path or '<nil>'}: Invalid value: {shown}{rule.message}"
 
 
 def _path(location: tuple[int | str, ...]) -> str:
