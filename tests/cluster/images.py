@@ -67,9 +67,9 @@ IMAGES: Final = {
 def load(name: str) -> str:
     """Build an image from the checkout as it is and bring it into the running node; returns its reference."""
     image = IMAGES[name]
+    packages.ensure(packages.IMAGES)
     with locks.held(DIRECTORY / "lock"):
-        packages.ensure(packages.IMAGES)
-        dependencies = build_dependencies(image)
+        dependencies = _build_dependencies(image)
         layers = _load_dependencies(dependencies)
         with stage(f"image {image.name}: the code layer"):
             _build(image.dockerfile, image.reference, "--build-arg", f"DEPENDENCIES={dependencies}")
@@ -77,8 +77,15 @@ def load(name: str) -> str:
     return image.reference
 
 
-def build_dependencies(image: Image) -> str:
-    """Build the dependency stage unless its versions have been built before; returns its reference."""
+def build_dependencies(*names: str) -> None:
+    """Build the dependency stages of images whose versions have not been built before."""
+    packages.ensure(packages.IMAGES)
+    with locks.held(DIRECTORY / "lock"):
+        for name in names:
+            _build_dependencies(IMAGES[name])
+
+
+def _build_dependencies(image: Image) -> str:
     base = _ensure_base()
     reference = f"localhost/{image.name}-dependencies:{_dependencies_key(image, base)}"
     if not _exists(reference):

@@ -7,6 +7,7 @@ cluster.kubectl("apply", "-f", "examples/tickets.yaml")
 
 import contextlib
 import functools
+import hashlib
 import os
 import subprocess
 from collections.abc import Sequence
@@ -151,8 +152,7 @@ def prepare() -> None:
     packages.ensure(packages.NODE | packages.IMAGES)
     with ThreadPoolExecutor() as pool:
         programs = pool.submit(binaries.ensure, *settings.NODE_PROGRAMS, "pause", "helm", "rclone")
-        for image in images.IMAGES.values():
-            images.build_dependencies(image)
+        images.build_dependencies(*images.IMAGES)
         programs.result()
 
 
@@ -181,16 +181,14 @@ def install(*, values: Sequence[str] = ()) -> None:
         values: More of Helm's `--set` arguments, for instance `settings.logLevel=DEBUG`.
     """
     cluster = running()
-    # The node has no accelerators, so a job's are mapped to processes.
-    settled = ["trainer.cpuProcesses=1", *values]
+    # The node has no accelerators, so a job's are mapped to processes. The image's tag stays the same when the code
+    # changes, so the pod's annotations have to change with it.
+    settled = ["trainer.cpuProcesses=1", f"podAnnotations.code={_operator_code()}", *values]
     with stage("installing the chart"):
         cluster.helm(
             "upgrade", "--install", RELEASE, str(CHART), "--namespace", OPERATOR_NAMESPACE, "--create-namespace",
             *(f"--set={value}" for value in settled), "--wait", "--timeout=120s",
         )  # fmt: skip
-        # The tag stays the same when the code changes, so the pods have to be told.
-        cluster.kubectl("rollout", "restart", "-n", OPERATOR_NAMESPACE, "deployment")
-        cluster.kubectl("rollout", "status", "-n", OPERATOR_NAMESPACE, "deployment", "--timeout=120s")
 
 
 def s3_secret(namespace: str, *, name: str = "s3") -> str:
@@ -217,6 +215,13 @@ def _uses_kind() -> bool:
 
 def _lock() -> contextlib.AbstractContextManager[None]:
     return locks.held(CLUSTER.with_suffix(".lock"))
+
+
+def _operator_code() -> str:
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "operator").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return f"sha256-{digest.hexdigest()[:12]}"
 
 
 def _bucket_and_key(uri: str) -> tuple[str, str]:
