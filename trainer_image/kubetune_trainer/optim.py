@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LambdaLR
 
 if TYPE_CHECKING:
     from kubetune_trainer.config import Training
@@ -21,17 +20,6 @@ def build_optimizer(model: nn.Module, training: "Training") -> torch.optim.Optim
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=training.learning_rate, fused=True)
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, training: "Training", total_steps: int) -> LambdaLR:
-    """Build the schedule; `step()` it once after every optimizer step."""
-
-    def factor(step: int) -> float:
-        return learning_rate_factor(
-            step, scheduler=training.scheduler, warmup_steps=training.warmup_steps, total_steps=total_steps
-        )
-
-    return LambdaLR(optimizer, factor)
 
 
 def learning_rate_factor(step: int, *, scheduler: str, warmup_steps: int, total_steps: int) -> float:

@@ -1,0 +1,131 @@
+"""Ask a model: one prompt from the command line, or every record of a file, through the model's own chat template.
+
+    python recipes/generate.py --model runs/tickets/outputs/merged --prompt "What is the capital of France?"
+    python recipes/generate.py --model DIR --prompts heldout.jsonl --output answers.jsonl
+
+A record of the file is {"messages": [...]} or {"prompt": "..."}. Where the messages end with an answer, it is left out
+of the question. Each line of the output is the record with the model's text under `answer`. One device: a GPU if there is
+one.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from kubetune_trainer import generate, load_model, load_tokenizer
+from kubetune_trainer.chat import ChatTemplate, TemplateError
+from kubetune_trainer.data.read import read_records
+from kubetune_trainer.errors import DataError, TrainerError
+from kubetune_trainer.parallel import compute_dtype
+from kubetune_trainer.tokenizer import Tokenizer
+
+Record = dict[str, Any]
+
+
+def main() -> None:
+    """Reads the questions, asks them in batches and writes the answers in the questions' order."""
+    arguments = parse_arguments()
+    tokenizer = load_tokenizer(arguments.model)
+    records = list(read_questions(arguments))
+    prompts = [encode(record, place, tokenizer=tokenizer) for place, record in records]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(arguments.model, dtype=compute_dtype(device), device=device)
+
+    answers: dict[int, str] = {}
+    # Prompts of like length share a batch: the shorter ones are filled up, and filling costs as much as text.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), arguments.batch_size):
+        batch = order[start : start + arguments.batch_size]
+        generated = generate(
+            model,
+            [prompts[index] for index in batch],
+            max_new_tokens=arguments.max_new_tokens,
+            stop_ids=tokenizer.stop_ids,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        )
+        answers |= {index: tokenizer.decode(ids) for index, ids in zip(batch, generated, strict=True)}
+        print(f"{len(answers)} of {len(prompts)} answered", file=sys.stderr, flush=True)
+
+    if arguments.prompts is None:
+        print(answers[0])
+    elif arguments.output is None:
+        write(sys.stdout, [record for _, record in records], answers)
+    else:
+        with arguments.output.open("w", encoding="utf-8") as stream:
+            write(stream, [record for _, record in records], answers)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a folder in Hugging Face format")
+    questions = parser.add_mutually_exclusive_group(required=True)
+    questions.add_argument("--prompt", help="one message to the model")
+    questions.add_argument("--prompts", type=Path, help="a json, jsonl or parquet file of messages or prompts")
+    parser.add_argument("--output", type=Path, help="where the answers to --prompts go; default: standard output")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="an answer is cut off after so many tokens")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts answered at once")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token every time")
+    parser.add_argument("--top-k", type=int, help="draw from so many likeliest tokens only")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this probability only")
+    parser.add_argument("--seed", type=int, help="makes drawing repeatable")
+    return parser.parse_args()
+
+
+def read_questions(arguments: argparse.Namespace) -> Iterator[tuple[str, Record]]:
+    """Yields each record with the place that messages call it by."""
+    if arguments.prompt is not None:
+        yield "--prompt", {"prompt": arguments.prompt}
+        return
+    if not arguments.prompts.is_file():
+        raise DataError(f"--prompts must name a file, got {arguments.prompts}")
+    for place, record in read_records(arguments.prompts, name=str(arguments.prompts)):
+        yield place, dict(record)
+
+
+def encode(record: Record, place: str, *, tokenizer: Tokenizer) -> list[int]:
+    """The token ids of a question, up to where the answer begins."""
+    messages = question(record, place)
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(messages[-1]["content"], add_special_tokens=True)
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+    try:
+        return tokenizer.encode(template.render(messages, add_generation_prompt=True))
+    except TemplateError as error:
+        raise DataError(f"{place}: the model's chat template fails: {error}") from error
+
+
+def question(record: Record, place: str) -> Sequence[Record]:
+    """The messages that are put to the model."""
+    if isinstance(record.get("prompt"), str):
+        return [{"role": "user", "content": record["prompt"]}]
+    messages = record.get("messages")
+    if isinstance(messages, list) and messages and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise DataError(f"{place} must have messages or a prompt, got the keys {', '.join(record) or 'none'}")
+    return messages
+
+
+def write(stream: TextIO, records: Sequence[Record], answers: dict[int, str]) -> None:
+    """Writes each record with its answer, a line each."""
+    lines = (
+        json.dumps(record | {"answer": answers[index]}, ensure_ascii=False) for index, record in enumerate(records)
+    )
+    stream.writelines(f"{line}\n" for line in lines)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except TrainerError as error:
+        print(f"{error}\n{error.hint}".rstrip(), file=sys.stderr)
+        sys.exit(error.exit_code)
