@@ -4,8 +4,8 @@
     python recipes/generate.py --model DIR --prompts heldout.jsonl --output answers.jsonl
 
 A record of the file is {"messages": [...]} or {"prompt": "..."}. Where the messages end with an answer, it is left out
-of the question. Each line of the output is the record with the model's text under `answer`. One device: a GPU if there is
-one.
+of the question. Each line of the output is the record with the model's text under `answer`. One device: a GPU if there
+is one.
 """
 
 import argparse
