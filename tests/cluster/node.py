@@ -71,20 +71,19 @@ def _prepare() -> None:
 def _start_init() -> int:
     namespaces = ["unshare", "--pid", "--fork", "--mount-proc", "--net", "--mount"]
     command = [*namespaces, sys.executable, "-m", "tests.cluster.init"]
-    with (LOGS / "init.log").open("wb") as log:
-        parent = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            start_new_session=True,
-        )
-    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    (LOGS / "init.log").unlink(missing_ok=True)
+    log = os.open(LOGS / "init.log", os.O_WRONLY | os.O_CREAT)
+    null = os.open(os.devnull, os.O_RDONLY)
+    files = [(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # Not Popen: the node outlives this process, which Popen takes for a mistake.
+    parent = os.posix_spawnp(command[0], command, environment, file_actions=files, setsid=True)
+    os.close(log)
+    os.close(null)
+    children = Path(f"/proc/{parent}/task/{parent}/children")
     deadline = time.monotonic() + END_SECONDS
     while not (found := children.read_text().split()):
-        if parent.poll() is not None or time.monotonic() > deadline:
+        if os.waitpid(parent, os.WNOHANG)[0] or time.monotonic() > deadline:
             raise RuntimeError(f"the node's first process did not start:\n{_tail('init')}")
         time.sleep(0.02)
     pid = int(found[0])
@@ -135,6 +134,8 @@ def _end(pid: int) -> None:
 def _remove_remains() -> None:
     """Remove what outlives the namespaces, also after a node that was not ended but killed."""
     PID_FILE.unlink(missing_ok=True)
+    # The kernel takes the wire away a moment after the node's last process; the next `up` may not want to wait.
+    subprocess.run(["ip", "link", "delete", settings.HOST_LINK], check=False, capture_output=True)
     settings.CONTAINERD_SOCKET.unlink(missing_ok=True)
     for name in DATA:
         shutil.rmtree(CLUSTER / name, ignore_errors=True)
