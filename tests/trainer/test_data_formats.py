@@ -1,0 +1,83 @@
+"""A record's format is told by its columns, and what a record must have is named when it lacks it."""
+
+from typing import Any
+
+import pytest
+
+from kubetune_trainer.data.formats import Chat, RecordError, Text, convert, detect
+from kubetune_trainer.errors import DataError
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "mapping", "expected"),
+    [
+        (["messages", "id"], {}, "Messages"),
+        (["instruction", "input", "output"], {}, "Alpaca"),
+        (["prompt", "completion"], {}, "PromptCompletion"),
+        (["text"], {}, "Text"),
+        (["messages", "text"], {}, "Messages"),
+        (["question", "answer"], {"prompt": "question", "completion": "answer"}, "PromptCompletion"),
+        (["chat"], {"messages": "chat"}, "Messages"),
+    ],
+)
+def test_a_format_is_told_by_its_columns(columns: list[str], mapping: dict[str, str], expected: str) -> None:
+    assert detect(columns, mapping=mapping) == expected
+
+
+def test_columns_of_no_format_are_named_with_what_each_format_needs() -> None:
+    with pytest.raises(DataError) as caught:
+        detect(["question", "answer"], mapping={})
+    assert str(caught.value) == (
+        "the columns question, answer match no format: Messages needs messages; Alpaca needs instruction and output; "
+        "PromptCompletion needs prompt and completion; Text needs text"
+    )
+    assert "dataset.sources[].columns" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("record", "format_", "expected"),
+    [
+        ({"messages": [USER, ANSWER], "tools": [1]}, "Messages", Chat(messages=[USER, ANSWER], tools=[1])),
+        ({"instruction": "Hi", "output": "Ho"}, "Alpaca", Chat(messages=[USER, ANSWER])),
+        (
+            {"instruction": "Add", "input": "1+1", "output": "2", "system": "Be brief."},
+            "Alpaca",
+            Chat(
+                messages=[
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": "Add\n\n1+1"},
+                    {"role": "assistant", "content": "2"},
+                ]
+            ),
+        ),
+        ({"instruction": "Hi", "input": None, "output": "Ho"}, "Alpaca", Chat(messages=[USER, ANSWER])),
+        ({"prompt": "1+1=", "completion": "2"}, "PromptCompletion", Text(prompt="1+1=", completion="2")),
+        ({"prompt": [USER], "completion": [ANSWER]}, "PromptCompletion", Chat(messages=[USER, ANSWER])),
+        ({"text": "Once"}, "Text", Text(prompt="", completion="Once")),
+    ],
+)
+def test_a_record_becomes_a_conversation_or_text(record: Any, format_: Any, expected: object) -> None:
+    assert convert(record, format_, mapping={}) == expected
+
+
+def test_a_mapped_column_is_read_under_the_datas_own_name() -> None:
+    assert convert({"body": "Once"}, "Text", mapping={"text": "body"}) == Text(prompt="", completion="Once")
+
+
+@pytest.mark.parametrize(
+    ("record", "format_", "message"),
+    [
+        ({"text": 3}, "Text", "text must be text, got 3"),
+        ({"prompt": "a"}, "PromptCompletion", "completion must be text, got None"),
+        ({"messages": []}, "Messages", r"messages must be a list of messages, got \[\]"),
+        ({"messages": ["Hi"]}, "Messages", r"messages\[0\] must have role and content, got 'Hi'"),
+        ({"messages": [USER, {"role": "assistant"}]}, "Messages", r"messages\[1\]\.content is missing"),
+        ({"output": "Ho"}, "Alpaca", "instruction must be text, got None"),
+        ({"text": list(range(99))}, "Text", r"got \[0, 1, 2.*\.\.\.$"),
+    ],
+)
+def test_a_record_that_is_not_of_its_format_says_what_is_wrong(record: Any, format_: Any, message: str) -> None:
+    with pytest.raises(RecordError, match=message):
+        convert(record, format_, mapping={})

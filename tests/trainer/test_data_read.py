@@ -1,0 +1,86 @@
+"""Files of every kind give the same records, and a broken one is named with its line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from kubetune_trainer.data.read import choose_files, read_records
+from kubetune_trainer.errors import DataError
+
+RECORDS = [{"text": "Grüße"}, {"text": "b"}, {"text": None}]
+
+
+def write(folder: Path, name: str) -> Path:
+    path = folder / name
+    if name.endswith(".parquet"):
+        parquet.write_table(pa.Table.from_pylist(RECORDS), path, row_group_size=2)
+    elif name == "list.json":
+        path.write_text("\n " + json.dumps(RECORDS, ensure_ascii=False), encoding="utf-8-sig")
+    else:
+        path.write_text("\n\n".join(map(json.dumps, RECORDS)), encoding="utf-8-sig" if "bom" in name else "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "bom.jsonl", "a.ndjson", "lines.json", "list.json", "a.parquet"])
+def test_every_kind_of_file_gives_the_same_records(name: str, tmp_path: Path) -> None:
+    assert [record for _, record in read_records(write(tmp_path, name), name=f"s3://data/{name}")] == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("a.jsonl", ["line 1", "line 3", "line 5"]),
+        ("list.json", ["item 1", "item 2", "item 3"]),
+        ("a.parquet", ["row 1", "row 2", "row 3"]),
+    ],
+)
+def test_a_record_knows_its_place(name: str, places: list[str], tmp_path: Path) -> None:
+    assert [place for place, _ in read_records(write(tmp_path, name), name=name)] == [f"{name} {p}" for p in places]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "b"\n',
+            r"s3://data/a\.jsonl line 2 is not JSON: Expecting ',' delimiter",
+        ),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n', r"s3://data/a\.jsonl line 2 must be an object, got list"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"s3://data/a\.jsonl line 1 is not UTF-8: byte 10 is 0xff"),
+        ("a.json", b'[{"text": "a"},\n {"text": }]', r"s3://data/a\.json line 2 is not JSON: Expecting value"),
+        ("a.json", b'["a"]', r"s3://data/a\.json item 1 must be an object, got str"),
+        ("a.json", b'["\xff"]', r"s3://data/a\.json is not UTF-8: byte 2 is 0xff"),
+        ("a.parquet", b"PAR1 cut off", r"s3://data/a\.parquet is not a whole parquet file: "),
+        ("a.csv", b"text\na\n", r"s3://data/a\.csv must be a file of type \.jsonl, \.ndjson, \.json, \.parquet"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_records(tmp_path / name, name=f"s3://data/{name}"))
+
+
+def test_records_come_before_the_file_is_read_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{')
+    assert next(read_records(tmp_path / "a.jsonl", name="a.jsonl")) == ("a.jsonl line 1", {"text": "a"})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("", ["a/1.jsonl", "a/2.parquet", "b.jsonl"]),
+        ("b.jsonl", ["b.jsonl"]),
+        ("a", ["a/1.jsonl", "a/2.parquet"]),
+        ("a/", ["a/1.jsonl", "a/2.parquet"]),
+        ("a/*.jsonl", ["a/1.jsonl"]),
+        ("?.jsonl", ["b.jsonl"]),
+        ("none", []),
+    ],
+)
+def test_a_location_means_a_file_a_folder_or_what_matches(pattern: Any, expected: list[str]) -> None:
+    assert choose_files(["b.jsonl", "a/1.jsonl", "a/2.parquet", "a/README.md"], pattern) == expected

@@ -1,0 +1,71 @@
+"""A split of a Hub dataset is found as the `datasets` library finds it, and slices cut it."""
+
+from typing import Any
+
+import pytest
+
+from kubetune_trainer.data.splits import Split, split_files
+from kubetune_trainer.errors import ConfigError, DataError
+
+ENGLISH = [{"split": "train", "path": "en/*.jsonl"}, {"split": "test", "path": ["x.jsonl"]}]
+CARD = {
+    "configs": [
+        {"config_name": "en", "data_files": ENGLISH},
+        {"config_name": "de", "default": True, "data_files": "de/all.jsonl"},
+    ]
+}
+FILES = ["README.md", "de/all.jsonl", "en/a.jsonl", "en/b.jsonl", "x.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "card", "config", "split", "expected"),
+    [
+        (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], {}, None, "test",
+         ["data/test-00000-of-00001.parquet"]),
+        (["train.jsonl", "valid.jsonl"], {}, None, "train", ["train.jsonl"]),
+        (["a.jsonl", "b.jsonl", "test.jsonl"], {}, None, "train", ["a.jsonl", "b.jsonl"]),
+        (["en/train.jsonl", "de/train.jsonl"], {}, "de", "train", ["de/train.jsonl"]),
+        (FILES, CARD, None, "train", ["de/all.jsonl"]),
+        (FILES, CARD, "en", "train", ["en/a.jsonl", "en/b.jsonl"]),
+        (FILES, CARD, "en", "test", ["x.jsonl"]),
+    ],
+)  # fmt: skip
+def test_a_split_is_found(paths: list[str], card: Any, config: str | None, split: str, expected: list[str]) -> None:
+    assert split_files(paths, card=card, config=config, split=split, repo="team/data") == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "split", "message"),
+    [
+        ("fr", "train", "dataset team/data on the Hub has the configs en, de; hub.config must be one of them"),
+        ("de", "test", "has no files for split test of config de; its data files: de/all.jsonl, en/a.jsonl"),
+    ],
+)
+def test_a_split_that_is_not_there_is_refused(config: str, split: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        split_files(FILES, card=CARD, config=config, split=split, repo="team/data")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train", "abcdefghij"),
+        ("train[:3]", "abc"),
+        ("train[8:]", "ij"),
+        ("train[2:4]", "cd"),
+        ("train[:20%]", "ab"),
+        ("train[95%:]", ""),
+        ("train[90%:]", "j"),
+        ("train[-2:]", "ij"),
+        ("train[:-10%]", "abcdefghi"),
+        ("train[-20:2]", "ab"),
+    ],
+)
+def test_a_slice_cuts_the_split(text: str, expected: str) -> None:
+    assert "".join(Split.parse(text).cut(lambda: iter("abcdefghij"))) == expected
+
+
+@pytest.mark.parametrize("text", ["", "train[", "train[a:b]", "train[1]", "train + test"])
+def test_what_is_no_split_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"hub\.split must be a name with an optional slice"):
+        Split.parse(text)
