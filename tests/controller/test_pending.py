@@ -91,7 +91,10 @@ async def test_an_installation_without_accelerators_says_that_it_uses_the_cpu(wo
     world.operator.stop()
     world.operator.set("cpu_processes", "2")
     world.operator.start()
-    await world.apply(compute={"accelerator": {"resource": "nvidia.com/gpu", "perNode": 8}}, training={"maxSteps": 2, "globalBatchSize": 2})
+    await world.apply(
+        compute={"accelerator": {"resource": "nvidia.com/gpu", "perNode": 8}},
+        training={"maxSteps": 2, "globalBatchSize": 2},
+    )
     status = await world.until(lambda status: status.get("state") == "Pending")
     accepted = next(item for item in status["conditions"] if item["type"] == "Accepted")
     assert accepted["message"].startswith("nvidia.com/gpu x 8 per node is mapped to 2 CPU processes per node")

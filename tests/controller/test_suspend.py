@@ -90,7 +90,9 @@ async def test_a_complete_job_stays_complete_whatever_happens_to_its_children(wo
 
 async def test_an_estimate_above_the_limit_fails_before_training(world: World) -> None:
     await world.apply(compute={"resources": {"limits": {"memory": "1Gi"}}})
-    await world.prepared(report=PREPARED | {"estimate": {"memoryPerDeviceBytes": 3 * 2**30, "message": "weights 3 GiB"}})
+    await world.prepared(
+        report=PREPARED | {"estimate": {"memoryPerDeviceBytes": 3 * 2**30, "message": "weights 3 GiB"}}
+    )
     status = await world.state("Failed")
     failed = next(item for item in status["conditions"] if item["type"] == "Failed")
     assert failed["reason"] == "DoesNotFit"
@@ -107,7 +109,9 @@ async def test_a_prepare_pod_that_cannot_be_helped_fails_the_job_with_its_words(
     await world.run(pod)
     await world.state("Preparing")
     message = "s3://data/t.jsonl line 3 is not JSON"
-    await world.end(pod, code=65, report={"result": "Failed", "exitCode": 65, "reason": "DataInvalid", "message": message})
+    await world.end(
+        pod, code=65, report={"result": "Failed", "exitCode": 65, "reason": "DataInvalid", "message": message}
+    )
     status = await world.state("Failed")
     assert status["lastFailure"]["message"] == message
     failed = next(item for item in status["conditions"] if item["type"] == "Failed")

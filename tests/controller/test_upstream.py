@@ -22,7 +22,9 @@ async def test_a_chain_of_jobs_waits_says_for_what_and_takes_the_output(world: W
     await world.apply("second", model={"jobRef": {"kind": "FineTuneJob", "name": "first", "output": "merged"}})
     status = await world.until(lambda status: _running(status).get("reason") == "UpstreamMissing", name="second")
     assert _running(status)["message"] == "FineTuneJob first does not exist"
-    first = await world.apply("first", storage={"s3": {"endpoint": "http://s3:9000", "credentialsSecret": {"name": "a"}}})
+    first = await world.apply(
+        "first", storage={"s3": {"endpoint": "http://s3:9000", "credentialsSecret": {"name": "a"}}}
+    )
     status = await world.until(lambda status: _running(status).get("reason") == "WaitingForUpstream", name="second")
     await world.prepared(name="first")
     pods = await world.training(name="first")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+
 from kubetune_operator.cluster import Cluster, object_path
 from kubetune_operator.names import LABEL_ATTEMPT, LABEL_COMPONENT, LABEL_JOB_NAME
 from kubetune_operator.status import index_of, is_deleting, phase_of
@@ -24,6 +25,21 @@ from tests.cluster.pki import Authority, Identity
 Json = dict[str, Any]
 
 KIND = "FineTuneJob"
+RIGHTS: list[Json] = [
+    {"apiGroups": ["kubetune.dev"], "resources": ["finetunejobs"], "verbs": ["get", "list", "watch", "delete"]},
+    {"apiGroups": ["kubetune.dev"], "resources": ["finetunejobs/status"], "verbs": ["patch"]},
+    {
+        "apiGroups": ["batch"], "resources": ["jobs"],
+        "verbs": ["get", "list", "watch", "create", "patch", "delete"],
+    },
+    {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
+    {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+    {"apiGroups": [""], "resources": ["services"], "verbs": ["create", "delete"]},
+    {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get", "create"]},
+    {"apiGroups": [""], "resources": ["events"], "verbs": ["list", "create"]},
+    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "create", "update"]},
+]  # fmt: skip
+"""What `kubetune_operator.cluster` says that it needs; every operator of these tests has exactly this."""
 PREPARED: Json = {
     "result": "Prepared",
     "model": {"location": "s3://models/tiny/", "etag": "abc"},
@@ -37,7 +53,14 @@ COMPLETE: Json = {
     "result": "Complete",
     "exitCode": 0,
     "outputs": [{"name": "merged", "type": "HuggingFace", "uri": "s3://runs/out/merged", "digest": "d1", "bytes": 42}],
-    "progress": {"event": "step", "step": 30, "totalSteps": 30, "loss": 0.51234567, "epoch": 3.0, "tokensPerSecond": 9.5},
+    "progress": {
+        "event": "step",
+        "step": 30,
+        "totalSteps": 30,
+        "loss": 0.51234567,
+        "epoch": 3.0,
+        "tokensPerSecond": 9.5,
+    },
 }
 
 
@@ -73,6 +96,15 @@ class OperatorProcess:
             "KUBETUNE_OPERATOR_HEALTH_PORT": str(self.health_port),
         }
         self._process: subprocess.Popen[bytes] | None = None
+
+    def another(self, *, log: Path) -> "OperatorProcess":
+        """A second process with the same settings."""
+        made = OperatorProcess(kubeconfig=Path(self._environment["KUBECONFIG"]), log=log, settings={})
+        made._environment = self._environment | {
+            "KUBETUNE_OPERATOR_METRICS_PORT": str(made.metrics_port),
+            "KUBETUNE_OPERATOR_HEALTH_PORT": str(made.health_port),
+        }
+        return made
 
     def set(self, key: str, value: str) -> None:
         """Change a setting for the next start."""
@@ -173,7 +205,9 @@ class World:
         found = await self.cluster.list_all("Pod", namespace=self.namespace, labels=labels)
         return sorted(found, key=lambda pod: (index_of(pod), pod["metadata"]["creationTimestamp"]))
 
-    async def live_pods(self, component: str, *, count: int, name: str = "run", attempt: int | None = None) -> list[Json]:
+    async def live_pods(
+        self, component: str, *, count: int, name: str = "run", attempt: int | None = None
+    ) -> list[Json]:
         """Wait until the Job controller has made this many pods that are not finished."""
         deadline = time.monotonic() + 30
         while True:
@@ -232,7 +266,9 @@ class World:
             for pod in await self.cluster.list_all("Pod", namespace=self.namespace):
                 if is_deleting(pod) and pod["spec"].get("nodeName"):
                     if phase_of(pod) in {"Pending", "Running"}:
-                        await self.end(pod, code=75, report={"result": "Preempted", "exitCode": 75, "reason": "Preempted"})
+                        await self.end(
+                            pod, code=75, report={"result": "Preempted", "exitCode": 75, "reason": "Preempted"}
+                        )
                     path = object_path("Pod", namespace=self.namespace, name=pod["metadata"]["name"])
                     with contextlib.suppress(Exception):
                         await self.cluster.request("DELETE", path, body={"gracePeriodSeconds": 0})
@@ -300,7 +336,8 @@ async def world_of(
         "stuck_seconds": "1", "log_level": "INFO",
     }  # fmt: skip
     os.environ["KUBECONFIG"] = str(control_plane.kubeconfig)
-    operator = OperatorProcess(kubeconfig=control_plane.kubeconfig, log=log, settings=defaults | settings)
+    kubeconfig = _grant(control_plane, namespace=namespace)
+    operator = OperatorProcess(kubeconfig=kubeconfig, log=log, settings=defaults | settings)
     world = World(namespace=namespace, operator=operator, control_plane=control_plane)
     node = await world.serve_logs(log.parent / "pki")
     kubelet = asyncio.create_task(world.play_kubelet())
@@ -315,6 +352,26 @@ async def world_of(
         await node.cleanup()
         await world.cluster.request("DELETE", object_path("Node", namespace=None, name=world.node))
         await world.cluster.close()
+
+
+def user_of(namespace: str) -> str:
+    """The user that the operator of a namespace is to the API server."""
+    return f"operator-of-{namespace}"
+
+
+def _grant(control_plane: ControlPlane, *, namespace: str) -> Path:
+    """Make a user with the operator's rights in one namespace; returns its kubeconfig."""
+    user = user_of(namespace)
+    metadata = {"name": "operator", "namespace": namespace}
+    subjects = [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}]
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "operator"}
+    api = "rbac.authorization.k8s.io/v1"
+    objects = [
+        {"apiVersion": api, "kind": "Role", "metadata": metadata, "rules": RIGHTS},
+        {"apiVersion": api, "kind": "RoleBinding", "metadata": metadata, "subjects": subjects, "roleRef": role},
+    ]
+    control_plane.kubectl("create", "-f", "-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))
+    return control_plane.kubeconfig_for(user)
 
 
 def _now() -> str:
