@@ -38,8 +38,19 @@ STEP = {
             "output a (PEFT): s3://a, 9 bytes",
         ),
         ({"event": "warning", "message": "3 samples are cut"}, "warning: 3 samples are cut"),
-        ({"event": "phase", "phase": "Downloading"}, "Downloading"),
-        ({"event": "prepare", "stage": "tokenize", "done": 1, "total": 2}, "prepare stage=tokenize done=1 total=2"),
+        ({"event": "phase", "phase": "Downloading"}, "downloading"),
+        ({"event": "done", "step": 90}, "done after step 90"),
+        ({"event": "novelty", "time": 1.0, "a": 1}, "novelty a=1"),
+        ({"event": "prepare", "stage": "Packing"}, "packing"),
+        (
+            {"event": "start", "step": 0, "totalSteps": 9, "worldSize": 2, "device": "cpu", "parameters": 9000,
+             "trainableParameters": 90},
+            "90 of 9,000 parameters are trained, from step 0 to 9, by 2 x cpu",
+        ),
+        (
+            {"event": "prepare", "stage": "Prepared", "rows": 10, "droppedSamples": 0},
+            "prepared: 10 rows, 0 dropped samples",
+        ),
     ],
 )  # fmt: skip
 def test_an_event_is_a_sentence(event: dict[str, Any], sentence: str) -> None:

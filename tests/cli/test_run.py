@@ -53,6 +53,7 @@ class Trainer:
         self.folder.mkdir()
         (self.folder / "__init__.py").touch()
         (self.folder / "launch.py").write_text(LAUNCHER)
+        (self.folder / "claim.py").touch()
         self.behaves()
 
     def behaves(self, **behaviour: Any) -> None:

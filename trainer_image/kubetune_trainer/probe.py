@@ -2,7 +2,8 @@
 
     python -m kubetune_trainer.probe --config FILE
 
-Prints one JSON line per place: the field, its URI, the problem or null, and whether the place merely did not answer.
+Prints one JSON line per place: the field, where it leads, the problem or null, and whether it merely did not answer.
+What is found is what a run would find, in the same words: the functions are the same. Nothing is downloaded.
 """
 
 import argparse
@@ -11,9 +12,13 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from kubetune_trainer.config import FineTuneConfig, S3Storage, Source, UriSource, load_config
-from kubetune_trainer.errors import DataError, StorageError, TrainerError
+from kubetune_trainer.config import FineTuneConfig, HubModel, S3Storage, Source, load_config
+from kubetune_trainer.data.sources import open_source
+from kubetune_trainer.errors import StorageError, TrainerError
+from kubetune_trainer.hub import find_repo
+from kubetune_trainer.model_files import find_model, model_s3
 from kubetune_trainer.storage import open_store
 
 
@@ -23,17 +28,17 @@ class Place:
 
     Attributes:
         field: The field of the manifest that names it.
-        uri: Where it is.
+        uri: Where it leads.
         check: Raises a TrainerError if it is not what it should be.
     """
 
     field: str
     uri: str
-    check: Callable[[], None]
+    check: Callable[[], object]
 
 
 def main() -> int:
-    """Look at every place of a config; returns 0 whatever is found."""
+    """Looks at every place of a config; returns 0 whatever is found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="a complete YAML file")
     for place in places(load_config(parser.parse_args().config)):
@@ -41,56 +46,55 @@ def main() -> int:
         try:
             place.check()
         except TrainerError as error:
-            problem = f"{error} {error.hint}".strip()
+            problem = f"{error}. {error.hint}" if error.hint else str(error)
             found |= {"problem": problem, "unreachable": isinstance(error, StorageError)}
         sys.stdout.write(json.dumps(found) + "\n")
     return 0
 
 
 def places(config: FineTuneConfig) -> Iterator[Place]:
-    """Every place in storage that a run of this config needs."""
-    s3 = config.storage.s3
-    if config.model.uri is not None:
-        yield _model(config.model.uri, s3)
+    """Every place that a run of this config needs."""
+    yield _model(config)
     for index, source in enumerate(config.dataset.sources):
-        yield from _source(source, s3, field=f"spec.dataset.sources[{index}]")
+        yield _source(source, config, field=f"spec.dataset.sources[{index}]")
     held_out = config.dataset.validation.sources if config.dataset.validation is not None else None
     for index, source in enumerate(held_out or ()):
-        yield from _source(source, s3, field=f"spec.dataset.validation.sources[{index}]")
-    yield _writable("spec.workspace.uri", config.workspace.uri, s3)
+        yield _source(source, config, field=f"spec.dataset.validation.sources[{index}]")
+    s3 = config.storage.s3
+    yield Place("spec.workspace.uri", config.workspace.uri, partial(_write, config.workspace.uri, s3))
     for index, output in enumerate(config.outputs):
         if output.uri is not None:
-            yield _writable(f"spec.outputs[{index}].uri", output.uri, s3)
+            yield Place(f"spec.outputs[{index}].uri", output.uri, partial(_write, output.uri, s3))
 
 
-def _model(source: UriSource, s3: S3Storage | None) -> Place:
-    def check() -> None:
-        store = open_store(source.location, s3=source.s3 or s3)
-        if not store.exists("config.json"):
-            raise DataError(f"{store.uri('config.json')} is missing: a model folder must hold config.json")
-
-    return Place("spec.model.uri.location", source.location, check)
-
-
-def _source(source: Source, s3: S3Storage | None, *, field: str) -> Iterator[Place]:
-    if source.uri is None:
-        return
-    location, own = source.uri.location, source.uri.s3
-
-    def check() -> None:
-        if not open_store(location, s3=own or s3).list():
-            raise DataError(f"{location}: there is no file")
-
-    yield Place(f"{field}.uri.location", location, check)
+def _model(config: FineTuneConfig) -> Place:
+    if config.model.hub is not None:
+        hub = config.model.hub
+        return Place("spec.model.hub", _repository(hub), partial(find_repo, hub, kind="model"))
+    uri = config.model.uri
+    assert uri is not None
+    return Place("spec.model.uri.location", uri.location, partial(find_model, uri.location, s3=model_s3(config)))
 
 
-def _writable(field: str, uri: str, s3: S3Storage | None) -> Place:
-    def check() -> None:
-        store, name = open_store(uri, s3=s3), f".kubetune-probe-{uuid.uuid4().hex}"
-        store.write_bytes(name, b"kubetune looked whether it may write here\n")
-        store.delete_tree(name)
+def _source(source: Source, config: FineTuneConfig, *, field: str) -> Place:
+    check = partial(open_source, source, config=config)
+    if source.hub is not None:
+        return Place(f"{field}.hub", _repository(source.hub), check)
+    if source.config_map is not None:
+        return Place(f"{field}.configMap", f"{source.config_map.name}/{source.config_map.key}", check)
+    assert source.uri is not None
+    return Place(f"{field}.uri.location", source.uri.location, check)
 
-    return Place(field, uri, check)
+
+def _repository(hub: HubModel) -> str:
+    return f"{hub.repo} at {hub.revision}"
+
+
+def _write(uri: str, s3: S3Storage | None) -> None:
+    """Writes a small file and takes it away again."""
+    store, name = open_store(uri, s3=s3), f".kubetune-probe-{uuid.uuid4().hex}"
+    store.write_bytes(name, b"kubetune looked whether it may write here\n")
+    store.delete_tree(name)
 
 
 if __name__ == "__main__":

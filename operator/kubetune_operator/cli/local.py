@@ -37,14 +37,6 @@ from kubetune_operator.names import (
 )
 from kubetune_operator.render.config import Resolved, ResolvedModel, dump_config, render_config
 
-_DELETE_RUN = """
-import sys
-from kubetune_trainer.config import load_config
-from kubetune_trainer.storage import open_store
-config = load_config(sys.argv[1])
-open_store(config.run.directory, s3=config.storage.s3).delete_tree("")
-"""
-"""Run by the trainer's own interpreter, since this package must not import the trainer."""
 _TAIL_LINES = 20
 
 
@@ -80,14 +72,15 @@ def run(bundle: Bundle, *, fresh: bool, verbose: bool) -> int:
         config = Path(folder) / CONFIG_FILE
         config.write_text(dump_config(local_config(bundle, processes=processes)), encoding="utf-8")
         environment = os.environ | local_environment(bundle, os.environ, folder=Path(folder))
-        if fresh:
-            _delete_former(config, environment, title=bundle.title)
+        outcome = _claim(config, environment, fresh=fresh)
         for recipe, ranks in (("prepare", 1), ("finetune", processes)):
+            if outcome.code:
+                break
             outcome = _stage(
                 recipe, config=config, environment=environment, ranks=ranks, display=display, verbose=verbose
             )
-            if outcome.code:
-                return _report(outcome, bundle, display=display)
+        if outcome.code:
+            return _report(outcome, bundle, display=display)
         display.say(f"{bundle.title} is complete")
     return ExitCode.DONE
 
@@ -229,12 +222,14 @@ def _is_at_hand(reference: Reference, bundle: Bundle, environment: Mapping[str, 
     return reference.name in held or (not held and (Path(environment.get(variable, "")) / reference.name).is_dir())
 
 
-def _delete_former(config: Path, environment: Mapping[str, str], *, title: str) -> None:
-    command = [sys.executable, "-P", "-c", _DELETE_RUN, str(config)]
-    deleted = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
-    if deleted.returncode:
-        last = (deleted.stderr.strip().splitlines() or [""])[-1]
-        raise SpecError(title, problems=[f"what an earlier run left cannot be deleted: {last}"])
+def _claim(config: Path, environment: Mapping[str, str], *, fresh: bool) -> Outcome:
+    """Make sure that the run's folder holds nothing of another config; with `fresh`, nothing at all."""
+    command = [sys.executable, "-P", "-m", "kubetune_trainer.claim", "--config", str(config), *["--fresh"] * fresh]
+    ran = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    if ran.returncode not in set(ExitCode) - {ExitCode.CRASHED}:
+        return Outcome(code=ran.returncode, record={}, tail=ran.stderr)
+    message, _, hint = ran.stderr.strip().partition("\n")
+    return Outcome(code=ran.returncode, record={"message": message, "hint": hint}, tail="")
 
 
 def _stage(

@@ -1,6 +1,7 @@
 """The trainer's events as people read them: a line each, and on a terminal a bar."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -44,6 +45,17 @@ def _step(event: Event) -> str:
     return "  ".join(parts)
 
 
+def _prepare(event: Event) -> str:
+    """What prepare is at; at its end, what the data turned out to be."""
+    told = (f"{value} {_words(key)}" for key, value in event.items() if key not in {"event", "time", "stage"})
+    return ": ".join(part for part in (str(event.get("stage")).lower(), ", ".join(told)) if part)
+
+
+def _words(key: str) -> str:
+    """The words of a camelCase key."""
+    return re.sub(r"[A-Z]", lambda letter: f" {letter[0].lower()}", key)
+
+
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -73,7 +85,13 @@ _SENTENCES: dict[str, Callable[[Event], str]] = {
     ),
     "warning": lambda event: f"warning: {event.get('message')}",
     "error": lambda event: f"error: {event.get('message')}",
-    "phase": lambda event: str(event.get("phase")),
+    "phase": lambda event: str(event.get("phase")).lower(),
+    "prepare": _prepare,
+    "start": lambda event: (
+        f"{event.get('trainableParameters'):,} of {event.get('parameters'):,} parameters are trained, from step "
+        f"{event.get('step')} to {event.get('totalSteps')}, by {event.get('worldSize')} x {event.get('device')}"
+    ),
+    "done": lambda event: f"done after step {event.get('step')}",
 }
 
 
