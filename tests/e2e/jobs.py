@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import yaml
-
 from tests.cluster.binaries import binary
 from tests.cluster.local import Cluster
 
@@ -149,7 +147,7 @@ class Recording:
 
 def apply(cluster: Cluster, manifest: dict[str, Any], *, namespace: str) -> Job:
     """Create the FineTuneJob `manifest` in `namespace`."""
-    cluster.kubectl("apply", "--namespace", namespace, "--filename", "-", input=yaml.safe_dump(manifest))
+    cluster.kubectl("apply", "--namespace", namespace, "--filename", "-", input=json.dumps(manifest))
     return Job(cluster, namespace, manifest["metadata"]["name"])
 
 
