@@ -167,6 +167,9 @@ def fetch(target: Path) -> None:
         write_folder(staging)
         staging.chmod(0o755)
         staging.replace(target)
+    except OSError:
+        if not (target / "config.json").is_file():  # otherwise another process was faster
+            raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -1,0 +1,59 @@
+"""Schedules, decay and clipping do what their names say."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from kubetune_trainer.optim import build_optimizer, clip_grad_norm, learning_rate_factor
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "wanted"),
+    [
+        ("Constant", [0.5, 1, 1, 1, 1, 1]),
+        ("Linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("Cosine", [0.5, 1, 1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 - math.cos(math.pi / 4)) / 2]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_falls(scheduler: str, wanted: list[float]) -> None:
+    factors = [learning_rate_factor(s, scheduler=scheduler, warmup_steps=2, total_steps=6) for s in range(6)]
+    assert factors == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("scheduler", ["Constant", "Linear", "Cosine"])
+def test_a_run_that_is_all_warm_up_never_divides_by_zero(scheduler: str) -> None:
+    factors = [learning_rate_factor(s, scheduler=scheduler, warmup_steps=9, total_steps=3) for s in range(3)]
+    assert factors == pytest.approx([1 / 9, 2 / 9, 3 / 9])
+    assert learning_rate_factor(0, scheduler=scheduler, warmup_steps=0, total_steps=1) == 1.0
+
+
+def test_only_matrices_decay_and_frozen_weights_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    model[2].requires_grad_(requires_grad=False)
+    optimizer = build_optimizer(model, SimpleNamespace(learning_rate=0.1, weight_decay=0.5))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {"0.weight"}
+    torch.testing.assert_close(model[0].weight.detach(), before["0.weight"] * (1 - 0.1 * 0.5))
+
+
+@pytest.mark.parametrize(("max_norm", "wanted"), [(1.0, 1.0), (100.0, 5.0)])
+def test_clipping_bounds_the_norm_and_returns_what_it_was(max_norm: float, wanted: float) -> None:
+    weights = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    weights[0].grad, weights[1].grad = torch.tensor([3.0]), torch.tensor([-4.0])
+    norm = clip_grad_norm(weights, max_norm)
+    assert norm.dtype == torch.float64
+    assert norm.item() == 5.0
+    assert math.hypot(weights[0].grad.item(), weights[1].grad.item()) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([1.0, math.nan])
+    assert math.isnan(clip_grad_norm([weight], 1.0).item())
