@@ -22,9 +22,8 @@ async def _finish(world: World, name: str) -> None:
         "type": "Complete", "status": "True", "reason": "Complete", "message": "training is done",
         "lastTransitionTime": "2026-01-01T00:00:00Z",
     }  # fmt: skip
-    status = {
-        "state": "Complete", "observedGeneration": 1, "conditions": [condition], "completionTime": "2026-01-01T00:00:00Z",
-    }  # fmt: skip
+    status = {"state": "Complete", "observedGeneration": 1, "conditions": [condition]}
+    status["completionTime"] = condition["lastTransitionTime"]
     await world.cluster.patch(
         KIND, namespace=world.namespace, name=name, patch={"status": status}, subresource="status"
     )

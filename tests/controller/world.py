@@ -209,13 +209,15 @@ class World:
         self, component: str, *, count: int, name: str = "run", attempt: int | None = None
     ) -> list[Json]:
         """Wait until the Job controller has made this many pods that are not finished."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while True:
             found = await self.pods(component, name=name, attempt=attempt)
             live = [pod for pod in found if phase_of(pod) in {"Pending", "Running"} and not is_deleting(pod)]
             if len(live) >= count:
                 return live
-            assert time.monotonic() < deadline, f"{len(live)} of {count} pods\n{self.operator.log[-4000:]}"
+            if time.monotonic() > deadline:
+                shown = json.dumps(await self.status(name), indent=1)
+                raise TimeoutError(f"{len(live)} of {count} pods: {shown}\n{self.operator.log[-4000:]}")
             await asyncio.sleep(0.05)
 
     async def gone(self, kind: str, object_name: str, *, seconds: float = 20.0) -> None:

@@ -1,4 +1,4 @@
-"""The config file is the contract between operator and trainer: what one writes, the other reads with the same meaning."""
+"""The config file is the contract between operator and trainer: what one writes, the other reads as it is meant."""
 
 from enum import IntEnum
 from pathlib import Path
