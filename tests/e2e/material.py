@@ -14,9 +14,9 @@ from tests.cluster.paths import CACHE, ROOT
 MODEL: Final = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 6,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
@@ -42,6 +42,7 @@ def put(cluster: Cluster) -> None:
     with tempfile.TemporaryDirectory() as made:
         make_model(Path(made) / "model")
         make_data(Path(made))
+        make_bad(Path(made))
         cluster.upload(Path(made), "s3://material")
 
 
@@ -76,3 +77,17 @@ def make_data(folder: Path) -> None:
     ]
     for name, records in (("sums", sums), ("capitals", capitals)):
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+
+
+def make_bad(folder: Path) -> None:
+    """Write below `bad/` what no job can use: two models and three datasets, made from good ones."""
+    bad = folder / "bad"
+    shutil.copytree(folder / "model", bad / "no-config")
+    (bad / "no-config" / "config.json").unlink()
+    shutil.copytree(folder / "model", bad / "truncated")
+    weights = bad / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    lines = (folder / "sums.jsonl").read_text().splitlines(keepends=True)
+    (bad / "malformed.jsonl").write_text("".join([*lines[:2], lines[2][:-9] + "\n", *lines[3:]]))
+    (bad / "empty.jsonl").write_text("")
+    (bad / "columns.jsonl").write_text(json.dumps({"question": "What is 1 plus 1?", "answer": "2"}) + "\n")

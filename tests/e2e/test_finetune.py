@@ -47,7 +47,7 @@ def test_a_job_trains_on_two_pods_and_its_outputs_come_back(cluster: Cluster, na
 def test_a_job_may_start_from_what_another_one_made(cluster: Cluster, namespace: str) -> None:
     model = {"jobRef": {"kind": "FineTuneJob", "name": "first", "output": "merged"}}
     second = apply(cluster, small_job("second", model=model), namespace=namespace)
-    second.wait_condition("DataReady", says="first")
+    second.wait_condition("Running", says="FineTuneJob first does not exist")
     first = apply(cluster, small_job("first"), namespace=namespace)
     merged = next(output for output in first.wait_state("Complete")["outputs"] if output["name"] == "merged")
     status = second.wait_state("Complete")
