@@ -3,6 +3,7 @@
 Each field is read from `KUBETUNE_OPERATOR_<FIELD>`, for example `KUBETUNE_OPERATOR_TRAINER_IMAGE`.
 """
 
+import re
 import socket
 import uuid
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from kubetune_operator.errors import SpecError
 
 PREFIX: Final = "KUBETUNE_OPERATOR_"
+SERVICE_LINK: Final = re.compile(r"(SERVICE_(HOST|PORT)|PORT)(_|$)")
+"""What Kubernetes puts into pods of a namespace that has a Service named kubetune-operator."""
 
 
 def _split(value: Any) -> Any:
@@ -87,9 +90,10 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     Raises:
         SpecError: A variable has an unknown name or a wrong value; each is named.
     """
-    found = {name[len(PREFIX) :].lower(): value for name, value in environment.items() if name.startswith(PREFIX)}
+    found = {name.removeprefix(PREFIX): value for name, value in environment.items() if name.startswith(PREFIX)}
+    values = {name.lower(): value for name, value in found.items() if value and not SERVICE_LINK.match(name)}
     try:
-        return Settings.model_validate({name: value for name, value in found.items() if value})
+        return Settings.model_validate(values)
     except ValidationError as error:
         problems = [
             f"{PREFIX}{'.'.join(map(str, item['loc'])).upper()}: {item['msg']}, got {item['input']!r}"

@@ -20,6 +20,9 @@ pytestmark = pytest.mark.control_plane
 WRITES = 32
 """Crashes that are tried: more than a whole life writes, so that each of its writes is struck."""
 
+AT_ONCE = 8
+"""Lives that are led at the same time: the controllers of Kubernetes allow themselves 20 requests per second."""
+
 
 class Crash(BaseException):
     """The process is gone."""
@@ -34,6 +37,7 @@ class CrashingCluster(Cluster):
         self._crash_at = crash_at
 
     async def request(self, method: str, path: str, **rest: Any) -> Any:
+        """Send a request, and end the process when it was the one."""
         answer = await super().request(method, path, **rest)
         if method != "GET" and not path.endswith("/events"):
             self.writes += 1
@@ -110,8 +114,13 @@ async def test_a_crash_after_any_write_leads_to_no_second_job_and_loses_nothing(
     namespace, log = namespace_with_controllers, tmp_path / "operator.log"
     log.touch()
     async with world_of(control_plane_with_controllers, namespace=namespace, log=log, start=False) as world:
-        lives = [_live(world, f"life-{number}", crash_at=number) for number in range(1, WRITES + 1)]
-        operators = await asyncio.gather(*lives)
+        room = asyncio.Semaphore(AT_ONCE)
+
+        async def life(number: int) -> CrashingOperator:
+            async with room:
+                return await _live(world, f"life-{number}", crash_at=number)
+
+        operators = await asyncio.gather(*(life(number) for number in range(1, WRITES + 1)))
     crashes = [operator.crashes for operator in operators]
     assert crashes[:12] == [1] * 12, "each write of a life was the last one of an operator"
     assert crashes[-1] == 0, "a life has fewer writes than crashes were tried"

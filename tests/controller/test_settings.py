@@ -13,6 +13,8 @@ def test_settings_are_read_from_the_environment_and_empty_ones_keep_their_defaul
             "KUBETUNE_OPERATOR_NAMESPACES": "team-a, team-b",
             "KUBETUNE_OPERATOR_CPU_PROCESSES": "2",
             "KUBETUNE_OPERATOR_LOG_LEVEL": "",
+            "KUBETUNE_OPERATOR_SERVICE_HOST": "10.0.0.1",
+            "KUBETUNE_OPERATOR_PORT_8080_TCP_ADDR": "10.0.0.1",
             "PATH": "/bin",
         }
     )

@@ -17,6 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from kubetune_operator.cluster import Cluster, object_path
+from kubetune_operator.errors import ClusterError
 from kubetune_operator.names import LABEL_ATTEMPT, LABEL_COMPONENT, LABEL_JOB_NAME
 from kubetune_operator.status import index_of, is_deleting, phase_of
 from tests.cluster.controlplane import ControlPlane, free_ports
@@ -265,16 +266,18 @@ class World:
     async def play_kubelet(self) -> None:
         """Let pods that are deleted end, as a kubelet does: the trainer writes a checkpoint and exits with 75."""
         while True:
-            for pod in await self.cluster.list_all("Pod", namespace=self.namespace):
-                if is_deleting(pod) and pod["spec"].get("nodeName"):
-                    if phase_of(pod) in {"Pending", "Running"}:
-                        await self.end(
-                            pod, code=75, report={"result": "Preempted", "exitCode": 75, "reason": "Preempted"}
-                        )
-                    path = object_path("Pod", namespace=self.namespace, name=pod["metadata"]["name"])
-                    with contextlib.suppress(Exception):
-                        await self.cluster.request("DELETE", path, body={"gracePeriodSeconds": 0})
+            with contextlib.suppress(ClusterError):
+                for pod in await self.cluster.list_all("Pod", namespace=self.namespace):
+                    if is_deleting(pod) and pod["spec"].get("nodeName"):
+                        await self._evict(pod)
             await asyncio.sleep(0.1)
+
+    async def _evict(self, pod: Json) -> None:
+        with contextlib.suppress(ClusterError):  # gone meanwhile
+            if phase_of(pod) in {"Pending", "Running"}:
+                await self.end(pod, code=75, report={"result": "Preempted", "exitCode": 75, "reason": "Preempted"})
+            path = object_path("Pod", namespace=self.namespace, name=pod["metadata"]["name"])
+            await self.cluster.request("DELETE", path, body={"gracePeriodSeconds": 0})
 
     async def serve_logs(self, directory: Path) -> web.AppRunner:
         """Register the node and answer for the logs of its pods, as the kubelet does."""

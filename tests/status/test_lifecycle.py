@@ -1,0 +1,159 @@
+"""Decisions that depend on timing or on objects that are hard to come by, taken by the pure function alone."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import yaml
+
+from kubetune_operator.lifecycle import Create, Decision, Delete, Observed, PatchJob, decide, spec_problems
+from kubetune_operator.render.job import render_prepare_job, render_train_job
+from kubetune_operator.render.objects import render_all
+from kubetune_operator.settings import Settings
+from tests.render.manifests import SMALL, finetunejob
+
+Json = dict[str, Any]
+SETTINGS = Settings(identity="test")
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+MOMENT = "2026-01-01T12:00:00Z"
+
+
+def condition(name: str, *, status: str = "True") -> Json:
+    return {"type": name, "status": status, "reason": "R", "message": "m", "lastTransitionTime": MOMENT}
+
+
+TRAINING: Json = {
+    "state": "Running",
+    "observedGeneration": 1,
+    "startTime": MOMENT,
+    "attempt": 1,
+    "conditions": [condition("Accepted"), condition("DataReady"), condition("Running")],
+}
+
+
+def observe(*, nodes: int = 1, status: Json | None = None, jobs: int = 1, **rest: Any) -> Observed:
+    """A job in training; `jobs` is how many of its batch Jobs (prepare, training) are there."""
+    spec = {"compute": {"nodes": nodes}} | rest.pop("spec", {})
+    job = finetunejob(SMALL, **spec).model_copy()
+    manifest = job.to_manifest() | {"status": TRAINING if status is None else status}
+    parsed = type(job).model_validate(manifest)
+    config = yaml.safe_load(render_all(job, SETTINGS)[0]["data"]["config.yaml"])
+    train = render_train_job(job, config=config, attempt=1, backoff_limit=3, settings=SETTINGS)
+    train["metadata"] |= {"uid": "train", "creationTimestamp": MOMENT}
+    return Observed(job=parsed, config=config, jobs=[train][:jobs], **({"now": NOW} | rest))
+
+
+def pod(index: int, *, code: int | None = None, at: str = MOMENT) -> Json:
+    state: Json = {"running": {}} if code is None else {"terminated": {"exitCode": code, "finishedAt": at}}
+    return {
+        "metadata": {
+            "name": f"p{index}",
+            "uid": f"u{index}",
+            "creationTimestamp": "2026-01-01T11:00:00Z",
+            "labels": {"batch.kubernetes.io/job-name": "small-train-1", "kubetune.dev/attempt": "1"},
+            "annotations": {"batch.kubernetes.io/job-completion-index": str(index)},
+        },
+        "spec": {"nodeName": "n"},
+        "status": {
+            "phase": "Running" if code is None else "Failed",
+            "containerStatuses": [{"name": "trainer", "state": state}],
+        },
+    }
+
+
+def decided(seen: Observed) -> Decision:
+    return decide(seen, settings=SETTINGS)
+
+
+def test_a_rank_that_lost_its_peer_waits_a_moment_for_the_one_that_failed_first() -> None:
+    seen = observe(nodes=2, pods=[pod(0, code=78), pod(1)])
+    decision = decided(seen)
+    assert decision.status.attempt == 1
+    assert decision.actions == ()
+    assert decision.requeue_after == 3.0
+
+
+def test_when_the_one_that_failed_first_does_not_tell_the_gang_is_restarted_all_the_same() -> None:
+    seen = observe(nodes=2, pods=[pod(0, code=78), pod(1)], now=NOW + timedelta(seconds=4))
+    decision = decided(seen)
+    assert decision.status.attempt == 2
+    assert Delete(kind="Job", name="small-train-1", uid="train") in decision.actions
+
+
+def test_the_status_names_the_next_attempt_before_the_old_one_is_deleted_and_a_lost_deletion_is_repeated() -> None:
+    first = decided(observe(nodes=2, pods=[pod(0), pod(1, code=137)]))
+    again = observe(nodes=2, pods=[pod(0), pod(1, code=137)], status=first.status.to_manifest())
+    second = decided(again)
+    assert second.status == first.status
+    assert Delete(kind="Job", name="small-train-1", uid="train") in second.actions
+
+
+def test_the_next_attempt_is_created_only_when_nothing_of_the_old_one_is_left() -> None:
+    status = decided(observe(nodes=2, pods=[pod(0), pod(1, code=137)])).status.to_manifest()
+    kinds = [
+        (action.manifest["kind"], action.manifest["metadata"]["name"])
+        for action in decided(observe(nodes=2, status=status, jobs=0)).actions
+        if isinstance(action, Create)
+    ]
+    assert kinds == [("Service", "small-train-2"), ("Job", "small-train-2")]
+
+
+def test_a_failure_that_is_counted_is_not_counted_again() -> None:
+    seen = observe(pods=[pod(0, code=137)])
+    first = decided(seen)
+    assert first.status.restarts == 1
+    second = decided(observe(pods=[pod(0, code=137)], status=first.status.to_manifest()))
+    assert second.status.restarts == 1
+
+
+def test_a_pod_that_vanished_with_its_status_counts_as_a_restart() -> None:
+    running = decided(observe(pods=[pod(0)])).status.to_manifest()
+    fresh = pod(0)
+    fresh["metadata"] |= {"name": "other", "uid": "other"}
+    decision = decided(observe(pods=[fresh], status=running))
+    assert (decision.status.restarts, decision.status.preemptions) == (1, 1)
+
+
+def test_a_changed_limit_of_restarts_reaches_the_job_controller() -> None:
+    raised = decided(observe(pods=[pod(0)], spec={"lifecycle": {"maxRestarts": 7}}))
+    assert PatchJob(name="small-train-1", spec={"backoffLimit": 7}) in raised.actions
+    same = decided(observe(pods=[pod(0)]))
+    assert not [action for action in same.actions if isinstance(action, PatchJob)]
+
+
+def test_the_deadline_wakes_the_job_up_in_time() -> None:
+    decision = decided(observe(pods=[pod(0)], spec={"lifecycle": {"activeDeadlineSeconds": 5}}))
+    assert decision.requeue_after == 5.0
+
+
+def test_a_pass_without_news_changes_nothing() -> None:
+    first = decided(observe(pods=[pod(0)]))
+    second = decided(observe(pods=[pod(0)], status=first.status.to_manifest()))
+    assert second.status == first.status
+    assert (second.actions, second.notes) == ((), ())
+
+
+def test_a_prepare_job_whose_message_is_lost_runs_again() -> None:
+    status: Json = {"state": "Preparing", "startTime": MOMENT, "conditions": [condition("Accepted")]}
+    seen = observe(status=status, jobs=0)
+    prepare = render_prepare_job(seen.job, config=seen.config or {}, settings=SETTINGS)
+    prepare["metadata"] |= {"uid": "prepare", "creationTimestamp": MOMENT}
+    prepare["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
+    decision = decided(Observed(job=seen.job, now=NOW, config=seen.config, jobs=[prepare]))
+    assert decision.actions == (Delete(kind="Job", name="small-prepare", uid="prepare"),)
+
+
+@pytest.mark.parametrize(
+    ("spec", "path"),
+    [
+        ({"workspace": {"uri": "file:///runs"}}, "spec.workspace.uri"),
+        ({"model": {"uri": {"location": "file:///m"}}}, "spec.model.uri.location"),
+        (
+            {"outputs": [{"name": "a", "type": "PEFT"}, {"name": "b", "type": "PEFT", "uri": "file:///o"}]},
+            "spec.outputs[1].uri",
+        ),
+    ],
+)
+def test_local_folders_are_refused_by_the_field(spec: Json, path: str) -> None:
+    [problem] = spec_problems(finetunejob(SMALL, **spec), ranks=1)
+    assert problem.startswith(f"{path}: Invalid value: 'file:///")
