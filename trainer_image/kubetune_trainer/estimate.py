@@ -60,7 +60,7 @@ def estimate_memory(config: FineTuneConfig, shape: ModelConfig) -> Estimate:
         "gradients": trained * kept_trained // ranks,
         "optimizer": 2 * trained * kept_trained // ranks,
         "gathered weights": _gathered(model, config),
-        "activations": _activations(config, shape),
+        "activations": activation_bytes(config, shape),
         "logits": CHUNK_TOKENS * shape.vocab_size * (2 * FP32 + _compute_bytes(config)),
         "runtime": RUNTIME_BYTES,
     }
@@ -80,20 +80,24 @@ def _gathered(model: Decoder, config: FineTuneConfig) -> int:
     return (root + GATHERED_BLOCKS * max(blocks) + gradients) * _compute_bytes(config)
 
 
-def _activations(config: FineTuneConfig, shape: ModelConfig) -> int:
-    """Returns the bytes that the backward pass needs of one micro batch.
+def activation_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:
+    """Returns the bytes that the backward pass of one micro batch needs.
 
-    Per token and block these are the inputs of its two norms in fp32 and their outputs, queries, keys, values, the
-    attention's output, and four times the inner width of the feed-forward block.
+    Per token and block: of each norm the input in fp32, the scaled input and the output; queries, keys, values and the
+    attention's output in fp32, the latter once more for the output projection, and a row of the mask; four times the
+    inner width of the feed-forward block. Recomputation keeps the blocks' inputs and has one block whole at a time.
     """
-    tokens = config.training.micro_batch_size * config.dataset.max_sequence_length
-    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    block = 2 * shape.hidden_size * FP32 + (
-        4 * shape.hidden_size + heads + 4 * shape.intermediate_size
-    ) * _compute_bytes(config)
+    compute, length = _compute_bytes(config), config.dataset.max_sequence_length
+    norm = shape.hidden_size * (FP32 + 2 * compute)
+    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * FP32
+    output = shape.num_heads * shape.head_dim * compute
+    block = 2 * norm + heads + output + length * FP32 + 4 * shape.intermediate_size * compute
+    root = 2 * norm
     if config.training.activation_checkpointing == "Full":
-        return tokens * (shape.num_layers * shape.hidden_size * _compute_bytes(config) + block)
-    return tokens * shape.num_layers * block
+        blocks = shape.num_layers * shape.hidden_size * compute + block
+    else:
+        blocks = shape.num_layers * block
+    return config.training.micro_batch_size * length * (blocks + root)
 
 
 def _compute_bytes(config: FineTuneConfig) -> int:

@@ -1,0 +1,127 @@
+"""The estimate's parts follow from the model's shape and the run, and activations are those that torch really keeps."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from kubetune_trainer.config import FineTuneConfig, load_config
+from kubetune_trainer.estimate import RUNTIME_BYTES, activation_bytes, count_parameters, estimate_memory
+from kubetune_trainer.model.config import ModelConfig
+from kubetune_trainer.model.weights import build_model
+from tests.trainer.tiny_model import model_config
+
+LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
+PARAMETERS = 8_030_261_248  # as its model card says
+SHAPE = ModelConfig.from_hf(LLAMA_8B)
+GIB = 2**30
+
+
+def config(tmp_path: Path, *overrides: str) -> FineTuneConfig:
+    path = tmp_path / "run.yaml"
+    values = {
+        "model": {"uri": {"location": "s3://models/llama"}},
+        "dataset": {"sources": [{"name": "data", "uri": {"location": "s3://data/train.jsonl"}}]},
+        "training": {"max_steps": 1, "activation_checkpointing": "Full"},
+    }
+    path.write_text(yaml.safe_dump(values))
+    return load_config(path, overrides=overrides)
+
+
+def parts(message: str) -> dict[str, float]:
+    """The named parts in bytes."""
+    found = re.findall(r"([a-z ]+) ([\d.]+) (GiB|MiB)(?:, |$)", message)
+    return {name.strip(): float(size) * (GIB if unit == "GiB" else 2**20) for name, size, unit in found}
+
+
+def test_parameters_are_counted_as_the_model_card_has_them() -> None:
+    assert count_parameters(SHAPE) == PARAMETERS
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weights", "gradients", "optimizer"),
+    [
+        (["tuning=Full"], 4 * PARAMETERS, 4 * PARAMETERS, 8 * PARAMETERS),
+        (["tuning=Full", "training.precision=BF16"], 2 * PARAMETERS, 2 * PARAMETERS, 4 * PARAMETERS),
+        (["tuning=Full", "run.num_nodes=2", "run.processes_per_node=4"], PARAMETERS / 2, PARAMETERS / 2, PARAMETERS),
+        ([], 2 * PARAMETERS + 4 * 41_943_040, 4 * 41_943_040, 8 * 41_943_040),  # as peft counts rank 16 on all layers
+    ],
+)
+def test_weights_gradients_and_optimizer_are_spread_over_ranks(
+    overrides: list[str], weights: float, gradients: float, optimizer: float, tmp_path: Path
+) -> None:
+    found = parts(estimate_memory(config(tmp_path, *overrides), SHAPE).message)
+    expected = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=0.02)
+
+
+def test_the_parts_add_up(tmp_path: Path) -> None:
+    estimate = estimate_memory(config(tmp_path), SHAPE)
+    found = parts(estimate.message)
+    assert list(found) == [
+        "weights", "gradients", "optimizer", "gathered weights", "activations", "logits", "runtime",
+    ]  # fmt: skip
+    assert sum(found.values()) == pytest.approx(estimate.memory_per_device_bytes, rel=0.02)
+    assert found["runtime"] == RUNTIME_BYTES
+
+
+@pytest.mark.parametrize(
+    ("change", "factor"),
+    [
+        ("training.micro_batch_size=4", pytest.approx(4)),
+        ("training.precision=FP32", pytest.approx(1.8, rel=0.05)),
+        ("training.activation_checkpointing=None", pytest.approx(14, rel=0.1)),
+    ],
+)
+def test_activations_follow_the_micro_batch(change: str, factor: Any, tmp_path: Path) -> None:
+    before = activation_bytes(config(tmp_path), SHAPE)
+    assert activation_bytes(config(tmp_path, change), SHAPE) / before == factor
+
+
+@pytest.mark.parametrize("precision", ["FP32", "BF16"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2},
+        {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4},
+    ],
+)
+def test_activations_are_what_torch_keeps_for_the_backward_pass(
+    precision: str, shape: dict[str, int], tmp_path: Path
+) -> None:
+    model_shape = ModelConfig.from_hf(model_config(**shape, num_hidden_layers=6))
+    model = build_model(model_shape).to(torch.float32 if precision == "FP32" else torch.bfloat16).to_empty(device="cpu")
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens_BT = torch.randint(0, 250, (2, 128))
+    documents_BT = (torch.arange(128) >= 64).long().expand(2, 128)  # two packed samples each
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens_BT, documents_BT=documents_BT, labels_BT=tokens_BT)
+    measured = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in weights)
+    run = config(
+        tmp_path, f"training.precision={precision}", "training.activation_checkpointing=None",
+        "training.micro_batch_size=2", "dataset.max_sequence_length=128",
+    )  # fmt: skip
+    assert activation_bytes(run, model_shape) == pytest.approx(measured, rel=0.15)
