@@ -218,6 +218,15 @@ class Cluster:
         finally:
             metrics.API_SECONDS.labels(method, code).observe(time.monotonic() - started)
 
+    async def serves(self, kind: str) -> bool:
+        """Whether the API server knows a kind."""
+        prefix, plural = API_PATHS[kind]
+        try:
+            found = await self.request("GET", prefix)
+        except ClusterError:
+            return False
+        return any(resource["name"] == plural for resource in found.get("resources") or [])
+
     async def get(self, kind: str, *, namespace: str | None, name: str) -> Json | None:
         """Read an object, None if it is not there."""
         try:

@@ -63,6 +63,7 @@ class Operator:
         ticking = asyncio.create_task(self._tick())
         lease = Leadership(self.cluster, settings=self.settings)
         try:
+            await self._wait_for_api()
             await lease.acquire()
             await self._lead(lease)
         finally:
@@ -70,6 +71,15 @@ class Operator:
             for server in servers:
                 await server.cleanup()
             await self.cluster.close()
+
+    async def _wait_for_api(self) -> None:
+        """Wait until the API server knows our kind: kopf looks only once."""
+        waited = False
+        while not await self.cluster.serves(KIND_FINETUNEJOB):
+            if not waited:
+                logger.warning("waiting for the CRD of %s to be installed", KIND_FINETUNEJOB)
+            waited = True
+            await asyncio.sleep(TICK_SECONDS)
 
     async def _lead(self, lease: Leadership) -> None:
         """Work until told to stop.

@@ -8,7 +8,9 @@ its actions are taken, so an action that gets lost is taken by the next pass, an
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
+
+from pydantic import ValidationError
 
 from kubetune_operator import estimate as estimates
 from kubetune_operator import progress as progresses
@@ -26,6 +28,7 @@ from kubetune_operator.api.finetunejob import (
     State,
     batch_problem,
 )
+from kubetune_operator.api.model import StatusModel
 from kubetune_operator.names import KIND_FINETUNEJOB, config_name, prepare_name, train_name
 from kubetune_operator.progress import timestamp
 from kubetune_operator.render.config import Resolved, ResolvedModel, render_config, run_directory
@@ -62,6 +65,7 @@ from kubetune_operator.status import (
 )
 
 Json = dict[str, Any]
+M = TypeVar("M", bound=StatusModel)
 
 CULPRIT_SECONDS: Final = 3.0
 """How long to wait for the pod that failed first, when only its peers have told so far."""
@@ -270,7 +274,9 @@ def accept(draft: Draft) -> bool:
         message = "; ".join(problems)
         draft.condition("Accepted", status="False", reason="InvalidSpec", message=message)
         return fail(draft, reason="InvalidSpec", message=message)
-    draft.condition("Accepted", status="True", reason="Accepted", message=_accepted_message(job, settings=settings))
+    message = _accepted_message(job, settings=settings)
+    draft.condition("Accepted", status="True", reason="Accepted", message=message)
+    draft.note("Accepted", message)
     draft.set(start_time=timestamp(draft.seen.now))
     draft.waiting("Pending", reason="Pending", message="nothing is started yet")
     return False
@@ -391,7 +397,7 @@ def _complete(draft: Draft, *, train: Json) -> bool:
             "updated_at": timestamp(draft.seen.now),
         }
         draft.set(progress=(draft.status.progress or Progress()).model_copy(update=fields))
-    outputs = _outputs(draft.job, report=report)
+    outputs = _outputs(draft, report=report)
     message = "; ".join(f"{output.name}: {output.uri}" for output in outputs)
     draft.set(outputs=outputs, state="Complete", completion_time=timestamp(draft.seen.now), pods=None)
     draft.condition("Running", status="False", reason="Complete", message="training is done")
@@ -403,9 +409,11 @@ def _complete(draft: Draft, *, train: Json) -> bool:
     return True
 
 
-def _outputs(job: FineTuneJob, *, report: Json) -> list[FinishedOutput]:
+def _outputs(draft: Draft, *, report: Json) -> list[FinishedOutput]:
     """The outputs as rank 0 reported them; if its pod is gone, where they must be."""
-    reported = [FinishedOutput.model_validate(item) for item in report.get("outputs") or []]
+    job = draft.job
+    taken = [_taken(draft, FinishedOutput, item) for item in report.get("outputs") or []]
+    reported = [output for output in taken if output is not None]
     return reported or [
         FinishedOutput(
             name=output.name, type=output.type, uri=output.uri or f"{run_directory(job)}/outputs/{output.name}"
@@ -641,7 +649,7 @@ def _prepared(draft: Draft, *, job: Json, pods: list[Json]) -> bool:
         message=str(said.get("message") or ""),
         available=available,
     )
-    draft.set(estimate=estimate, data=_data(report), resolved=_resolved(draft.status.resolved, report=report))
+    draft.set(estimate=estimate, data=_data(draft, report=report), resolved=_resolved(draft, report=report))
     if report.get("totalSteps") is not None:
         draft.set(progress=Progress(step=0, total_steps=report["totalSteps"]))
     if estimate.fits is False:
@@ -656,22 +664,28 @@ def _prepared(draft: Draft, *, job: Json, pods: list[Json]) -> bool:
     return False
 
 
-def _data(report: Json) -> DataStatistics:
+def _data(draft: Draft, *, report: Json) -> DataStatistics | None:
     data = dict(report.get("data") or {})
     percent = data.get("trainableTokenPercent")
     if isinstance(percent, int | float):
         data["trainableTokenPercent"] = f"{percent:.1f}"
-    return DataStatistics.model_validate(data)
+    return _taken(draft, DataStatistics, data)
 
 
-def _resolved(before: api.Resolved | None, *, report: Json) -> api.Resolved:
-    model = report.get("model")
-    sources = report.get("sources")
-    return (before or api.Resolved()).model_copy(
-        update={
-            "model": api.ResolvedModel.model_validate(model) if isinstance(model, dict) else None,
-            "sources": [ResolvedSource.model_validate(item) for item in sources] if isinstance(sources, list) else None,
-        }
+def _taken(draft: Draft, model: type[M], value: Any) -> M | None:
+    """Read a part of a termination message; one that another version of the trainer wrote may not fit the status."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        draft.note("ReportNotUnderstood", f"{model.__name__}: {error}", warning=True)
+        return None
+
+
+def _resolved(draft: Draft, *, report: Json) -> api.Resolved:
+    model = _taken(draft, api.ResolvedModel, report.get("model") or {})
+    sources = [_taken(draft, ResolvedSource, item) for item in report.get("sources") or []]
+    return (draft.status.resolved or api.Resolved()).model_copy(
+        update={"model": model, "sources": [source for source in sources if source is not None]}
     )
 
 
@@ -887,6 +901,9 @@ def _read_log(draft: Draft) -> None:
         progress=progresses.update_progress(draft.status.progress, tail=tail, now=now),
         checkpoint=progresses.update_checkpoint(draft.status.checkpoint, tail=tail, now=now),
     )
+    if tail.phase and is_true(draft.status.conditions, "Running"):
+        running = find_condition(draft.status.conditions, "Running")
+        draft.condition("Running", status="True", reason=tail.phase, message=running.message if running else "")
     checkpoint = draft.status.checkpoint
     if checkpoint is not None:
         message = f"step {checkpoint.step}: {checkpoint.uri}"

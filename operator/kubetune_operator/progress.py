@@ -1,10 +1,11 @@
 """From the tail of rank 0's log to `status.progress` and `status.checkpoint`."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from kubetune_operator.api.finetunejob import LastCheckpoint, Progress
 
@@ -18,6 +19,9 @@ FORMATS: Final = {
     "tokens_per_second": "{:.1f}",
 }
 """How numbers stand in the status, where floats have no place."""
+
+PHASES: Final = ("Downloading", "Loading", "Training", "Exporting")
+"""What a trainer may be doing; the reason of the Running condition."""
 
 STEP_FIELDS: Final = {
     "epoch": "epoch",
@@ -60,7 +64,7 @@ def read_tail(text: str) -> Tail:
         step=newest.get("step"),
         validation=newest.get("validation"),
         checkpoint=newest.get("checkpoint"),
-        phase=str(newest.get("phase", {}).get("phase", "")),
+        phase=phase if (phase := newest.get("phase", {}).get("phase")) in PHASES else "",
     )
 
 
@@ -117,11 +121,15 @@ def timestamp(time: datetime) -> str:
 
 
 def _formatted(field: str, value: Any) -> Json:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _is_number(value):
         return {}
     return {field: FORMATS[field].format(value)}
 
 
 def _counts(event: Json) -> Json:
     values = {field: event.get(key) for key, field in STEP_COUNTS.items()}
-    return {field: int(value) for field, value in values.items() if isinstance(value, int | float) and value >= 0}
+    return {field: int(value) for field, value in values.items() if _is_number(value) and value >= 0}
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -183,7 +183,7 @@ def ending_of(pod: Json) -> Ending:
         index=index_of(pod),
         node=pod.get("spec", {}).get("nodeName"),
         exit_code=code,
-        reason=reason,
+        reason=reason[:128],
         message=message[:MESSAGE_LENGTH],
         hint=hint[:1024] or None,
         log_tail=str(report.get("logTail") or "")[-8192:] or None,

@@ -26,8 +26,9 @@ async def test_progress_loss_and_the_last_checkpoint_reach_the_status(world: Wor
     await world.prepared()
     [pod] = await world.training()
     checkpoint = {"event": "checkpoint", "time": 1760000000.1, "step": 10, "uri": "s3://runs/c/step-10", "seconds": 1.5}
+    phase = {"event": "phase", "phase": "Loading"}
     validation = {"event": "validation", "step": 10, "validationLoss": 1.5}
-    world.logs[pod["metadata"]["name"]] = _log(_step(10), checkpoint, validation, _step(11))
+    world.logs[pod["metadata"]["name"]] = _log(phase, _step(10), checkpoint, validation, _step(11))
     status = await world.until(lambda status: (status.get("progress") or {}).get("step") == 11)
     progress = status["progress"]
     assert progress.pop("updatedAt")
@@ -39,6 +40,8 @@ async def test_progress_loss_and_the_last_checkpoint_reach_the_status(world: Wor
     assert status["checkpoint"] == {"step": 10, "uri": "s3://runs/c/step-10", "time": "2025-10-09T08:53:20Z"}
     checkpointed = next(item for item in status["conditions"] if item["type"] == "Checkpointed")
     assert checkpointed["status"] == "True"
+    running = next(item for item in status["conditions"] if item["type"] == "Running")
+    assert (running["status"], running["reason"]) == ("True", "Loading")
 
 
 async def test_a_running_job_is_written_at_most_once_per_interval(world: World) -> None:
