@@ -1,0 +1,101 @@
+"""What each rank of test_parallel.py does; a module of its own, so that a spawned process can import it."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from kubetune_trainer.export import trained_weights
+from kubetune_trainer.lora import apply_lora, init_lora, lora_state_dict
+from kubetune_trainer.model import Decoder, build_model, load_weights, read_config
+from kubetune_trainer.optim import build_optimizer, clip_grad_norm
+from kubetune_trainer.parallel import parallelize
+from tests.trainer.tiny import random_tokens
+
+NUM_STEPS = 3
+NUM_ROWS = 6
+CASES: dict[str, dict[str, Any]] = {
+    "full fp32": {"precision": "FP32", "lora": False, "checkpointing": "None"},
+    "full fp32, recomputed": {"precision": "FP32", "lora": False, "checkpointing": "Full"},
+    "lora fp32": {"precision": "FP32", "lora": True, "checkpointing": "None"},
+    "full bf16 mixed": {"precision": "BF16Mixed", "lora": False, "checkpointing": "None"},
+    "lora bf16 mixed": {"precision": "BF16Mixed", "lora": True, "checkpointing": "Full"},
+    "lora bf16": {"precision": "BF16", "lora": True, "checkpointing": "None"},
+}
+
+
+def run(rank: int, num_ranks: int, folder: Path) -> None:
+    """Train every case for a few steps; rank 0 leaves what came out in `<folder>/ranks-<n>.pt`."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous-{num_ranks}", rank=rank, world_size=num_ranks
+    )
+    results = {name: _train(folder / "model", rank=rank, num_ranks=num_ranks, **case) for name, case in CASES.items()}
+    if rank == 0:
+        torch.save(results, folder / f"ranks-{num_ranks}.pt")
+    dist.destroy_process_group()
+
+
+def _train(
+    model_folder: Path, *, rank: int, num_ranks: int, precision: str, lora: bool, checkpointing: str
+) -> dict[str, Any]:
+    model = build_model(read_config(model_folder))
+    if lora:
+        apply_lora(model, rank=2, alpha=4)  # two rows over three ranks: one rank has none
+    mesh = init_device_mesh("cpu", (num_ranks,))
+    parallelize(model, precision=precision, activation_checkpointing=checkpointing, mesh=mesh)
+    model.to_empty(device="cpu")
+    load_weights(model, model_folder)
+    init_lora(model, seed=5)
+    loaded = {name: parameter.full_tensor().detach().clone() for name, parameter in model.named_parameters()}
+    rows = slice(rank * NUM_ROWS // num_ranks, (rank + 1) * NUM_ROWS // num_ranks)
+    losses, norms = train(model, rows=rows)
+    return {
+        "loaded": loaded,
+        "losses": losses,
+        "norms": norms,
+        "trained": dict(trained_weights(model)),
+        "adapters": lora_state_dict(model),
+    }
+
+
+def train(model: Decoder, *, rows: slice) -> tuple[list[float], list[float]]:
+    """Take a few steps on some rows of a fixed batch; return loss per token and gradient norm of each step."""
+    tokens, labels, documents, positions = batch()
+    num_trained = int((labels != -100).sum())
+    optimizer = build_optimizer(model, SimpleNamespace(learning_rate=0.01, weight_decay=0.1))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses, norms = [], []
+    model.train()
+    for _ in range(NUM_STEPS):
+        loss = model(tokens[rows], labels_BT=labels[rows], documents_BT=documents[rows], positions_BT=positions[rows])
+        loss.backward()
+        for parameter in trained:
+            parameter.grad.div_(num_trained)
+        norms.append(clip_grad_norm(trained, 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().double()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        losses.append(total.item() / num_trained)
+    return losses, norms
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of two documents and padding; the last rows train nothing at all, as may happen to a whole rank."""
+    tokens = random_tokens(NUM_ROWS, 24)
+    labels = tokens.roll(-1, dims=1)
+    labels[:, :4] = labels[:, 9] = labels[:, 19:] = -100
+    labels[4:] = -100
+    documents = torch.zeros_like(tokens)
+    documents[:, 10:], documents[:, 20:] = 1, -1
+    positions = torch.arange(24).expand(NUM_ROWS, 24).clone()
+    positions[:, 10:] -= 10
+    return tokens, labels, documents, positions

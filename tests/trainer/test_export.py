@@ -1,0 +1,169 @@
+"""What a run leaves behind is loaded by transformers and peft, and computes what the trained model computed."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from kubetune_trainer.config import Lora
+from kubetune_trainer.export import complete_weights, folder_digest, save_huggingface, save_peft, trained_weights
+from kubetune_trainer.lora import apply_lora, lora_scale, lora_state_dict
+from kubetune_trainer.model import Decoder, load_model
+from tests.trainer.tiny import make_folder, random_tokens
+
+TARGETS = [("all-linear",), ("q_proj", "v_proj"), ("layers.1.mlp.up_proj",)]
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]) for name, tensor in first.items()
+    )
+
+
+def with_trained_adapters(folder: Path, *, targets: tuple[str, ...] = ("all-linear",)) -> Decoder:
+    """A model whose adapters have random values, as if trained."""
+    model = load_model(folder, dtype=torch.float32)
+    apply_lora(model, rank=4, alpha=6, target_modules=targets)
+    torch.manual_seed(9)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_survives_load_and_save(tmp_path: Path, dtype: torch.dtype, shard: str, tied: bool) -> None:
+    make_folder(tmp_path / "a", dtype=dtype, shard=shard, tie_word_embeddings=tied)
+    model = load_model(tmp_path / "a", dtype=dtype)
+    save_huggingface(
+        model.state_dict().items(), source_dir=tmp_path / "a", target_dir=tmp_path / "b", max_shard_bytes=20_000
+    )
+    assert same(stored(tmp_path / "a"), stored(tmp_path / "b"))
+    assert (tmp_path / "a" / "config.json").read_bytes() == (tmp_path / "b" / "config.json").read_bytes()
+    LlamaForCausalLM.from_pretrained(tmp_path / "b")
+
+
+def test_shards_are_no_larger_than_asked_and_the_index_knows_them(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a")
+    model = load_model(tmp_path / "a", dtype=torch.float32)
+    save_huggingface(
+        model.state_dict().items(), source_dir=tmp_path / "a", target_dir=tmp_path / "b", max_shard_bytes=20_000
+    )
+    files = sorted((tmp_path / "b").glob("*.safetensors"))
+    index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
+    assert [file.name for file in files] == [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+    ]
+    for file in files:
+        tensors = load_file(file)
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 20_000
+        assert all(index["weight_map"][name] == file.name for name in tensors)
+        assert file.stat().st_mode & 0o044 == 0o044
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored(tmp_path / "b").values())
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("BF16", torch.bfloat16), ("FP32", torch.float32)])
+def test_another_type_is_written_and_told_in_the_config(tmp_path: Path, dtype: str, wanted: torch.dtype) -> None:
+    make_folder(tmp_path / "a", dtype=torch.float16)
+    model = load_model(tmp_path / "a", dtype=torch.float32)
+    save_huggingface(model.state_dict().items(), source_dir=tmp_path / "a", target_dir=tmp_path / "b", dtype=dtype)
+    assert {tensor.dtype for tensor in stored(tmp_path / "b").values()} == {wanted}
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "b", dtype="auto").dtype == wanted
+
+
+def test_companion_files_go_along_and_nothing_else_does(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"):
+        (tmp_path / "a" / name).write_text(name)
+    for name in ("pytorch_model.bin", "README.md", "training_args.json", "model.gguf"):
+        (tmp_path / "a" / name).write_text(name)
+    model = load_model(tmp_path / "a", dtype=torch.float32)
+    save_huggingface(model.state_dict().items(), source_dir=tmp_path / "a", target_dir=tmp_path / "b")
+    assert {file.name for file in (tmp_path / "b").iterdir()} == {
+        *("config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"),
+    }
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_merged_model_computes_what_the_adapters_computed(
+    tmp_path: Path, targets: tuple[str, ...], tied: bool
+) -> None:
+    make_folder(tmp_path / "a", tie_word_embeddings=tied)
+    model = with_trained_adapters(tmp_path / "a", targets=targets)
+    complete = complete_weights(trained_weights(model), source_dir=tmp_path / "a", lora_scale=lora_scale(model))
+    save_huggingface(complete, source_dir=tmp_path / "a", target_dir=tmp_path / "b")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32).eval()
+    tokens = random_tokens(2, 20)
+    with torch.no_grad():
+        wanted = model(tokens)
+        torch.testing.assert_close(merged(tokens).logits, wanted, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(load_model(tmp_path / "a", dtype=torch.float32)(tokens), wanted, atol=1e-3)
+
+
+def test_weights_that_no_adapter_touches_stay_byte_for_byte(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a", dtype=torch.float16)
+    model = with_trained_adapters(tmp_path / "a", targets=("q_proj",))
+    model.model.norm.weight.data.zero_()  # what a rank has in memory does not count: it may be rounded
+    complete = complete_weights(trained_weights(model), source_dir=tmp_path / "a", lora_scale=lora_scale(model))
+    save_huggingface(complete, source_dir=tmp_path / "a", target_dir=tmp_path / "b")
+    before, after = stored(tmp_path / "a"), stored(tmp_path / "b")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == ("q_proj" not in name), name
+
+
+def test_a_fully_tuned_model_is_written_as_it_was_trained(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a", tie_word_embeddings=True)
+    model = load_model(tmp_path / "a", dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    complete = complete_weights(trained_weights(model), source_dir=tmp_path / "a")
+    save_huggingface(complete, source_dir=tmp_path / "a", target_dir=tmp_path / "b")
+    assert same({name: tensor.detach() for name, tensor in model.state_dict().items()}, stored(tmp_path / "b"))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing.*:FutureWarning"
+)  # peft 0.21 asks transformers 5 by an old name
+@pytest.mark.parametrize("targets", TARGETS)
+def test_peft_loads_our_adapter_and_gives_our_logits(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    base = make_folder(tmp_path / "a")
+    model = with_trained_adapters(tmp_path / "a", targets=targets)
+    lora = Lora(rank=4, alpha=6, target_modules=targets)
+    save_peft(lora_state_dict(model), target_dir=tmp_path / "adapter", lora=lora, base_model="owner/name")
+    theirs = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    tokens = random_tokens(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=1e-5, rtol=1e-5)
+    theirs_state = {name for name, _ in theirs.named_parameters() if "lora_" in name}
+    assert len(theirs_state) == len(lora_state_dict(model))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 6, "owner/name")
+
+
+def test_a_digest_changes_with_any_name_and_any_byte(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a").write_text("one")
+    (tmp_path / "sub" / "b").write_text("three")
+    lines = [
+        f"{hashlib.sha256(content).hexdigest()}  {name}\n" for content, name in ((b"one", "a"), (b"three", "sub/b"))
+    ]
+    digest = folder_digest(tmp_path)
+    assert digest == (f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}", 8)
+    (tmp_path / "a").rename(tmp_path / "c")
+    renamed = folder_digest(tmp_path)
+    (tmp_path / "c").write_text("two")
+    assert len({digest[0], renamed[0], folder_digest(tmp_path)[0]}) == 3

@@ -1,0 +1,89 @@
+"""Sharded training is the same training: weights load into shards, and losses, norms and steps do not change."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from kubetune_trainer.lora import apply_lora, init_lora
+from kubetune_trainer.model import Decoder, load_model
+from kubetune_trainer.parallel import compute_dtype, set_dtypes
+from tests.trainer.parallel_ranks import CASES, NUM_ROWS, run, train
+from tests.trainer.tiny import make_folder
+
+Results = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parallel")
+    make_folder(folder / "model", attention_bias=True, shard="20KB")
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def results(folder: Path, request: pytest.FixtureRequest) -> Results:
+    """What came out on two ranks and on three."""
+    multiprocessing.spawn(run, args=(request.param, folder), nprocs=request.param)
+    return torch.load(folder / f"ranks-{request.param}.pt")
+
+
+def single(folder: Path, *, lora: bool) -> Decoder:
+    """The same model on one device, without FSDP, in fp32."""
+    model = load_model(folder / "model", dtype=torch.float32)
+    if lora:
+        apply_lora(model, rank=2, alpha=4)
+        init_lora(model, seed=5)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shards_hold_the_folders_weights_and_the_same_adapters(folder: Path, results: Results, case: str) -> None:
+    model = single(folder, lora=CASES[case]["lora"])
+    set_dtypes(model, precision=CASES[case]["precision"])
+    loaded = results[case]["loaded"]
+    wanted = dict(model.named_parameters())
+    assert loaded.keys() == wanted.keys()
+    for name, tensor in loaded.items():
+        assert tensor.dtype == wanted[name].dtype, name
+        assert torch.equal(tensor, wanted[name]), name
+
+
+@pytest.mark.parametrize("case", [case for case, settings in CASES.items() if settings["precision"] == "FP32"])
+def test_training_in_fp32_does_not_depend_on_the_number_of_ranks(folder: Path, results: Results, case: str) -> None:
+    model = single(folder, lora=CASES[case]["lora"])
+    losses, norms = train(model, rows=slice(0, NUM_ROWS))
+    assert results[case]["losses"] == pytest.approx(losses, rel=1e-6)
+    assert results[case]["norms"] == pytest.approx(norms, rel=1e-6)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert results[case]["trained"].keys() == trained.keys()
+    for name, tensor in results[case]["trained"].items():
+        torch.testing.assert_close(
+            tensor, trained[name].detach(), atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("case", [case for case, settings in CASES.items() if settings["precision"] != "FP32"])
+def test_training_in_bf16_stays_close_to_fp32(folder: Path, results: Results, case: str) -> None:
+    losses, norms = train(single(folder, lora=CASES[case]["lora"]), rows=slice(0, NUM_ROWS))
+    assert results[case]["losses"] == pytest.approx(losses, rel=2e-2)
+    assert results[case]["norms"] == pytest.approx(norms, rel=1e-1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trained_weights_are_gathered_whole(results: Results, case: str) -> None:
+    result = results[case]
+    kept = torch.bfloat16 if CASES[case]["precision"] == "BF16" else torch.float32
+    assert {tensor.dtype for tensor in result["trained"].values()} == {kept}
+    assert (result["adapters"].keys() == result["trained"].keys()) == CASES[case]["lora"]
+    changed = {name for name, tensor in result["trained"].items() if not torch.equal(tensor, result["loaded"][name])}
+    assert changed == result["trained"].keys()
+
+
+def test_a_cpu_without_bf16_arithmetic_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_bf16, wanted in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has_bf16=has_bf16: has_bf16)
+        assert compute_dtype("cpu") == wanted
+    assert compute_dtype("cuda") == torch.bfloat16
