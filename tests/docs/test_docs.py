@@ -88,6 +88,7 @@ NOT_REASONS = {
     # Conditions and states of ours, which are good news or stand for what comes below them.
     "Accepted", "Checkpointed", "CheckpointComplete", "Complete", "DataReady", "Failed", "Running", "Training",
     "HuggingFace",
+    "ReportNotUnderstood",
     # Words of Kubernetes that are read and not passed on.
     "BackoffLimitExceeded", "DisruptionTarget", "ErrImageNeverPull", "ErrImagePull", "FailedAttachVolume",
     "FailedMapVolume", "FailureTarget", "ImagePullBackOff", "InvalidImageName", "Job", "Normal", "PodScheduled",
