@@ -10,6 +10,7 @@ from tests.api.test_finetunejob import manifest
 from tests.cluster.controlplane import ControlPlane
 from tests.cluster.paths import ROOT
 
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 EXAMPLE = ROOT / "examples" / "tickets.yaml"
 
 
@@ -32,6 +33,16 @@ def test_the_operators_settings_come_from_the_environment(kubetune: Any, monkeyp
 
 def test_the_config_is_printed_as_a_block_of_lines(kubetune: Any) -> None:
     assert "  config.yaml: |\n    api_version: kubetune.dev/v1alpha1\n" in kubetune("render", EXAMPLE).out
+
+
+@pytest.mark.control_plane
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_the_api_server_takes_the_examples_and_what_they_lead_to(
+    path: Path, kubetune: Any, control_plane: ControlPlane
+) -> None:
+    control_plane.kubectl("create", "--dry-run=server", "--validate=strict", f"--filename={path}")
+    rendered = kubetune("render", path).out
+    control_plane.kubectl("create", "--dry-run=server", "--validate=strict", "--filename=-", input=rendered)
 
 
 @pytest.mark.control_plane

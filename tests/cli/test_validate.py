@@ -155,12 +155,17 @@ def test_live_asks_the_cluster_and_the_storage(
     del job["spec"]["compute"]
     path = write(tmp_path / "job.yaml", job, beside)
     refused = kubetune("validate", path, "--live")
-    assert f"{tmp_path}/model/config.json is missing: a model folder must hold config.json" in refused.err
-    assert f"{tmp_path}/train.jsonl: there is no file" in refused.err
+    assert f"Model folder file://{tmp_path}/model: there is no such folder, or it is empty" in refused.err
+    assert f"file://{tmp_path}/train.jsonl has no data files" in refused.err
     assert "spec.workspace.uri: file://" in refused.out
 
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    for name, content in {
+        "config.json": "{}",
+        "tokenizer.json": "{}",
+        "model.safetensors": "\2\0\0\0\0\0\0\0{}",
+    }.items():
+        (tmp_path / "model" / name).write_text(content)
     (tmp_path / "train.jsonl").write_text("{}\n")
     assert kubetune("validate", path, "--live").code == 0
     assert not list((tmp_path / "runs").iterdir()), "the probe leaves nothing behind"

@@ -1,0 +1,75 @@
+"""What `kubetune validate --live` finds in storage: the words of a run, before there is one."""
+
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from kubetune_operator.api.finetunejob import parse_finetunejob
+from kubetune_operator.cli.bundle import Bundle
+from kubetune_operator.cli.local import local_config
+from kubetune_operator.render.config import dump_config
+from tests.api.test_finetunejob import manifest
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    reset = urllib.request.Request(f"{url}/moto-api/reset", method="POST")  # noqa: S310 (our own server)
+    urllib.request.urlopen(reset).close()  # noqa: S310 (as above)
+    yield url
+    server.stop()
+
+
+def probe(folder: Path, **changes: Any) -> dict[str, dict[str, Any]]:
+    """What the probe says, by field."""
+    job = manifest(**changes)
+    config = folder / "config.yaml"
+    config.write_text(dump_config(local_config(Bundle(job=parse_finetunejob(job), manifest=job), processes=1)))
+    command = [sys.executable, "-m", "kubetune_trainer.probe", "--config", str(config)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {place["field"]: place for place in map(json.loads, said.splitlines())}
+
+
+def test_a_bucket_with_everything_in_it_has_no_problem(endpoint: str, tmp_path: Path) -> None:
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    for bucket in ("models", "data", "team"):
+        client.create_bucket(Bucket=bucket)
+    header = b"\x02\0\0\0\0\0\0\0{}"
+    for name, body in {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": header}.items():
+        client.put_object(Bucket="models", Key=f"smollm2/{name}", Body=body)
+    client.put_object(Bucket="data", Key="tickets.jsonl", Body=b"{}\n")
+    found = probe(tmp_path, spec__storage={"s3": {"endpoint": endpoint, "region": "us-east-1"}})
+    assert {field: place["problem"] for field, place in found.items()} == {
+        "spec.model.uri.location": None, "spec.dataset.sources[0].uri.location": None, "spec.workspace.uri": None,
+    }  # fmt: skip
+    assert "Contents" not in client.list_objects_v2(Bucket="team"), "nothing is left behind"
+
+
+def test_a_bucket_that_does_not_exist_is_named(endpoint: str, tmp_path: Path) -> None:
+    found = probe(tmp_path, spec__storage={"s3": {"endpoint": endpoint, "region": "us-east-1"}})
+    for field, bucket in {"spec.model.uri.location": "models", "spec.workspace.uri": "team"}.items():
+        assert bucket in found[field]["problem"]
+        assert "does not exist" in found[field]["problem"]
+        assert not found[field]["unreachable"]
+
+
+def test_a_model_folder_without_config_json_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    found = probe(
+        tmp_path, spec__model__uri__location=f"file://{tmp_path}/model", spec__workspace__uri=f"file://{tmp_path}"
+    )
+    assert "config.json" in found["spec.model.uri.location"]["problem"]
