@@ -95,14 +95,14 @@ class Gang:
     def wait_for(self, matches: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Waits until rank 0 has reported a matching event."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        seen = 0
+        path, seen = self.folder / "stdout-0", 0
         while time.monotonic() < deadline:
-            events = self.events()
-            for event in events[seen:]:
-                if matches(event):
-                    return event
-            seen = len(events)
-            time.sleep(0.002)
+            if path.exists() and path.stat().st_size > seen:
+                seen = path.stat().st_size
+                for event in self.events():
+                    if matches(event):
+                        return event
+            time.sleep(0.01)
         raise AssertionError(f"no such event:\n{self.stderr()}")
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:

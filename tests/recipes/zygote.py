@@ -13,7 +13,6 @@ from typing import Any
 
 def main() -> None:
 
-
     answer({"ready": True})
     for line in sys.stdin:
         order = json.loads(line)

@@ -240,7 +240,11 @@ def test_while_one_is_under_way_no_other_is_due_and_then_it_is(
     store: FolderStore, world: World, tmp_path: Path
 ) -> None:
     released = threading.Event()
-    store.fault = lambda _path: [None][released.wait(10) and 0]
+
+    def hold(_path: str) -> None:
+        released.wait(10)
+
+    store.fault = hold
     saver = checkpointer(store, world, tmp_path, every_steps=2)
     assert [saver.due(step) for step in (1, 2, 3)] == [False, True, True]
     saver.save(2, *trained())

@@ -81,8 +81,8 @@ def test_ranks_count_on_from_the_node_and_share_its_cpus(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("body", "code", "told"),
     [
-        ("message(result='Failed', reason='DataInvalid', rank=1) if rank else time.sleep(0.5)\n"
-         "sys.exit(65 if rank else 78)", 65, {"reason": "DataInvalid", "rank": 1}),
+        (("message(result='Failed', reason='DataInvalid', rank=1) if rank else time.sleep(0.5)\n"
+         "sys.exit(65 if rank else 78)"), 65, {"reason": "DataInvalid", "rank": 1}),
         ("time.sleep(0.5 * rank)\nmessage(result='Failed', rank=rank)\nsys.exit(78 if rank == 0 else 77)",
          77, {"rank": 1}),
         ("sys.exit(78)", 78, {"reason": "PeerLost"}),

@@ -241,10 +241,12 @@ class StopSignal:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """While the block runs, a signal only sets `requested`."""
+        """While the block runs, a signal only sets `requested`; one that nobody heeded ends the process after it."""
         self._training = True
         yield
         self._training = False
+        if self.requested:
+            self._leave()
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         self.requested = True

@@ -1,0 +1,73 @@
+"""How a batch is cut into micro batches, ranks and packs changes nothing in what is computed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.gang import Gang, Zygote
+from tests.recipes.tiny import write_config
+
+STEPS = 20
+SAMPLES = 16
+RELATIVE = 1e-6
+
+
+def full_batch_config(folder: Path) -> Path:
+    """Every step sees every sample, so that packed and unpacked steps have the same ones."""
+    lines = (folder / "pairs.jsonl").read_text().splitlines()[:SAMPLES]
+    (folder / "few.jsonl").write_text("\n".join(lines))
+    return write_config(
+        folder / "full.yaml",
+        dataset={
+            "sources": [{"name": "few", "uri": {"location": f"file://{folder}/few.jsonl"}}],
+            "max_sequence_length": 64, "packing": "None",
+        },
+        training={
+            "max_steps": STEPS, "global_batch_size": SAMPLES, "micro_batch_size": 4, "learning_rate": 1e-3,
+            "precision": "FP32",
+        },
+    )  # fmt: skip
+
+
+def curve(gang: Gang) -> dict[int, tuple[float, float]]:
+    return {event["step"]: (event["loss"], event["gradNorm"]) for event in gang.succeed().events("step")}
+
+
+@pytest.fixture(scope="module")
+def base(zygote: Zygote, tiny: Path) -> dict[int, tuple[float, float]]:
+    """One rank, micro batches of four samples."""
+    return curve(Gang.start(zygote, tiny / "base", full_batch_config(tiny), "run.name=base"))
+
+
+def test_loss_and_gradient_norm_do_not_depend_on_the_micro_batch(
+    zygote: Zygote, tiny: Path, base: dict[int, tuple[float, float]]
+) -> None:
+    overrides = ("run.name=whole", f"training.micro_batch_size={SAMPLES}")
+    assert_same(base, curve(Gang.start(zygote, tiny / "whole", full_batch_config(tiny), *overrides)))
+
+
+def test_loss_and_gradient_norm_do_not_depend_on_the_number_of_ranks(
+    zygote: Zygote, tiny: Path, base: dict[int, tuple[float, float]]
+) -> None:
+    two = Gang.start(zygote, tiny / "two", full_batch_config(tiny), "run.name=two", ranks=2)
+    assert_same(base, curve(two))
+
+
+def test_loss_and_gradient_norm_do_not_depend_on_packing(
+    zygote: Zygote, tiny: Path, base: dict[int, tuple[float, float]]
+) -> None:
+    config = full_batch_config(tiny)
+    overrides = ("run.name=packed", "dataset.packing=BestFit")
+    Gang.start(zygote, tiny / "prepared", config, *overrides, recipe="prepare").succeed()
+    rows = json.loads((tiny / "runs" / "packed" / "prepared.json").read_text())["train"]["rows"]
+    assert rows < SAMPLES / 2, "samples share rows"
+    batch = (f"training.global_batch_size={rows}", "training.micro_batch_size=1")
+    assert_same(base, curve(Gang.start(zygote, tiny / "packed", config, *overrides, *batch)))
+
+
+def assert_same(base: dict[int, tuple[float, float]], other: dict[int, tuple[float, float]]) -> None:
+    assert list(base) == list(other) == list(range(1, STEPS + 1))
+    for step, values in base.items():
+        assert other[step] == pytest.approx(values, rel=RELATIVE), f"step {step}"
+    assert base[STEPS][0] < base[1][0], "it learns"

@@ -1,0 +1,131 @@
+"""A run that is killed, at whatever moment, goes on with the numbers that it would have had."""
+
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.recipes.gang import Gang, Zygote, steps
+from tests.recipes.tiny import write_config
+
+STEPS = 18
+EVERY = 3
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def golden(zygote: Zygote, tiny: Path) -> dict[int, float]:
+    """Every step's loss of a run that nobody disturbs."""
+    gang = Gang.start(zygote, tiny / "golden", demanding_config(tiny), "run.name=golden", ranks=RANKS).succeed()
+    losses = gang.losses()
+    assert list(losses) == list(range(1, STEPS + 1))
+    assert losses[STEPS] < losses[1] * 0.8, "it learns, so a wrong resume would show"
+    return losses
+
+
+def demanding_config(folder: Path) -> Path:
+    """All that has state of its own at once: dropout, packing, accumulation, two sources, a schedule, a passing epoch."""
+    sources = [
+        {"name": name, "uri": {"location": f"file://{folder}/{name}.jsonl"}, "weight": weight}
+        for name, weight in (("pairs", 1.0), ("more", 1.5))
+    ]
+    training: dict[str, Any] = {
+        "max_steps": STEPS, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 2e-2, "scheduler": "Cosine",
+        "warmup_steps": 3, "precision": "BF16Mixed", "weight_decay": 0.01,
+    }  # fmt: skip
+    return write_config(
+        folder / "demanding.yaml",
+        dataset={"sources": sources, "max_sequence_length": 64, "packing": "BestFit"},
+        lora={"rank": 4, "alpha": 8, "dropout": 0.1},
+        training=training,
+        checkpoint={"every_steps": EVERY, "keep": 2, "mode": "Async"},
+    )
+
+
+def test_killed_five_times_every_step_has_the_undisturbed_runs_loss_bit_for_bit(
+    zygote: Zygote, tiny: Path, golden: dict[int, float]
+) -> None:
+    rng = random.Random(3)
+    # Between checkpoints, and while one is under way: it is copied after a multiple of EVERY, and written after that.
+    moments = sorted(rng.sample(range(4, STEPS - 1), 3)) + [EVERY * 2, EVERY * 4]
+    gangs: list[Gang] = []
+    for number, moment in enumerate(sorted(moments)):
+        gang = Gang.start(zygote, tiny / f"killed-{number}", demanding_config(tiny), "run.name=killed", ranks=RANKS)
+        gangs.append(gang)
+        gang.wait_for(lambda event, moment=moment: event["event"] == "step" and event["step"] >= moment)
+        gang.kill(number % RANKS)
+        codes = gang.wait()
+        assert codes[number % RANKS] == -signal.SIGKILL, "it was killed in the middle"
+        assert codes[1 - number % RANKS] == 78, gang.stderr()
+    gangs.append(
+        Gang.start(zygote, tiny / "killed-last", demanding_config(tiny), "run.name=killed", ranks=RANKS).succeed()
+    )
+
+    assert len([gang for gang in gangs if gang.events("resume")]) >= 4
+    assert {step: {loss} for step, loss in golden.items()} == steps(gangs)
+    trained = sum(len(gang.losses()) for gang in gangs)
+    assert trained < STEPS + len(moments) * 4 * EVERY, "checkpoints save work"
+
+
+def test_sigterm_saves_the_step_in_flight_on_all_ranks_and_exits_75(
+    zygote: Zygote, tiny: Path, golden: dict[int, float]
+) -> None:
+    config = demanding_config(tiny)
+    first = Gang.start(zygote, tiny / "stopped-0", config, "run.name=stopped", ranks=RANKS)
+    first.wait_for(lambda event: event["event"] == "step" and event["step"] >= 6)
+    first.kill(1, signal.SIGTERM)
+    assert first.wait() == [75, 75], first.stderr()
+    last = max(first.losses())
+    assert first.message()["result"] == "Preempted"
+    assert first.message()["step"] == last < STEPS
+    assert first.events("checkpoint")[-1]["step"] == last
+
+    second = Gang.start(zygote, tiny / "stopped-1", config, "run.name=stopped", ranks=RANKS).succeed()
+    assert second.events("resume")[0]["step"] == last
+    assert min(second.losses()) == last + 1
+    assert {step: {loss} for step, loss in golden.items()} == steps([first, second])
+
+
+def test_a_finished_run_started_again_trains_nothing_and_exports_again(zygote: Zygote, place: Path) -> None:
+    config = write_config(place / "run.yaml", outputs=[{"name": "merged", "type": "HuggingFace"}])
+    first = Gang.start(zygote, place / "first", config).succeed()
+    again = Gang.start(zygote, place / "again", config).succeed()
+    assert again.events("step") == []
+    assert again.message()["outputs"] == first.message()["outputs"] != []
+    assert again.message()["progress"] == first.message()["progress"]
+    assert again.message()["progress"]["step"] == 12
+
+
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2)], ids=["fewer", "more"])
+def test_another_number_of_ranks_goes_on_with_the_same_state(
+    zygote: Zygote, place: Path, ranks: tuple[int, int]
+) -> None:
+    config = write_config(place / "run.yaml", training={"max_steps": 12, "global_batch_size": 4, "precision": "FP32"})
+    whole = Gang.start(zygote, place / "whole", config, "run.name=whole").succeed().losses()
+    begun = Gang.start(
+        zygote, place / "begun", config, "training.max_steps=6", "training.scheduler=Constant", ranks=ranks[0]
+    )
+    begun.succeed()
+    gone_on = Gang.start(zygote, place / "on", config, "training.scheduler=Constant", ranks=ranks[1]).succeed()
+    constant = (
+        Gang.start(zygote, place / "one", config, "run.name=one", "training.scheduler=Constant").succeed().losses()
+    )
+    assert constant != whole
+    assert {**begun.losses(), **gone_on.losses()} == pytest.approx(constant, rel=1e-5)
+    assert min(gone_on.losses()) == 7
+
+
+def test_a_run_can_begin_with_another_runs_checkpoint(zygote: Zygote, place: Path) -> None:
+    config = write_config(place / "run.yaml")
+    Gang.start(zygote, place / "first", config, "training.max_steps=4", "run.name=first").succeed()
+    for uri in ("runs/first/checkpoints", "runs/first/checkpoints/step-4"):
+        name = uri.replace("/", "-")
+        second = Gang.start(
+            zygote, place / name, config, "training.max_steps=6", f"run.name={name}",
+            f"checkpoint.resume_from.uri=file://{place}/{uri}",
+        ).succeed()  # fmt: skip
+        assert second.events("resume")[0]["step"] == 4
+        assert list(second.losses()) == [5, 6]
+        assert (place / "runs" / name / "checkpoints" / "step-6" / "COMPLETE").exists()

@@ -1,0 +1,127 @@
+"""Ranks agree on a step's totals, notice lost peers, and stop where nothing is lost."""
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from kubetune_trainer import distributed as module
+from kubetune_trainer.distributed import (
+    StepTotals,
+    StopSignal,
+    broadcast_object,
+    exchange,
+    is_peer_loss,
+    join_world,
+    peer_losses,
+    wait_for_name,
+)
+from kubetune_trainer.errors import DataError, PeerLostError
+
+
+@pytest.fixture
+def sigterm() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_one_process_without_an_environment_is_a_world_of_its_own() -> None:
+    with join_world() as world:
+        assert (world.rank, world.size, world.local_rank, world.local_size) == (0, 1, 0, 1)
+        assert world.is_first
+        assert world.is_first_of_node
+        assert broadcast_object({"a": 1}) == {"a": 1}
+        totals = exchange(trained_tokens=4, tokens=9, loss_sum=10.0, stop=True, uploaded_step=-7)
+        assert totals == StepTotals(trained_tokens=4, tokens=9, loss_sum=10.0, stop=True, save=False, uploaded_step=-7)
+        assert totals.loss == 2.5
+    assert not dist.is_initialized()
+
+
+def test_a_step_without_trained_tokens_has_loss_zero() -> None:
+    totals = StepTotals(trained_tokens=0, tokens=8, loss_sum=0.0, stop=False, save=False, uploaded_step=0)
+    assert totals.loss == 0.0
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
+        (RuntimeError("Connection reset by peer"), True),
+        (RuntimeError("Timed out waiting 1800000ms for recv operation to complete"), True),
+        (dist.DistBackendError("NCCL communicator was aborted"), True),
+        (dist.DistNetworkError("The client socket has failed to connect"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (NotImplementedError("gloo does not do this"), False),
+    ],
+)
+def test_a_lost_peer_is_told_from_a_bug(error: RuntimeError, lost: bool) -> None:
+    assert is_peer_loss(error) is lost
+
+
+def test_an_error_of_a_collective_is_a_lost_peer_only_among_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("Connection closed by peer")
+    with pytest.raises(RuntimeError, match="closed by peer"), peer_losses():
+        raise error
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(module.dist, "get_rank", lambda: 1)
+    with pytest.raises(PeerLostError, match="rank 1 lost a peer: Connection closed by peer"), peer_losses():
+        raise error
+    with pytest.raises(DataError), peer_losses():
+        raise DataError("Connection closed by peer, says a file's name")
+
+
+def test_a_name_that_resolves_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([socket.gaierror(-2, "Name or service not known"), socket.gaierror(-3, "try again"), None])
+
+    def resolve(*_: object) -> list[object]:
+        answer = next(answers)
+        if answer is not None:
+            raise answer
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    wait_for_name("job-0.job", seconds=5)
+    assert next(answers, "none left") == "none left"
+
+
+def test_a_name_that_never_resolves_is_a_lost_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    with pytest.raises(PeerLostError, match=r"host job-0\.job did not resolve within 0 s"):
+        wait_for_name("job-0.job", seconds=0.1)
+
+
+def test_peers_that_do_not_come_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RENDEZVOUS_SECONDS", 0.5)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PeerLostError, match="rank 0 of 2 did not meet the others"), join_world():
+        pass
+
+
+@pytest.mark.usefixtures("sigterm")
+def test_a_stop_leaves_at_once_but_not_while_training() -> None:
+    left: list[str] = []
+    stop = StopSignal(leave=lambda: left.append("left"))
+    with stop.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        assert left == []
+    assert left == ["left"], "a stop that came too late for the ranks to agree on ends the process after training"
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert left == ["left", "left"]
