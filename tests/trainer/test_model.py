@@ -1,6 +1,8 @@
 """The model computes what transformers computes, whatever way the tokens come in."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,28 @@ def test_packed_documents_equal_the_same_documents_alone(tmp_path: Path, changes
                 start += len(alone)
 
 
+def test_a_packed_row_has_the_loss_and_the_gradients_of_its_samples(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    samples = [random_tokens(1, n, seed=n) for n in (7, 20, 9)]
+    targets = [sample.roll(-1, dims=1) for sample in samples]
+    for target in targets:
+        target[:, :3] = target[:, -1] = -100
+    packed, apart = (load_model(tmp_path, dtype=torch.float32).train() for _ in range(2))
+    loss = packed(
+        torch.cat(samples, dim=1),
+        documents_BT=torch.cat([torch.full_like(sample, i) for i, sample in enumerate(samples)], dim=1),
+        positions_BT=torch.cat([torch.arange(sample.shape[1])[None] for sample in samples], dim=1),
+        labels_BT=torch.cat(targets, dim=1),
+    )
+    loss.backward()
+    losses = [apart(sample, labels_BT=target) for sample, target in zip(samples, targets, strict=True)]
+    for part in losses:
+        part.backward()
+    assert loss.item() == pytest.approx(sum(part.item() for part in losses), rel=1e-6)
+    for one, other in zip(packed.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-4)
+
+
 def test_padding_at_the_end_changes_nothing_and_is_finite(tmp_path: Path) -> None:
     make_folder(tmp_path)
     model = load_model(tmp_path, dtype=torch.float32)
@@ -198,6 +222,17 @@ def test_a_config_that_is_not_supported_is_refused_by_name(message: str, changes
     with pytest.raises(DataError) as caught:
         ModelConfig.from_hf(CONFIG | changes)
     assert message in str(caught.value)
+
+
+def test_the_package_imports_no_torch_until_it_is_needed() -> None:
+    code = """
+import sys, kubetune_trainer
+assert "torch" not in sys.modules
+from kubetune_trainer import generate, load_model, load_tokenizer
+import kubetune_trainer.generation, kubetune_trainer.model, kubetune_trainer.tokenizer
+assert all(map(callable, (kubetune_trainer.generate, kubetune_trainer.load_model, kubetune_trainer.load_tokenizer)))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_defaults_are_those_of_transformers() -> None:

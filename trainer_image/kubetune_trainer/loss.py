@@ -45,7 +45,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if not any(wanted):
                 continue
             logits_gradient = log_probabilities.exp_()
-            logits_gradient[torch.arange(len(logits)), labels_N[chunk]] -= 1
+            logits_gradient[torch.arange(len(logits), device=logits.device), labels_N[chunk]] -= 1
             logits_gradient = logits_gradient.to(head_VD.dtype)
             if hidden_gradient is not None:
                 hidden_gradient[chunk] = logits_gradient @ head_VD

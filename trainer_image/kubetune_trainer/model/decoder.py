@@ -1,5 +1,7 @@
 """The model: a causal decoder with Hugging Face's parameter names, so that no weight is ever converted.
 
+It asks for the device in two places, both marked; this tree's tests run it on CPU only, never on CUDA.
+
 Shapes: B batch, T tokens, D hidden_size, N heads, K key and value heads, H head_dim, V vocab_size, S cached tokens.
 """
 
