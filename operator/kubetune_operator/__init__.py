@@ -1,0 +1,1 @@
+"""The operator of kubetune and its command line."""
