@@ -28,6 +28,8 @@ from tests.cluster.progress import note, stage
 
 DIRECTORY: Final = CACHE / "images"
 STORE: Final = DIRECTORY / "store"
+RUN: Final = Path("/run") / f"kubetune-buildah-{hashlib.sha256(str(STORE).encode()).hexdigest()[:8]}"
+"""What buildah remembers until the machine restarts; one folder per store."""
 BASE_REFERENCE: Final = "python:3.11-slim"
 BASE_PACKAGES: Final = "python3,python3-venv,ca-certificates"
 PULL_SECONDS: Final = 120
@@ -299,7 +301,7 @@ def _buildah(*arguments: str, check: bool = True, timeout: float | None = None) 
 
 def _buildah_output(*arguments: str, timeout: float | None = None) -> str:
     environment = os.environ | {"STORAGE_DRIVER": "overlay", "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(DIRECTORY)}
-    command = ["buildah", "--root", str(STORE), "--runroot", "/run/kubetune-buildah", *arguments]
+    command = ["buildah", "--root", str(STORE), "--runroot", str(RUN), *arguments]
     return _run(command, environment=environment, timeout=timeout)
 
 

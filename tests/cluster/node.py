@@ -22,7 +22,8 @@ from tests.cluster.paths import CLUSTER, LOGS, ROOT
 from tests.cluster.progress import stage
 from tests.cluster.settings import KUBECONFIG
 
-PID_FILE: Final = CLUSTER / "init.json"
+PID_FILE: Final = Path("/run/kubetune-node.json")
+"""The node's first process; there is one node per machine, whichever cache it is of."""
 READY_SECONDS: Final = 120.0
 END_SECONDS: Final = 15.0
 CGROUPS: Final = ("kubepods", "k8s.io")
@@ -87,7 +88,7 @@ def _start_init() -> int:
             raise RuntimeError(f"the node's first process did not start:\n{_tail('init')}")
         time.sleep(0.02)
     pid = int(found[0])
-    PID_FILE.write_text(json.dumps({"pid": pid, "started": _started(pid)}))
+    PID_FILE.write_text(json.dumps({"pid": pid, "started": _started(pid), "directory": str(CLUSTER)}))
     return pid
 
 
@@ -154,7 +155,11 @@ def _init_pid() -> int | None:
     except FileNotFoundError:
         return None
     # A pid alone may belong to somebody else by now.
-    return recorded["pid"] if _started(recorded["pid"]) == recorded["started"] else None
+    if _started(recorded["pid"]) != recorded["started"]:
+        return None
+    if recorded["directory"] != str(CLUSTER):
+        raise RuntimeError(f"a node of another cache runs on this machine: {recorded['directory']}")
+    return int(recorded["pid"])
 
 
 def _started(pid: int) -> str | None:
