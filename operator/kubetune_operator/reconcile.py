@@ -13,7 +13,8 @@ from kubetune_operator import metrics
 from kubetune_operator.api.finetunejob import FineTuneJob, parse_finetunejob
 from kubetune_operator.cluster import Cluster
 from kubetune_operator.errors import ClusterError, ConflictError, NotFoundError, RefusedError
-from kubetune_operator.lifecycle import Create, Decision, Delete, Note, Observed, PatchJob, decide
+from kubetune_operator.lifecycle import decide
+from kubetune_operator.lifecycle.draft import Action, Create, Decision, Delete, Note, Observed, PatchJob
 from kubetune_operator.names import (
     CONFIG_FILE,
     GROUP_VERSION,
@@ -245,7 +246,7 @@ class Reconciler:
             subresource="status",
         )
 
-    async def _act(self, ref: JobRef, action: Create | Delete | PatchJob) -> None:
+    async def _act(self, ref: JobRef, action: Action) -> None:
         match action:
             case Create():
                 await self._create(ref, action.manifest)

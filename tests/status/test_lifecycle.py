@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kubetune_operator.lifecycle import Create, Decision, Delete, Observed, PatchJob, decide, spec_problems
+from kubetune_operator.lifecycle import decide
+from kubetune_operator.lifecycle.begin import spec_problems
+from kubetune_operator.lifecycle.draft import Create, Decision, Delete, Observed, PatchJob
 from kubetune_operator.render.job import render_prepare_job, render_train_job
 from kubetune_operator.render.objects import render_all
 from kubetune_operator.settings import Settings

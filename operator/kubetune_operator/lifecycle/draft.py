@@ -1,0 +1,162 @@
+"""What one pass knows, and the decision that it drafts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from kubetune_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus, State
+from kubetune_operator.names import prepare_name, train_name
+from kubetune_operator.settings import Settings
+from kubetune_operator.status import with_condition
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """Everything that one pass knows.
+
+    Attributes:
+        job: The custom resource.
+        now: The time of the pass, in UTC.
+        jobs: Its batch Jobs.
+        pods: Their pods.
+        strangers: Names of children of an older job of the same name that are not gone yet.
+        config: The rendered config as it stands in the ConfigMap, None if there is no ConfigMap.
+        parents: The jobs that it refers to, by name; those that exist.
+        events: Events about pods that do not start and their Job; read only for these.
+        log: The tail of rank 0's log; read only when it is due.
+        poll_seconds: When the log is due again.
+        nodes: The cluster's nodes; read only when a capacity is needed, None where that is not allowed.
+        refused: Why the API server refused what the last pass wanted to create, empty if it did not.
+    """
+
+    job: FineTuneJob
+    now: datetime
+    jobs: Sequence[Json] = ()
+    pods: Sequence[Json] = ()
+    strangers: Sequence[str] = ()
+    config: Json | None = None
+    parents: Mapping[str, FineTuneJob] = field(default_factory=dict)
+    events: Sequence[Json] = ()
+    log: str = ""
+    poll_seconds: float = 10.0
+    refused: str = ""
+    nodes: Sequence[Json] | None = None
+
+    @property
+    def prepare(self) -> Json | None:
+        """The prepare Job."""
+        return self._named(prepare_name(self.job.metadata.name))
+
+    def train(self, attempt: int) -> Json | None:
+        """The training Job of an attempt."""
+        return self._named(train_name(self.job.metadata.name, attempt=attempt))
+
+    def _named(self, name: str) -> Json | None:
+        return next((job for job in self.jobs if job["metadata"]["name"] == name), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Create:
+    """Create an object; that it exists already is success."""
+
+    manifest: Json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delete:
+    """Delete an object and what it owns."""
+
+    kind: str
+    name: str
+    uid: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchJob:
+    """Change single fields of a batch Job's spec."""
+
+    name: str
+    spec: Json
+
+
+Action = Create | Delete | PatchJob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """An Event for people who describe the object."""
+
+    type: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a pass leads to: the status is written first, then the actions are taken, then the Events are sent."""
+
+    status: FineTuneJobStatus
+    actions: tuple[Action, ...] = ()
+    notes: tuple[Note, ...] = ()
+    requeue_after: float | None = None
+
+
+class Draft:
+    """A decision in the making."""
+
+    def __init__(self, seen: Observed, *, settings: Settings) -> None:
+        self.seen = seen
+        self.settings = settings
+        self.job = seen.job
+        self.status = seen.job.status
+        self.actions: list[Action] = []
+        self.notes: list[Note] = []
+        self.requeue_after: float | None = None
+
+    def set(self, **fields: Any) -> None:
+        """Change fields of the status."""
+        self.status = self.status.model_copy(update=fields)
+
+    def condition(self, condition_type: str, *, status: Literal["True", "False"], reason: str, message: str) -> None:
+        """Set a condition of the status."""
+        conditions = with_condition(
+            self.status.conditions,
+            condition_type,
+            status=status,
+            reason=reason,
+            message=message,
+            now=self.seen.now,
+            generation=self.job.metadata.generation,
+        )
+        self.set(conditions=conditions)
+
+    def do(self, *actions: Action) -> None:
+        """Take actions after the status is written."""
+        self.actions += actions
+
+    def note(self, reason: str, message: str, *, warning: bool = False) -> None:
+        """Send an Event."""
+        self.notes.append(Note(type="Warning" if warning else "Normal", reason=reason, message=message[:1000]))
+
+    def look_again(self, *, seconds: float) -> None:
+        """Come back at the latest after this time."""
+        self.requeue_after = seconds if self.requeue_after is None else min(self.requeue_after, seconds)
+
+    def waiting(self, state: State, *, reason: str, message: str) -> None:
+        """Say that training does not run, and why."""
+        self.set(state=state)
+        self.condition("Running", status="False", reason=reason, message=message)
+
+    @property
+    def counted(self) -> int:
+        """Restarts that count against maxRestarts."""
+        return (self.status.restarts or 0) - (self.status.preemptions or 0)
+
+    def decision(self) -> Decision:
+        """Close the draft."""
+        return Decision(
+            status=self.status, actions=tuple(self.actions), notes=tuple(self.notes), requeue_after=self.requeue_after
+        )

@@ -1,0 +1,127 @@
+"""The prepare Job, and what it found out."""
+
+from typing import Any
+
+from kubetune_operator import estimate as estimates
+from kubetune_operator.api import finetunejob as api
+from kubetune_operator.api.finetunejob import DataStatistics, LastFailure, Progress, ResolvedSource
+from kubetune_operator.lifecycle.draft import Create, Draft
+from kubetune_operator.lifecycle.moves import blocked_by, delete_attempt, fail, taken
+from kubetune_operator.progress import timestamp
+from kubetune_operator.render.job import compute_of, processes_per_node, render_prepare_job
+from kubetune_operator.status import (
+    Ending,
+    ending_of,
+    is_deleting,
+    is_true,
+    job_condition,
+    phase_of,
+    pods_of,
+    report_of,
+)
+
+Json = dict[str, Any]
+
+
+def prepare(draft: Draft) -> bool:
+    """Have the model and the data prepared, and refuse what cannot fit before an accelerator is used."""
+    if is_true(draft.status.conditions, "DataReady"):
+        return False
+    seen = draft.seen
+    assert seen.config is not None  # noqa: S101 (write_config ends the pass otherwise)
+    job = seen.prepare
+    if job is None or is_deleting(job):
+        message = seen.refused or "the prepare Job is not started yet"
+        reason = "CreateRefused" if seen.refused else "Preparing"
+        draft.condition("DataReady", status="False", reason=reason, message=message)
+        draft.waiting("Pending", reason=reason, message=message)
+        if job is None:
+            draft.do(Create(manifest=render_prepare_job(draft.job, config=seen.config, settings=draft.settings)))
+        return True
+    pods = pods_of(seen.pods, job=job["metadata"]["name"])
+    endings = [ending_of(pod) for pod in pods if phase_of(pod) == "Failed"]
+    condition = job_condition(job, "Failed")
+    if condition or any(ending.permanent for ending in endings):
+        return _fail_prepare(draft, endings=endings, message=str((condition or {}).get("message", "")))
+    if job_condition(job, "Complete"):
+        return _prepared(draft, job=job, pods=pods)
+    return _preparing(draft, job=job, pods=pods, endings=endings)
+
+
+def _fail_prepare(draft: Draft, *, endings: list[Ending], message: str) -> bool:
+    """Fail for the pod that cannot be helped, otherwise for the last one."""
+    last = max(endings, key=lambda ending: (ending.permanent, ending.failure.time or ""), default=None)
+    failure = last.failure if last is not None else LastFailure(reason="PrepareFailed", message=message)
+    reason, message = failure.reason or "PrepareFailed", failure.message or message
+    draft.condition("DataReady", status="False", reason=reason, message=message)
+    return fail(draft, reason=reason, message=message, failure=failure)
+
+
+def _preparing(draft: Draft, *, job: Json, pods: list[Json], endings: list[Ending]) -> bool:
+    """Say how far the prepare Job is, or what holds it up."""
+    if any(phase_of(pod) == "Running" for pod in pods):
+        reason, message, state = "Preparing", "the model is fetched and the data is tokenized", "Preparing"
+    else:
+        blocked = blocked_by(draft, job=job, pods=pods)
+        reason, message = blocked or ("Pending", "the prepare pod is about to start")
+        state = "Pending"
+    if endings:
+        last = max(endings, key=lambda ending: ending.failure.time or "").failure
+        draft.set(last_failure=last)
+        message += f"; an attempt before failed with {last.reason}: {last.message}"
+    draft.condition("DataReady", status="False", reason=reason, message=message)
+    draft.waiting("Preparing" if state == "Preparing" else "Pending", reason=reason, message=message)
+    return True
+
+
+def _prepared(draft: Draft, *, job: Json, pods: list[Json]) -> bool:
+    """Take over what prepare found out."""
+    report = next((report_of(pod) for pod in reversed(pods) if phase_of(pod) == "Succeeded"), {})
+    if report.get("result") != "Prepared":
+        # The pod is gone or its message was lost. What it made is in the workspace: another run only reports it again.
+        draft.do(*delete_attempt(job))
+        return True
+    compute = compute_of(draft.job)
+    processes = processes_per_node(draft.job, cpu_processes=draft.settings.cpu_processes)
+    available = estimates.capacity(
+        compute,
+        processes_per_node=processes,
+        on_cpu=compute.accelerator is None or bool(draft.settings.cpu_processes),
+        nodes=draft.seen.nodes,
+        memory_per_device_bytes=draft.settings.memory_per_device_bytes,
+    )
+    said = report.get("estimate") or {}
+    estimate = estimates.compare(
+        memory_per_device_bytes=said.get("memoryPerDeviceBytes"),
+        message=str(said.get("message") or ""),
+        available=available,
+    )
+    draft.set(estimate=estimate, data=_data(draft, report=report), resolved=_resolved(draft, report=report))
+    if report.get("totalSteps") is not None:
+        draft.set(progress=Progress(step=0, total_steps=report["totalSteps"]))
+    if estimate.fits is False:
+        hint = "Use more memory per process, or a smaller training.microBatchSize or dataset.maxSequenceLength."
+        failure = LastFailure(reason="DoesNotFit", message=estimate.message, hint=hint, time=timestamp(draft.seen.now))
+        return fail(draft, reason="DoesNotFit", message=estimate.message or "", failure=failure)
+    rows = draft.status.data.rows if draft.status.data else None
+    message = f"{rows} rows are ready" if rows is not None else "the data is ready"
+    draft.condition("DataReady", status="True", reason="Prepared", message=message)
+    draft.waiting("Pending", reason="Prepared", message="training is about to start")
+    draft.note("Prepared", message)
+    return False
+
+
+def _data(draft: Draft, *, report: Json) -> DataStatistics | None:
+    data = dict(report.get("data") or {})
+    percent = data.get("trainableTokenPercent")
+    if isinstance(percent, int | float):
+        data["trainableTokenPercent"] = f"{percent:.1f}"
+    return taken(draft, DataStatistics, data)
+
+
+def _resolved(draft: Draft, *, report: Json) -> api.Resolved:
+    model = taken(draft, api.ResolvedModel, report.get("model") or {})
+    sources = [taken(draft, ResolvedSource, item) for item in report.get("sources") or []]
+    return (draft.status.resolved or api.Resolved()).model_copy(
+        update={"model": model, "sources": [source for source in sources if source is not None]}
+    )

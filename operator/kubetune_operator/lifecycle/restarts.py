@@ -1,0 +1,66 @@
+"""Which ends of pods are news, and how many restarts they are."""
+
+from typing import Any
+
+from kubetune_operator.api.finetunejob import AttemptPod, LastFailure
+from kubetune_operator.lifecycle.draft import Draft
+from kubetune_operator.render.job import compute_of, lifecycle_of
+from kubetune_operator.status import Ending, ending_of, first_cause, is_deleting, phase_of, vanished
+
+Json = dict[str, Any]
+
+
+def new_endings(draft: Draft, *, pods: list[Json]) -> list[Ending]:
+    """The ends of pods that no pass has counted yet."""
+    known = {pod.uid: pod for pod in draft.status.pods or []}
+    counted = {uid for uid, pod in known.items() if pod.ended}
+    gang = compute_of(draft.job).nodes > 1
+    endings = [ending_of(pod) for pod in pods if pod["metadata"]["uid"] not in counted and _has_ended(pod, gang=gang)]
+    present = {pod["metadata"]["uid"] for pod in pods}
+    gone = [pod for uid, pod in known.items() if uid not in present and not pod.ended]
+    return endings + [vanished(name=pod.name, uid=pod.uid, index=pod.index) for pod in gone]
+
+
+def _has_ended(pod: Json, *, gang: bool) -> bool:
+    """Whether a pod failed. A pod of a gang counts as soon as it is told to go: its peers cannot go on without it."""
+    return phase_of(pod) == "Failed" or (gang and is_deleting(pod) and phase_of(pod) != "Succeeded")
+
+
+def count_endings(draft: Draft, *, endings: list[Ending]) -> None:
+    """Count the restarts that the Job controller answers by itself. Pods of one index end one after the other.
+
+    The last failure of a job is no restart: nothing is counted beyond maxRestarts.
+    """
+    if not endings:
+        return
+    per_index: dict[int, list[Ending]] = {}
+    for ending in endings:
+        per_index.setdefault(ending.failure.index or 0, []).append(ending)
+    rounds = max(per_index.values(), key=len)
+    preempted = sum(ending.preempted for ending in rounds)
+    allowed = max(0, lifecycle_of(draft.job).max_restarts - draft.counted)
+    restarts = preempted + min(len(rounds) - preempted, allowed)
+    known = {pod.uid: pod for pod in draft.status.pods or []}
+    for ending in endings:
+        failure = ending.failure
+        known[ending.uid] = AttemptPod(name=failure.pod or "", uid=ending.uid, index=failure.index or 0, ended=True)
+    cause = first_cause(endings)
+    draft.set(
+        restarts=(draft.status.restarts or 0) + restarts,
+        preemptions=(draft.status.preemptions or 0) + preempted or None,
+        last_failure=cause.failure,
+        pods=list(known.values()),
+    )
+    if restarts:
+        draft.note(
+            "Restarting", f"pod {cause.failure.pod}: {cause.failure.reason}: {cause.failure.message}", warning=True
+        )
+
+
+def failed_again(draft: Draft, failure: LastFailure | None) -> str:
+    """Say that no more restarts are allowed, and what ended the last one."""
+    allowed = lifecycle_of(draft.job).max_restarts
+    said = (
+        f"failed again after {allowed} restart{'s' if allowed != 1 else ''}, all that spec.lifecycle.maxRestarts allows"
+    )
+    return f"{said}; the last failure was {failure.reason}: {failure.message}" if failure is not None else said

@@ -1,0 +1,169 @@
+"""The attempts: starting them, answering the ends of their pods, following their progress."""
+
+from typing import Any, Final
+
+from kubetune_operator.api.finetunejob import AttemptPod, State
+from kubetune_operator.lifecycle.draft import Create, Draft, PatchJob
+from kubetune_operator.lifecycle.moves import blocked_by, delete_attempt, fail, read_log
+from kubetune_operator.lifecycle.restarts import count_endings, failed_again, new_endings
+from kubetune_operator.render.job import backoff_limit, compute_of, lifecycle_of, render_service, render_train_job
+from kubetune_operator.status import (
+    Ending,
+    attempt_of,
+    ending_of,
+    first_cause,
+    index_of,
+    is_deleting,
+    is_live,
+    parse_time,
+    phase_of,
+    pods_of,
+    vanished,
+)
+
+Json = dict[str, Any]
+
+CULPRIT_SECONDS: Final = 3.0
+"""How long to wait for the pod that failed first, when only its peers have told so far."""
+
+
+def train(draft: Draft) -> bool:
+    """Run the current attempt, and answer what becomes of its pods."""
+    if not draft.status.attempt:
+        draft.set(attempt=1)
+    attempt = draft.status.attempt or 1
+    current = draft.seen.train(attempt)
+    if current is None:
+        return _start_attempt(draft, attempt=attempt)
+    if is_deleting(current):
+        draft.waiting(
+            _waiting_state(draft), reason="Restarting", message="the Job of this attempt was deleted; another follows"
+        )
+        draft.set(attempt=attempt + 1, restarts=(draft.status.restarts or 0) + 1, pods=None)
+        draft.set(preemptions=(draft.status.preemptions or 0) + 1)
+        return True
+    pods = pods_of(draft.seen.pods, job=current["metadata"]["name"])
+    endings = new_endings(draft, pods=pods)
+    nodes = compute_of(draft.job).nodes
+    if endings and nodes > 1 and not _whole_again(pods, endings=endings, nodes=nodes):
+        return _restart_gang(draft, current=current, pods=pods, endings=endings)
+    count_endings(draft, endings=endings)
+    _remember(draft, pods=pods)
+    _follow_max_restarts(draft, current=current)
+    return _watch(draft, current=current, pods=pods)
+
+
+def _waiting_state(draft: Draft) -> State:
+    """What a job is while its pods do not run: after it did run, it is restarting."""
+    return "Restarting" if draft.status.state in {"Running", "Restarting"} else "Pending"
+
+
+def _start_attempt(draft: Draft, *, attempt: int) -> bool:
+    """Create the Job of an attempt, as soon as nothing of the ones before is left."""
+    older = [job for job in draft.seen.jobs if attempt_of(job) and attempt_of(job) < attempt]
+    if older:
+        draft.do(*(action for job in older for action in delete_attempt(job)))
+        return True
+    if draft.status.pods:  # the Job was deleted behind our back, and its pods with it
+        endings = [vanished(name=pod.name, uid=pod.uid, index=pod.index) for pod in draft.status.pods if not pod.ended]
+        if endings:
+            _next_attempt(draft, cause=first_cause(endings))
+            return True
+        draft.set(pods=None)
+    assert draft.seen.config is not None  # noqa: S101 (write_config ends the pass otherwise)
+    message = draft.seen.refused or f"attempt {attempt} is about to start"
+    draft.waiting(_waiting_state(draft), reason="CreateRefused" if draft.seen.refused else "Starting", message=message)
+    if compute_of(draft.job).nodes > 1:
+        draft.do(Create(manifest=render_service(draft.job, attempt=attempt)))
+    limit = backoff_limit(draft.job, counted=draft.counted)
+    manifest = render_train_job(
+        draft.job, config=draft.seen.config, attempt=attempt, backoff_limit=limit, settings=draft.settings
+    )
+    draft.do(Create(manifest=manifest))
+    return True
+
+
+def _whole_again(pods: list[Json], *, endings: list[Ending], nodes: int) -> bool:
+    """Whether every pod of a gang was replaced since: the Job controller did it while no operator was there."""
+    last = max((ending.failure.time or "" for ending in endings), default="")  # RFC 3339 in UTC sorts as text
+    replaced = {index_of(pod) for pod in pods if is_live(pod) and pod["metadata"]["creationTimestamp"] >= last}
+    return len(replaced) == nodes
+
+
+def _restart_gang(draft: Draft, *, current: Json, pods: list[Json], endings: list[Ending]) -> bool:
+    """Answer the end of a gang's pod: a new attempt for all of them."""
+    cause = first_cause(endings)
+    ended = parse_time(cause.failure.time)
+    if cause.peer_lost and any(is_live(pod) for pod in pods) and ended is not None:
+        left = CULPRIT_SECONDS - (draft.seen.now - ended).total_seconds()
+        if left > 0:  # the one that failed first has not told yet
+            draft.look_again(seconds=left)
+            return True
+    _next_attempt(draft, cause=cause)
+    if draft.status.state != "Failed":
+        draft.do(*delete_attempt(current))
+    return True
+
+
+def _next_attempt(draft: Draft, *, cause: Ending) -> None:
+    """Count a restart and go to the next attempt, or fail where no more are allowed."""
+    read_log(draft)
+    if not cause.preempted and draft.counted >= lifecycle_of(draft.job).max_restarts:
+        fail(draft, reason="MaxRestartsExceeded", message=failed_again(draft, cause.failure), failure=cause.failure)
+        return
+    attempt = draft.status.attempt or 1
+    failure = cause.failure
+    draft.set(
+        attempt=attempt + 1,
+        restarts=(draft.status.restarts or 0) + 1,
+        preemptions=(draft.status.preemptions or 0) + (1 if cause.preempted else 0) or None,
+        last_failure=failure,
+        pods=None,
+    )
+    message = f"attempt {attempt} ended: pod {failure.pod}: {failure.reason}: {failure.message}"
+    draft.waiting("Restarting", reason="Restarting", message=message)
+    draft.note("Restarting", message, warning=True)
+
+
+def _remember(draft: Draft, *, pods: list[Json]) -> None:
+    """Write down the pods of the attempt; forget those that are gone and counted. A good end is no news later."""
+    counted = {pod.uid for pod in draft.status.pods or [] if pod.ended}
+    kept = []
+    for pod in pods:
+        metadata = pod["metadata"]
+        ended = metadata["uid"] in counted or phase_of(pod) == "Succeeded"
+        kept.append(AttemptPod(name=metadata["name"], uid=metadata["uid"], index=index_of(pod), ended=ended))
+    if kept != (draft.status.pods or []):
+        draft.set(pods=kept)
+
+
+def _follow_max_restarts(draft: Draft, *, current: Json) -> None:
+    """Let the Job controller know when maxRestarts was changed. Its own count begins with the attempt."""
+    if compute_of(draft.job).nodes > 1:
+        return
+    pods = pods_of(draft.seen.pods, job=current["metadata"]["name"])
+    seen = sum(1 for pod in pods if phase_of(pod) == "Failed" and not ending_of(pod).preempted)
+    failed_here = max(seen, current.get("status", {}).get("failed") or 0)
+    limit = backoff_limit(draft.job, counted=max(0, draft.counted - failed_here))
+    if current["spec"].get("backoffLimit") != limit:
+        draft.do(PatchJob(name=current["metadata"]["name"], spec={"backoffLimit": limit}))
+
+
+def _watch(draft: Draft, *, current: Json, pods: list[Json]) -> bool:
+    """Say what an attempt is doing."""
+    nodes = compute_of(draft.job).nodes
+    running = [pod for pod in pods if phase_of(pod) in {"Running", "Succeeded"} and not is_deleting(pod)]
+    if len({index_of(pod) for pod in running}) < nodes:
+        blocked = blocked_by(draft, job=current, pods=pods)
+        attempt = draft.status.attempt
+        reason, message = blocked or ("Starting", f"{len(running)} of {nodes} pods of attempt {attempt} are running")
+        draft.waiting("Pending" if blocked else _waiting_state(draft), reason=reason, message=message)
+        return True
+    if draft.status.state != "Running":
+        message = f"attempt {draft.status.attempt} runs on {nodes} node{'s' if nodes > 1 else ''}"
+        draft.set(state="Running")
+        draft.condition("Running", status="True", reason="Training", message=message)
+        draft.note("Running", message)
+    read_log(draft)
+    draft.look_again(seconds=draft.seen.poll_seconds)
+    return True
