@@ -1,217 +1,237 @@
-"""What is read from the Hub, held against huggingface_hub itself talking to a Hub in this process."""
+"""Models and datasets come from a server that speaks the Hub's API, fixed to the commit that a branch stood for."""
 
+import hashlib
 import json
-import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from kubetune_trainer import hub, storage
-from kubetune_trainer.config import FineTuneConfig, HubModel, HubSource, SecretKey, Source
-from kubetune_trainer.data.sources import open_source
+from kubetune_trainer import hub
+from kubetune_trainer.config import HubModel, SecretKey, load_config
+from kubetune_trainer.data.prepare import Prepared, fetch, prepare
 from kubetune_trainer.errors import ConfigError, DataError, StorageError, TrainerError
 from kubetune_trainer.hub import find_repo
-from kubetune_trainer.model_files import fetch_model, locate_model
-from kubetune_trainer.names import ENV_SCRATCH, ENV_SECRETS_DIR
-from tests.recipes import tiny
-from tests.trainer.hub_server import HubServer, Repo
+from kubetune_trainer.storage import scratch_dir
+from tests.trainer.tiny_model import write_model
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_secret"
+
+
+class HubServer:
+    """The Hub, in this process: one commit per repository, with main pointing to it."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.cards: dict[str, dict[str, Any]] = {}
+        self.private: set[str] = set()
+        self.failures = 0
+        self.downloads: list[str] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                """Stays silent."""
+
+            def do_GET(self) -> None:
+                server.answer(self)
+
+            do_HEAD = do_GET  # noqa: N815 (the name that http.server looks for)
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._http.serve_forever, daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        if self.failures:
+            self.failures -= 1
+            self.send(request, 503, {})
+            return
+        parts = request.path.partition("?")[0].strip("/").split("/")
+        if parts[0] == "api":
+            self.answer_info(request, repo="/".join(parts[1:4]), revision="/".join(parts[5:]) or "main")
+            return
+        kind = parts.pop(0) if parts[0] == "datasets" else "models"
+        repo, revision, path = f"{kind}/{parts[0]}/{parts[1]}", parts[3], "/".join(parts[4:])
+        self.answer_file(request, repo=repo, revision=revision, path=path)
+
+    def answer_info(self, request: BaseHTTPRequestHandler, *, repo: str, revision: str) -> None:
+        if self.is_hidden(request, repo):
+            self.send(request, 401, {"X-Error-Code": "RepoNotFound"})
+        elif revision not in {"main", COMMIT}:
+            self.send(request, 404, {"X-Error-Code": "RevisionNotFound"})
+        else:
+            files = [{"rfilename": path} for path in self.repos[repo]]
+            info = {"id": repo.partition("/")[2], "sha": COMMIT, "siblings": files, "cardData": self.cards.get(repo)}
+            self.send(request, 200, {}, json.dumps(info).encode())
+
+    def answer_file(self, request: BaseHTTPRequestHandler, *, repo: str, revision: str, path: str) -> None:
+        if self.is_hidden(request, repo):
+            self.send(request, 401, {"X-Error-Code": "RepoNotFound"})
+        elif revision != COMMIT or path not in self.repos[repo]:
+            self.send(request, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+        else:
+            content = self.repos[repo][path]
+            if request.command == "GET":
+                self.downloads.append(path)
+            headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            self.send(request, 200, headers, content)
+
+    def is_hidden(self, request: BaseHTTPRequestHandler, repo: str) -> bool:
+        authorized = request.headers.get("Authorization") == f"Bearer {TOKEN}"
+        return repo not in self.repos or (repo in self.private and not authorized)
+
+    @staticmethod
+    def send(request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        request.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(body)
 
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.setenv(ENV_SCRATCH, str(tmp_path / "scratch"))
+    monkeypatch.setenv("KUBETUNE_SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(hub, "PAUSES_SECONDS", (0.01, 0.01))
-    storage.scratch_dir.cache_clear()
-    with HubServer() as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
-        yield running
-    storage.scratch_dir.cache_clear()
-
-
-def lines(first: int, last: int) -> bytes:
-    return b"".join(json.dumps({"text": f"text {number}"}).encode() + b"\n" for number in range(first, last))
-
-
-def config(tmp_path: Path, **model: Any) -> FineTuneConfig:
-    return FineTuneConfig.model_validate(
-        {
-            "run": {"name": "run", "directory": f"file://{tmp_path}/run", "cache": f"file://{tmp_path}/cache"},
-            "model": model or {"hub": {"repo": "owner/tiny"}},
-            "dataset": {"sources": [{"name": "data", "hub": {"repo": "owner/data"}}]},
-            "training": {"max_steps": 1},
-            "workspace": {"uri": f"file://{tmp_path}"},
-        }
-    )
-
-
-def no_report(event: str, **fields: Any) -> None:
-    pass
-
-
-def test_a_branch_becomes_a_commit_and_files_come_from_that_commit(server: HubServer, tmp_path: Path) -> None:
-    repo = Repo({"config.json": b"{}", "deep/file.txt": b"deep"})
-    server.repos["models/owner/tiny"] = repo
-    found = find_repo(HubModel(repo="owner/tiny"), kind="model")
-    assert (found.commit, found.paths) == (repo.commit, ("config.json", "deep/file.txt"))
-    assert found.download("deep/file.txt", tmp_path / "here").read_bytes() == b"deep"
-    assert f"GET /owner/tiny/resolve/{repo.commit}/deep/file.txt" in server.requests
-
-
-def test_a_model_is_brought_into_the_cache_once_and_without_what_is_not_needed(
-    server: HubServer, tmp_path: Path
-) -> None:
-    folder = tiny.write_model(tmp_path / "model")
+    monkeypatch.setattr(hub, "PAUSES_SECONDS", (0.0, 0.0, 0.0))
+    scratch_dir.cache_clear()
+    running = HubServer()
+    monkeypatch.setenv("HF_ENDPOINT", running.url)
+    folder = write_model(tmp_path / "model")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    server.repos["models/owner/tiny"] = Repo({**files, "pytorch_model.bin": b"x", "onnx/model.onnx": b"x"})
-    run = config(tmp_path)
-    model = locate_model(run, report=no_report)
-    assert model.commit == server.repos["models/owner/tiny"].commit
-    local = fetch_model(model, s3=None)
-    assert {path.name: path.read_bytes() for path in local.iterdir() if path.name != "COMPLETE"} == files
-    server.requests.clear()
-    assert locate_model(run, report=no_report) == model
-    assert not [request for request in server.requests if "/resolve/" in request]
-
-
-def test_a_copy_into_the_cache_that_broke_off_is_made_again(server: HubServer, tmp_path: Path) -> None:
-    folder = tiny.write_model(tmp_path / "model")
-    server.repos["models/owner/tiny"] = Repo({path.name: path.read_bytes() for path in folder.iterdir()})
-    model = locate_model(config(tmp_path), report=no_report)
-    (cached,) = (tmp_path / "cache" / "models").iterdir()
-    (cached / "COMPLETE").unlink()
-    (cached / "model.safetensors").write_bytes(b"half")
-    again = locate_model(config(tmp_path), report=no_report)
-    assert again.commit == model.commit
-    assert (cached / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("split", "expected"),
-    [
-        ("train", range(40)),
-        ("train[:95%]", range(38)),
-        ("train[95%:]", range(38, 40)),
-        ("train[5:7]", range(5, 7)),
-        ("train[-3:]", range(37, 40)),
-        ("validation", range(100, 103)),
-        ("test", range(200, 204)),
-    ],
-)
-def test_a_split_and_its_slice_are_read(server: HubServer, tmp_path: Path, split: str, expected: range) -> None:
-    server.repos["datasets/owner/data"] = Repo(
-        {
-            "data/train-00000-of-00002.jsonl": lines(0, 25),
-            "data/train-00001-of-00002.jsonl": lines(25, 40),
-            "data/validation-00000-of-00001.jsonl": lines(100, 103),
-            "data/test-00000-of-00001.jsonl": lines(200, 204),
-        }
-    )
-    source = Source(name="data", hub=HubSource(repo="owner/data", split=split))
-    opened = open_source(source, config=config(tmp_path))
-    assert opened.found.commit == server.repos["datasets/owner/data"].commit
-    assert [record["text"] for _, record in opened.records()] == [f"text {number}" for number in expected]
-
-
-CARD = {
-    "configs": [
-        {"config_name": "small", "data_files": [{"split": "train", "path": "s/*.jsonl"}]},
-        {"config_name": "large", "default": True, "data_files": [{"split": "train", "path": ["l/a.jsonl"]}]},
-        {"config_name": "plain", "data_files": "s/only.jsonl"},
+    running.repos["models/team/tiny"] = {
+        **files,
+        "onnx/model.onnx": b"x",
+        "pytorch_model.bin": b"x",
+        ".gitattributes": b"",
+    }
+    lines = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes."}]}
+        for n in range(20)
     ]
-}
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    running.repos["datasets/team/questions"] = {
+        "README.md": b"",
+        "train.jsonl": content,
+        "de/test.jsonl": content.splitlines(keepends=True)[0],
+    }
+    yield running
+    running.stop()
 
 
-@pytest.mark.parametrize(
-    ("files", "card", "chosen", "expected"),
-    [
-        (("train.jsonl", "test.jsonl"), {}, {}, {"train.jsonl"}),
-        (("all.jsonl",), {}, {}, {"all.jsonl"}),
-        (("a.jsonl", "b.jsonl", "notes.md"), {}, {}, {"a.jsonl", "b.jsonl"}),
-        (("en/train.jsonl", "de/train.jsonl"), {}, {"config": "de"}, {"de/train.jsonl"}),
-        (("s/only.jsonl", "l/a.jsonl"), CARD, {}, {"l/a.jsonl"}),
-        (("s/only.jsonl", "l/a.jsonl"), CARD, {"config": "small"}, {"s/only.jsonl"}),
-        (("s/only.jsonl", "l/a.jsonl"), CARD, {"config": "plain"}, {"s/only.jsonl"}),
-    ],
-)
-def test_the_card_decides_on_a_splits_files_or_else_their_names(
-    server: HubServer, files: tuple[str, ...], card: dict[str, Any], chosen: dict[str, str], expected: set[str]
-) -> None:
-    server.repos["datasets/owner/data"] = Repo(dict.fromkeys(files, lines(0, 1)), card=card)
-    source = Source(name="data", hub=HubSource(repo="owner/data", **chosen))
-    opened = open_source(source, config=config(Path("/nowhere")))
-    assert {file.name for file in opened.files} == {f"owner/data/{path}" for path in expected}
+def config(tmp_path: Path, *overrides: str) -> Any:
+    path = tmp_path / "run.yaml"
+    values = {
+        "model": {"hub": {"repo": "team/tiny"}},
+        "dataset": {
+            "sources": [{"name": "questions", "hub": {"repo": "team/questions"}}], "packing": "None",
+            "max_sequence_length": 256,
+        },
+        "training": {"epochs": 1, "global_batch_size": 4},
+        "workspace": {"uri": f"file://{tmp_path}/runs"},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(values))
+    return load_config(path, overrides=overrides)
 
 
-def without_repo(server: HubServer) -> None:
-    server.repos.clear()
+def prepare_run(tmp_path: Path, *overrides: str) -> Prepared:
+    return prepare(config(tmp_path, *overrides), report=lambda *_, **__: None)
 
 
-def gated(server: HubServer) -> None:
-    server.repos["models/owner/tiny"].gated = True
+def test_a_run_takes_its_model_and_data_from_the_hub_at_a_commit(server: HubServer, tmp_path: Path) -> None:
+    prepared = prepare_run(tmp_path)
+    assert prepared.model.commit == prepared.sources[0].commit == COMMIT
+    assert prepared.model.location == f"file://{tmp_path}/runs/cache/models/team--tiny-{COMMIT[:12]}"
+    assert set(prepared.model.etags) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    local = fetch(prepared, config(tmp_path))
+    weights = (local.model_dir / "model.safetensors").read_bytes()
+    assert weights == server.repos["models/team/tiny"]["model.safetensors"]
+    assert len(local.train_data) == 20
 
 
-def private(server: HubServer) -> None:
-    server.repos["models/owner/tiny"].token = "another"
+def test_the_model_is_downloaded_once_for_all_runs(server: HubServer, tmp_path: Path) -> None:
+    first = prepare_run(tmp_path)
+    second = prepare_run(tmp_path, "run.name=other")
+    assert first.model == second.model
+    assert server.downloads.count("model.safetensors") == 1
+    assert not {"onnx/model.onnx", "pytorch_model.bin"} & set(server.downloads)
 
 
-def failing(server: HubServer) -> None:
-    server.failures = 1000
+@pytest.mark.usefixtures("server")
+def test_a_slice_of_a_split_is_taken(tmp_path: Path) -> None:
+    assert prepare_run(tmp_path, "dataset.sources.0.hub.split='train[:25%]'").data.samples == 5
 
 
-@pytest.mark.parametrize(
-    ("change", "source", "error", "message"),
-    [
-        (without_repo, {}, ConfigError, "model owner/tiny at revision main on the Hub: there is no such repository"),
-        (private, {}, ConfigError, "there is no such repository, or this token may not see it"),
-        (gated, {}, ConfigError, "gated"),
-        (None, {"revision": "v9"}, ConfigError, "at revision v9 on the Hub: there is no such branch, tag or commit"),
-        (None, {"repo": "no good name"}, ConfigError, "no good name"),
-        (failing, {}, StorageError, "answered with status 503"),
-    ],
-)  # fmt: skip
-def test_what_the_hub_refuses_says_whose_turn_it_is(
-    server: HubServer, change: Callable[[HubServer], None] | None, source: dict[str, str],
-    error: type[TrainerError], message: str,
-) -> None:  # fmt: skip
-    server.repos["models/owner/tiny"] = Repo({"config.json": b"{}"})
-    if change is not None:
-        change(server)
-    with pytest.raises(error, match=message):
-        find_repo(HubModel(**{"repo": "owner/tiny", **source}), kind="model")
+def test_the_readme_says_which_files_are_a_split(server: HubServer, tmp_path: Path) -> None:
+    server.cards["datasets/team/questions"] = {
+        "configs": [{"config_name": "de", "data_files": [{"split": "train", "path": "de/*.jsonl"}]}]
+    }
+    assert prepare_run(tmp_path, "dataset.sources.0.hub.config=de").data.samples == 1
 
 
-def test_a_token_from_a_secret_opens_a_private_repository(
+def test_a_hub_that_stumbles_is_asked_again(server: HubServer, tmp_path: Path) -> None:
+    server.failures = 3
+    assert prepare_run(tmp_path).data.samples == 20
+
+
+def test_a_private_repository_opens_with_the_secrets_token(
     server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "secrets" / "hf").mkdir(parents=True)
-    (tmp_path / "secrets" / "hf" / "key").write_text("s3cret\n")
-    monkeypatch.setenv(ENV_SECRETS_DIR, str(tmp_path / "secrets"))
-    server.repos["models/owner/tiny"] = Repo({"config.json": b"{}"}, token="s3cret")
-    found = find_repo(HubModel(repo="owner/tiny", token_secret=SecretKey(name="hf", key="key")), kind="model")
-    assert found.download("config.json", tmp_path / "here").read_bytes() == b"{}"
+    server.private.add("models/team/tiny")
+    monkeypatch.setenv("KUBETUNE_SECRETS_DIR", str(tmp_path / "secrets"))
+    (tmp_path / "secrets/hub").mkdir(parents=True)
+    (tmp_path / "secrets/hub/token").write_text(f"{TOKEN}\n")
+    source = HubModel(repo="team/tiny", token_secret=SecretKey(name="hub", key="token"))
+    assert find_repo(source, kind="model").commit == COMMIT
 
 
-def test_a_hub_that_recovers_is_asked_again(server: HubServer) -> None:
-    server.repos["models/owner/tiny"] = Repo({"config.json": b"{}"})
-    server.failures = 2
-    assert find_repo(HubModel(repo="owner/tiny"), kind="model").paths == ("config.json",)
+def test_a_private_repository_opens_with_the_environments_token(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.private.add("models/team/tiny")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert find_repo(HubModel(repo="team/tiny"), kind="model").commit == COMMIT
 
 
-def test_a_file_that_is_not_there_is_named(server: HubServer, tmp_path: Path) -> None:
-    server.repos["models/owner/tiny"] = Repo({"config.json": b"{}"})
-    found = find_repo(HubModel(repo="owner/tiny"), kind="model")
-    with pytest.raises(DataError, match=r"owner/tiny on the Hub: nothing\.json"):
-        found.download("nothing.json", tmp_path)
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize(
+    ("override", "kind", "message"),
+    [
+        ("model.hub.repo=team/other", ConfigError,
+         "model team/other at revision main on the Hub: there is no such repository, or this token may not see it"),
+        ("model.hub.revision=v9", ConfigError,
+         "model team/tiny at revision v9 on the Hub: there is no such branch, tag or commit"),
+        ("model.hub.repo=not//valid", ConfigError, "model not//valid at revision main on the Hub: "),
+        ("dataset.sources.0.hub.split=test2", DataError,
+         "dataset team/questions on the Hub has no files for split test2; its data files: de/test.jsonl, train.jsonl"),
+    ],
+)  # fmt: skip
+def test_what_the_hub_does_not_have_is_named(
+    override: str, kind: type[TrainerError], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(kind) as caught:
+        prepare_run(tmp_path, override)
+    assert str(caught.value).startswith(message)
 
 
-def test_a_hub_that_nobody_serves_is_worth_another_attempt(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        with pytest.raises(StorageError, match="cannot be reached"):
-            find_repo(HubModel(repo="owner/tiny"), kind="model")
-    assert server.requests == []
+def test_a_hub_that_stays_away_is_tried_again_later(server: HubServer, tmp_path: Path) -> None:
+    server.failures = 99
+    with pytest.raises(StorageError, match="the Hub answered with status 503"):
+        prepare_run(tmp_path)
+    server.stop()
+    with pytest.raises(StorageError, match="the Hub cannot be reached"):
+        prepare_run(tmp_path)
