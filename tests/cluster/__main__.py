@@ -1,6 +1,8 @@
 """`python -m tests.cluster`: bring the local cluster up and down, and images into it."""
 
 import argparse
+import shlex
+import subprocess
 import sys
 
 from tests.cluster import binaries, images, local
@@ -14,7 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
         return COMMANDS[chosen.command](chosen)
     except (RuntimeError, TimeoutError, ValueError) as error:
         print(error, file=sys.stderr)
-        return 1
+    except subprocess.CalledProcessError as error:
+        print(f"{shlex.join(error.cmd)}:", error.stderr, sep="\n", file=sys.stderr)
+    return 1
 
 
 def _up(_: argparse.Namespace) -> int:

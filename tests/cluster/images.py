@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -180,7 +181,7 @@ def _build_secret() -> Iterator[Path]:
     values = {name: os.environ[name] for name in BUILD_SETTINGS if name in os.environ}
     values |= {"PIP_CERT": CERTIFICATES, "SSL_CERT_FILE": CERTIFICATES, "UV_CACHE_DIR": "/tmp/uv-cache"}  # noqa: S108 (inside the build)
     with tempfile.NamedTemporaryFile("w", suffix=".env") as file:
-        file.writelines(f"export {name}='{value}'\n" for name, value in values.items())
+        file.writelines(f"export {name}={shlex.quote(value)}\n" for name, value in values.items())
         file.flush()
         yield Path(file.name)
 

@@ -41,10 +41,10 @@ def up() -> None:
     """Bring the node up, or leave it as it is when it is up; returns when it takes pods."""
     if os.geteuid():
         raise RuntimeError("a node needs root: it makes namespaces, mounts and cgroups")
-    packages.ensure(packages.NODE)
-    programs = ensure(*settings.NODE_PROGRAMS)
     if is_up():
         return
+    packages.ensure(packages.NODE)
+    programs = ensure(*settings.NODE_PROGRAMS)
     _remove_remains()
     with stage("starting the node"):
         _prepare()

@@ -48,15 +48,28 @@ spec:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[local.Cluster]:
+def was_up() -> bool:
+    """Whether the cluster was up before these tests, and so is somebody's."""
+    return local.is_up()
+
+
+@pytest.fixture(scope="module")
+def cluster(was_up: bool) -> Iterator[local.Cluster]:
     if local._uses_kind():
         pytest.skip("the native node; here a Docker daemon answers and kind is used")
-    was_up = local.is_up()
     running = local.up()
     images.load_files(local.S3_IMAGE, files={"/rclone": binaries.binary("rclone")}, entrypoint=["/rclone"])
     yield running
     if not was_up:
         local.down()
+
+
+@pytest.fixture(scope="module")
+def own_cluster(was_up: bool, cluster: local.Cluster) -> local.Cluster:
+    """The cluster, for tests that end it."""
+    if was_up:
+        pytest.skip("somebody uses the cluster; it may be ended after: python -m tests.cluster down")
+    return cluster
 
 
 @pytest.fixture
@@ -98,7 +111,7 @@ def test_a_second_up_changes_nothing_and_takes_no_time(cluster: local.Cluster) -
     assert time.monotonic() - begun < 5
 
 
-def test_a_killed_node_leaves_nothing_and_comes_up_again_with_its_images(cluster: local.Cluster) -> None:
+def test_a_killed_node_leaves_nothing_and_comes_up_again_with_its_images(own_cluster: local.Cluster) -> None:
     if (pid := node._init_pid()) is None:
         pytest.fail("the node is not up")
     subprocess.run(["kill", "-KILL", str(pid)], check=True)
@@ -108,16 +121,16 @@ def test_a_killed_node_leaves_nothing_and_comes_up_again_with_its_images(cluster
         time.sleep(0.1)
     assert remains() == []
     local.up()
-    assert cluster.kubectl("get", "pods", "-A", "-o", "name").stdout == ""
+    assert own_cluster.kubectl("get", "pods", "-A", "-o", "name").stdout == ""
     assert local.S3_IMAGE in images.loaded()
 
 
-def test_down_leaves_nothing(cluster: local.Cluster) -> None:
+def test_down_leaves_nothing(own_cluster: local.Cluster) -> None:
     local.down()
     time.sleep(1)
     assert remains() == []
     assert not [path for name in node.CGROUPS for path in Path("/sys/fs/cgroup").glob(f"*/{name}")]
-    assert local.up().kubeconfig == cluster.kubeconfig
+    assert local.up() == own_cluster
 
 
 def remains() -> list[str]:
