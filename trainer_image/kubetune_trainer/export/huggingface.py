@@ -107,11 +107,11 @@ def _save_shards(tensors: Iterable[tuple[str, Tensor]], *, target_dir: Path, max
         file.chmod(0o644)  # safetensors lets the owner alone read it
         shards.append(list(shard))
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
-        file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (target_dir / f"shard-{number}.partial").replace(target_dir / file)
-        weight_map |= dict.fromkeys(names, file)
+        name = WEIGHTS_FILE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (target_dir / f"shard-{number}.partial").replace(target_dir / name)
+        weight_map |= dict.fromkeys(names, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (target_dir / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -6,7 +6,7 @@ llama3 as published with Llama 3.1. Shapes: B batch, T tokens, H head_dim.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -69,22 +69,20 @@ class Rope:
         return scaled._with_parameters(given)
 
     def _with_parameters(self, given: Mapping[str, Any]) -> "Rope":
-        common = {"theta": self.theta, "factor": self.factor, "original_max_positions": self.original_max_positions}
+        """Add what only one kind has."""
         if self.kind == "llama3":
-            return Rope(
-                kind="llama3",
+            return replace(
+                self,
                 low_frequency_factor=_number(given, "low_freq_factor"),
                 high_frequency_factor=_number(given, "high_freq_factor"),
-                **common,
             )
         if self.kind == "yarn":
-            return Rope(
-                kind="yarn",
+            return replace(
+                self,
                 beta_fast=_number(given, "beta_fast", default=32.0),
                 beta_slow=_number(given, "beta_slow", default=1.0),
                 truncate=bool(given.get("truncate", True)),
                 attention_scaling=_yarn_attention_scaling(given, self.factor),
-                **common,
             )
         return self
 
