@@ -231,7 +231,7 @@ def train(job: Job, first_step: int) -> None:
             uploaded_step=checkpointer.uploaded_step,
         )
         for weight in job.weights:
-            weight.grad.div_(max(1, totals.trained_tokens))
+            weight.grad.to_local().div_(max(1, totals.trained_tokens))
         grad_norm = clip_grad_norm(job.weights, training.max_grad_norm).item()
         if not (math.isfinite(totals.loss) and math.isfinite(grad_norm)):
             raise NonFiniteLossError(

@@ -76,7 +76,7 @@ def test_full_tuning_changes_every_weight(zygote: Zygote, place: Path) -> None:
     ],
     ids=["batch", "field", "resume", "data", "model", "loss"],
 )  # fmt: skip
-def test_a_failure_ends_with_its_exit_code_and_its_message(
+def test_a_failure_ends_with_its_exit_code_and_its_message(  # noqa: PLR0917 (fixtures and columns of the table)
     zygote: Zygote, place: Path, overrides: Sequence[str], codes: list[int], reason: str, words: str
 ) -> None:
     (place / "broken.jsonl").write_text('{"messages": [\n')
@@ -145,7 +145,10 @@ def test_the_launcher_runs_a_gang_and_passes_on_a_stop(place: Path) -> None:
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-m", "kubetune_trainer.launch", "finetune", "--config", str(config), "training.max_steps=5000"],
+        [
+            sys.executable, "-m", "kubetune_trainer.launch", "finetune", "--config", str(config),
+            "training.max_steps=5000",
+        ],
         env=environment, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None

@@ -26,7 +26,7 @@ def golden(zygote: Zygote, tiny: Path) -> dict[int, float]:
 
 
 def demanding_config(folder: Path) -> Path:
-    """All that has state of its own at once: dropout, packing, accumulation, two sources, a schedule, a passing epoch."""
+    """All that has state of its own: dropout, packing, accumulation, two sources, a schedule, several epochs."""
     sources = [
         {"name": name, "uri": {"location": f"file://{folder}/{name}.jsonl"}, "weight": weight}
         for name, weight in (("pairs", 1.0), ("more", 1.5))
@@ -47,11 +47,11 @@ def demanding_config(folder: Path) -> Path:
 def test_killed_five_times_every_step_has_the_undisturbed_runs_loss_bit_for_bit(
     zygote: Zygote, tiny: Path, golden: dict[int, float]
 ) -> None:
-    rng = random.Random(3)
+    rng = random.Random(3)  # noqa: S311 (a seed that can be repeated)
     # Between checkpoints, and while one is under way: it is copied after a multiple of EVERY, and written after that.
-    moments = sorted(rng.sample(range(4, STEPS - 1), 3)) + [EVERY * 2, EVERY * 4]
+    moments = sorted([*rng.sample(range(4, STEPS - 1), 3), EVERY * 2, EVERY * 4])
     gangs: list[Gang] = []
-    for number, moment in enumerate(sorted(moments)):
+    for number, moment in enumerate(moments):
         gang = Gang.start(zygote, tiny / f"killed-{number}", demanding_config(tiny), "run.name=killed", ranks=RANKS)
         gangs.append(gang)
         gang.wait_for(lambda event, moment=moment: event["event"] == "step" and event["step"] >= moment)

@@ -1,4 +1,4 @@
-"""A process that has torch loaded and forks one rank per order: importing torch takes seconds, and tests have many ranks.
+"""A process that has torch loaded and forks a rank per order: importing torch takes seconds, and tests have many ranks.
 
 The ranks are processes like any other: they have their own environment and arguments, can be killed, and end with their
 own exit code. Orders are JSON lines on stdin, answers JSON lines on stdout.
