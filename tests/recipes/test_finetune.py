@@ -81,6 +81,7 @@ def test_a_failure_ends_with_its_exit_code_and_its_message(  # noqa: PLR0917 (fi
 ) -> None:
     (place / "broken.jsonl").write_text('{"messages": [\n')
     (place / "empty").mkdir()
+    (place / "empty" / "README.md").touch()
     config = write_config(place / "run.yaml")
     absolute = [override.replace("file://broken", f"file://{place}/broken") for override in overrides]
     absolute = [override.replace("file://empty", f"file://{place}/empty") for override in absolute]

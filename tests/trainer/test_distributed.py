@@ -72,13 +72,19 @@ def test_a_lost_peer_is_told_from_a_bug(error: RuntimeError, lost: bool) -> None
 
 
 def test_an_error_of_a_collective_is_a_lost_peer_only_among_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = RuntimeError("Connection closed by peer")
+    words = (
+        "[/third_party/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.1.0.7]:54506. This is typically …"
+    )
+    error = RuntimeError(words)
     with pytest.raises(RuntimeError, match="closed by peer"), peer_losses():
         raise error
     monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(module.dist, "get_rank", lambda: 1)
-    with pytest.raises(PeerLostError, match="rank 1 lost a peer: Connection closed by peer"), peer_losses():
+    with (
+        pytest.raises(PeerLostError, match=r"rank 1 lost a peer: Connection closed by peer \[10.1.0.7\]:54506$"),
+        peer_losses(),
+    ):
         raise error
     with pytest.raises(DataError), peer_losses():
         raise DataError("Connection closed by peer, says a file's name")

@@ -139,12 +139,18 @@ def peer_losses() -> Iterator[None]:
         raise
     except RuntimeError as error:
         if dist.is_initialized() and dist.get_world_size() > 1 and is_peer_loss(error):
-            raise PeerLostError(f"rank {dist.get_rank()} lost a peer: {str(error).splitlines()[0]}") from error
+            raise PeerLostError(f"rank {dist.get_rank()} lost a peer: {_words_of(error)}") from error
         raise
     except ConnectionError as error:
         if error.errno in (errno.ECONNRESET, errno.EPIPE) and dist.is_initialized():
             raise PeerLostError(f"a rank lost a peer: {error}") from error
         raise
+
+
+def _words_of(error: RuntimeError) -> str:
+    """What happened, without gloo's source position before it and its advice after it."""
+    first_line = str(error).partition("\n")[0]
+    return re.sub(r"^\[[^]]*\.(cc|cpp|h):\d+\] ", "", first_line).partition(". This is typically")[0]
 
 
 def is_peer_loss(error: RuntimeError) -> bool:
