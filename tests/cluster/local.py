@@ -10,6 +10,8 @@ import functools
 import hashlib
 import os
 import subprocess
+import time
+import urllib.parse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -171,6 +173,7 @@ def start_s3() -> str:
     with stage("starting the S3 server"):
         cluster.kubectl("apply", "-f", str(HERE / "manifests" / "s3.yaml"))
         cluster.kubectl("rollout", "status", "-n", S3_NAMESPACE, "deployment/s3", "--timeout=60s")
+        _wait_for(cluster.s3_endpoint)
     return cluster.s3_endpoint
 
 
@@ -222,6 +225,16 @@ def _operator_code() -> str:
     for path in sorted((ROOT / "operator").rglob("*.py")):
         digest.update(path.read_bytes())
     return f"sha256-{digest.hexdigest()[:12]}"
+
+
+def _wait_for(url: str) -> None:
+    """Wait until the host reaches a Service; its rules follow its endpoints by a moment."""
+    address = urllib.parse.urlsplit(url)
+    deadline = time.monotonic() + 30
+    while not node.answers(str(address.hostname), int(address.port or 80)):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nobody answers at {url}")
+        time.sleep(0.2)
 
 
 def _bucket_and_key(uri: str) -> tuple[str, str]:

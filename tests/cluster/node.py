@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +29,8 @@ READY_SECONDS: Final = 120.0
 END_SECONDS: Final = 15.0
 CGROUPS: Final = ("kubepods", "k8s.io")
 """What kubelet and containerd make at the root of each cgroup hierarchy."""
+ANSWERING: Final = (("10.96.0.1", 443), (settings.BRIDGE_ADDRESS, 53))
+"""What pods rely on from their first moment: the API server by its Service (kube-proxy), and the name server."""
 DATA: Final = ("etcd", "kubelet", "pki", "cni", "volume-plugins")
 """What an ended node leaves that the next one must not find; images stay, in `containerd`."""
 
@@ -52,6 +55,15 @@ def up() -> None:
         pid = _start_init()
         _connect(pid)
         _wait_ready()
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether somebody accepts connections there."""
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def down() -> None:
@@ -114,7 +126,7 @@ def _wait_ready() -> None:
         condition = '{.status.conditions[?(@.type=="Ready")].status}'
         asked = kubectl.run(KUBECONFIG, "get", "node", settings.NODE, f"--output=jsonpath={condition}", check=False)
         account = kubectl.run(KUBECONFIG, "get", "serviceaccount", "default", check=False)
-        if asked.stdout == "True" and not account.returncode:
+        if asked.stdout == "True" and not account.returncode and all(answers(*each) for each in ANSWERING):
             return
         if not is_up() or time.monotonic() > deadline:
             raise RuntimeError(f"the node is not ready; its logs are in {LOGS}:\n{_tail('init')}{_tail('kubelet')}")

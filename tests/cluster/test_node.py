@@ -76,6 +76,7 @@ def own_cluster(was_up: bool, cluster: local.Cluster) -> local.Cluster:
 def own_namespace(cluster: local.Cluster) -> Iterator[str]:
     name = f"node-{secrets.token_hex(3)}"
     cluster.kubectl("create", "namespace", name)
+    cluster.kubectl("wait", "-n", name, "--for=create", "serviceaccount/default", "--timeout=30s")
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
 
@@ -87,9 +88,9 @@ def test_a_restricted_pod_serves_the_host_and_other_pods_by_its_service(
     applied = cluster.kubectl("apply", "-n", own_namespace, "-f", "-", input=WEB)
     assert "would violate PodSecurity" not in applied.stderr
     cluster.kubectl("wait", "-n", own_namespace, "--for=condition=Ready", "pod/web", "--timeout=60s")
-    for kind, field in (("service", ".spec.clusterIP"), ("pod", ".status.podIP")):
-        port = 80 if kind == "service" else 9000
+    for kind, field, port in (("service", ".spec.clusterIP", 80), ("pod", ".status.podIP", 9000)):
         address = cluster.kubectl("get", "-n", own_namespace, kind, "web", f"--output=jsonpath={{{field}}}").stdout
+        local._wait_for(f"http://{address}:{port}")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"http://{address}:{port}/", timeout=20) as answer:
             assert answer.status == 200
