@@ -4,19 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import yaml
+from moto.server import ThreadedMotoServer
 
 from kubetune_trainer import report
 from kubetune_trainer.config import FineTuneConfig, load_config
 from kubetune_trainer.data.prepare import Prepared, fetch, prepare
 from kubetune_trainer.data.store import DataWriter
 from kubetune_trainer.errors import DataError, TrainerError
-from kubetune_trainer.storage import scratch_dir
+from kubetune_trainer.storage import _client, scratch_dir
 from tests.cluster.paths import ROOT
 from tests.trainer.tiny_model import write_model
 
@@ -38,6 +41,7 @@ def write_lines(path: Path, records: Records) -> Path:
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBETUNE_SCRATCH", str(tmp_path / "scratch"))
     scratch_dir.cache_clear()
+    _client.cache_clear()
 
 
 class Project:
@@ -358,3 +362,95 @@ def test_the_recipe_ends_with_the_exit_code_of_what_went_wrong(project: Project)
     told = json.loads(log.read_text())
     assert (told["result"], told["reason"]) == ("Failed", "DataInvalid")
     assert told["message"].startswith(f"file://{project.data} line 41 is not JSON")
+
+
+@pytest.fixture
+def bucket(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An S3 server with the project's model and data; returns its endpoint."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "password")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    s3 = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    s3.create_bucket(Bucket="team")
+    for file in project.model.iterdir():
+        s3.upload_file(str(file), "team", f"models/tiny/{file.name}")
+    s3.upload_file(str(project.data), "team", "data/train.jsonl")
+    yield endpoint
+    # What is stored belongs to the process, not to the server.
+    urllib.request.urlopen(f"{endpoint}/moto-api/reset", data=b"").close()  # noqa: S310 (http)
+    server.stop()
+
+
+def on_s3(endpoint: str) -> list[str]:
+    return [
+        f"storage.s3={{endpoint: '{endpoint}', region: us-east-1}}",
+        "model.uri.location=s3://team/models/tiny/",
+        "dataset.sources.0.uri.location=s3://team/data/train.jsonl",
+        "workspace.uri=s3://team/runs",
+        "run.directory=s3://team/runs/run",
+        "run.cache=s3://team/runs/cache",
+    ]
+
+
+def test_model_data_and_workspace_may_lie_in_s3(project: Project, bucket: str) -> None:
+    there = prepare(project.config(*on_s3(bucket), "dataset.validation.fraction=0.25"), report=project.report)
+    here = project.prepare("dataset.validation.fraction=0.25")
+    assert there.data == here.data
+    assert there.train.location.startswith("s3://team/runs/cache/data/")
+    config = project.config(*on_s3(bucket), "dataset.validation.fraction=0.25")
+    assert prepare(config, report=project.report) == there
+    local = fetch(there, config)
+    assert fetch(there, config).model_dir == local.model_dir
+    assert local.model_dir.is_relative_to(project.folder / "scratch")
+    assert (local.model_dir / "model.safetensors").read_bytes() == (project.model / "model.safetensors").read_bytes()
+    assert local.validation_data is not None
+    assert texts(local.train_data) == texts(fetch(here, project.config()).train_data)
+    assert not (project.folder / "scratch/sources/questions/data").exists()
+
+
+def test_prepare_reads_no_more_of_the_weights_than_their_header(project: Project, bucket: str) -> None:
+    project.prepare(*on_s3(bucket))
+    assert not list((project.folder / "scratch").rglob("*.safetensors"))
+
+
+def test_a_model_that_changed_in_s3_since_is_refused(project: Project, bucket: str) -> None:
+    config = project.config(*on_s3(bucket))
+    prepared = prepare(config, report=project.report)
+    put(bucket, "models/tiny/model.safetensors", b"other")
+    with pytest.raises(
+        DataError, match=r"s3://team/models/tiny/model\.safetensors has changed since the run was prepared"
+    ):
+        fetch(prepared, config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "exit_code", "message"),
+    [
+        (["model.uri.location=s3://nowhere/tiny"], 64, "nowhere"),
+        (["dataset.sources.0.uri.location=s3://nowhere/train.jsonl"], 64, "nowhere"),
+        (["run.directory=s3://nowhere/run"], 64, "nowhere"),
+        (["model.uri.location=s3://team/models/other"], 65, "there is no such folder, or it is empty"),
+        (["dataset.sources.0.uri.location=s3://team/data/other.jsonl"], 65, "has no data files"),
+    ],
+)
+def test_what_is_not_in_s3_is_named(
+    overrides: list[str], exit_code: int, message: str, project: Project, bucket: str
+) -> None:
+    error = project.error(*on_s3(bucket), *overrides)
+    assert error.exit_code == exit_code
+    assert message in str(error)
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, 5000])
+def test_weights_that_were_cut_off_in_s3_are_refused(length: int, project: Project, bucket: str) -> None:
+    put(bucket, "models/tiny/model.safetensors", (project.model / "model.safetensors").read_bytes()[:length])
+    error = project.error(*on_s3(bucket))
+    assert "Model folder s3://team/models/tiny: model.safetensors is not a whole safetensors file" in str(error)
+    assert error.exit_code == 65
+
+
+def put(endpoint: str, key: str, content: bytes) -> None:
+    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").put_object(Bucket="team", Key=key, Body=content)

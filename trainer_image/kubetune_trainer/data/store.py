@@ -21,7 +21,7 @@ _ITEM = np.dtype("<i4")
 _OFFSET = np.dtype("<i8")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Row:
     """What a model sees as one sequence: one sample, or several packed together. All arrays are int32 of one length."""
 
