@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 LOG_LINES: Final = 400
 """Lines of rank 0's log that one poll reads: the steps of an interval, with the events among them."""
+POLL_REQUESTS: Final = 5
+"""Requests of a pass that reads a log: the job, its Jobs, its pods, the log, and the status that is written."""
 SLOWEST_POLL: Final = 6.0
 """How many times the progress interval a poll may be put off while the log says nothing new."""
 EVENTS_ABOUT: Final = 3
@@ -211,7 +213,7 @@ class Reconciler:
 
     def _poll_seconds(self, ref: JobRef) -> float:
         """The time between two reads of a log: longer when many jobs run, and while nothing new is written."""
-        crowd = len(self._polls) / (self.settings.api_qps / 4)
+        crowd = len(self._polls) * POLL_REQUESTS / (self.settings.api_qps / 2)  # the other half is for everything else
         patience = self._polls[ref].patience if ref in self._polls else 1.0
         return max(self.settings.progress_interval_seconds * patience, crowd)
 

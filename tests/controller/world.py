@@ -179,7 +179,7 @@ class World:
     async def status(self, name: str = "run") -> Json:
         return (await self.job(name)).get("status") or {}
 
-    async def until(self, holds: Callable[[Json], Any], *, name: str = "run", seconds: float = 20.0) -> Json:
+    async def until(self, holds: Callable[[Json], Any], *, name: str = "run", seconds: float = 60.0) -> Json:
         """Wait until the status is as wanted; returns it."""
         deadline = time.monotonic() + seconds
         while True:
@@ -191,7 +191,7 @@ class World:
                 raise TimeoutError(f"the status did not become as wanted:\n{shown}\n{self.operator.log[-4000:]}")
             await asyncio.sleep(0.05)
 
-    async def state(self, state: str, *, name: str = "run", seconds: float = 20.0) -> Json:
+    async def state(self, state: str, *, name: str = "run", seconds: float = 60.0) -> Json:
         return await self.until(lambda status: status.get("state") == state, name=name, seconds=seconds)
 
     # ------------------------------------------------------------------------------------------- the cluster
@@ -221,7 +221,7 @@ class World:
                 raise TimeoutError(f"{len(live)} of {count} pods: {shown}\n{self.operator.log[-4000:]}")
             await asyncio.sleep(0.05)
 
-    async def gone(self, kind: str, object_name: str, *, seconds: float = 20.0) -> None:
+    async def gone(self, kind: str, object_name: str, *, seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         while await self.cluster.get(kind, namespace=self.namespace, name=object_name) is not None:
             assert time.monotonic() < deadline, f"{kind} {object_name} is still there\n{self.operator.log[-4000:]}"

@@ -1,5 +1,6 @@
 """Decisions that depend on timing or on objects that are hard to come by, taken by the pure function alone."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -100,6 +101,19 @@ def test_the_next_attempt_is_created_only_when_nothing_of_the_old_one_is_left() 
     assert kinds == [("Service", "small-train-2"), ("Job", "small-train-2")]
 
 
+def test_pods_that_do_not_end_are_named_with_their_node() -> None:
+    status = decided(observe(nodes=2, pods=[pod(0), pod(1, code=137)])).status.to_manifest()
+    lingering = pod(0)
+    lingering["metadata"]["deletionTimestamp"] = MOMENT
+    soon = decided(observe(nodes=2, status=status, pods=[lingering], now=NOW + timedelta(seconds=5)))
+    assert "do not end" not in str(soon.status.conditions)
+    assert soon.requeue_after == 30.0
+    late = decided(observe(nodes=2, status=status, pods=[lingering], now=NOW + timedelta(seconds=90)))
+    running = next(item for item in late.status.conditions if item.type == "Running")
+    assert running.reason == "WaitingForPods"
+    assert "p0 on node n; are their nodes alive?" in running.message
+
+
 def test_a_failure_that_is_counted_is_not_counted_again() -> None:
     seen = observe(pods=[pod(0, code=137)])
     first = decided(seen)
@@ -121,6 +135,33 @@ def test_a_changed_limit_of_restarts_reaches_the_job_controller() -> None:
     assert PatchJob(name="small-train-1", spec={"backoffLimit": 7}) in raised.actions
     same = decided(observe(pods=[pod(0)]))
     assert not [action for action in same.actions if isinstance(action, PatchJob)]
+
+
+def _complete(*, message: str) -> Decision:
+    seen = observe(pods=[pod(0)])
+    leader = pod(0)
+    leader["status"] = {
+        "phase": "Succeeded",
+        "containerStatuses": [{"name": "trainer", "state": {"terminated": {"exitCode": 0, "message": message}}}],
+    }
+    job = dict(seen.jobs[0]) | {"status": {"conditions": [{"type": "Complete", "status": "True"}]}}
+    return decided(Observed(job=seen.job, now=NOW, config=seen.config, jobs=[job], pods=[leader]))
+
+
+def test_outputs_are_those_that_the_trainer_reports() -> None:
+    report = {"outputs": [{"name": "merged", "type": "HuggingFace", "uri": "s3://o", "digest": "d", "bytes": 1}]}
+    status = _complete(message=json.dumps(report)).status
+    assert status.state == "Complete"
+    assert [output.to_manifest() for output in status.outputs or []] == report["outputs"]
+
+
+@pytest.mark.parametrize("message", ["", "not json", '{"outputs": [{"name": 7}]}'])
+def test_outputs_are_named_even_when_the_report_is_lost(message: str) -> None:
+    status = _complete(message=message).status
+    assert status.state == "Complete"
+    assert [output.uri for output in status.outputs or []] == [
+        "pvc://runs/kubetune/team-a/small-1f0c9a2b/outputs/merged"
+    ]
 
 
 def test_the_deadline_wakes_the_job_up_in_time() -> None:

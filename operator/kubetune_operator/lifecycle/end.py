@@ -109,8 +109,8 @@ def _complete(draft: Draft, *, train: Json) -> bool:
 def _outputs(draft: Draft, *, report: Json) -> list[FinishedOutput]:
     """The outputs as rank 0 reported them; if its pod is gone, where they must be."""
     job = draft.job
-    taken = [taken(draft, FinishedOutput, item) for item in report.get("outputs") or []]
-    reported = [output for output in taken if output is not None]
+    told = [taken(draft, FinishedOutput, item) for item in report.get("outputs") or []]
+    reported = [output for output in told if output is not None]
     return reported or [
         FinishedOutput(
             name=output.name, type=output.type, uri=output.uri or f"{run_directory(job)}/outputs/{output.name}"

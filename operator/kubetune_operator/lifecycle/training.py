@@ -1,5 +1,6 @@
 """The attempts: starting them, answering the ends of their pods, following their progress."""
 
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from kubetune_operator.api.finetunejob import AttemptPod, State
@@ -25,6 +26,9 @@ Json = dict[str, Any]
 
 CULPRIT_SECONDS: Final = 3.0
 """How long to wait for the pod that failed first, when only its peers have told so far."""
+
+LINGERING_SECONDS: Final = 30.0
+"""How long pods may stay after their grace period before the status says so."""
 
 
 def train(draft: Draft) -> bool:
@@ -63,6 +67,7 @@ def _start_attempt(draft: Draft, *, attempt: int) -> bool:
     older = [job for job in draft.seen.jobs if attempt_of(job) and attempt_of(job) < attempt]
     if older:
         draft.do(*(action for job in older for action in delete_attempt(job)))
+        _say_what_lingers(draft, attempt=attempt)
         return True
     if draft.status.pods:  # the Job was deleted behind our back, and its pods with it
         endings = [vanished(name=pod.name, uid=pod.uid, index=pod.index) for pod in draft.status.pods if not pod.ended]
@@ -81,6 +86,25 @@ def _start_attempt(draft: Draft, *, attempt: int) -> bool:
     )
     draft.do(Create(manifest=manifest))
     return True
+
+
+def _say_what_lingers(draft: Draft, *, attempt: int) -> None:
+    """Name the pods of an attempt before that are still there after their grace period, as on a node that is dead."""
+    draft.look_again(seconds=LINGERING_SECONDS)
+    patience = draft.seen.now - timedelta(seconds=LINGERING_SECONDS)
+    lingering = [
+        f"{pod['metadata']['name']} on node {pod['spec'].get('nodeName')}"
+        for pod in draft.seen.pods
+        if 0 < attempt_of(pod) < attempt and is_deleting(pod) and _ends_by(pod) < patience
+    ]
+    if lingering:
+        message = f"attempt {attempt} waits for pods that do not end: {', '.join(lingering)}; are their nodes alive?"
+        draft.waiting(_waiting_state(draft), reason="WaitingForPods", message=message)
+
+
+def _ends_by(pod: Json) -> datetime:
+    """When the grace period of a pod that is being deleted is over."""
+    return datetime.fromisoformat(pod["metadata"]["deletionTimestamp"])
 
 
 def _whole_again(pods: list[Json], *, endings: list[Ending], nodes: int) -> bool:
