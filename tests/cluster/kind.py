@@ -27,7 +27,10 @@ def answers() -> bool:
     """Whether there is a Docker daemon to run kind on."""
     if shutil.which("docker") is None:
         return False
-    return subprocess.run(["docker", "info"], check=False, capture_output=True, timeout=30).returncode == 0
+    try:
+        return subprocess.run(["docker", "info"], check=False, capture_output=True, timeout=30).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def is_up() -> bool:
