@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+from torch.overrides import TorchFunctionMode
 
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.lora import is_adapter
@@ -44,8 +45,20 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device:
 
 def build_model(config: ModelConfig) -> Decoder:
     """Build a model without memory (on the meta device); `to_empty` and `load_weights` give it its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoFirstValues():
         return Decoder(config)
+
+
+class _NoFirstValues(TorchFunctionMode):
+    """Passes over `torch.nn.init`: values without memory are none, and drawing them loads torch's compiler first."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else given["tensor"]
+        return function(*args, **given)
 
 
 def load_weights(model: Decoder, path: str | Path) -> None:
