@@ -134,7 +134,7 @@ def _answers(
         if message["role"] != ASSISTANT:
             continue
         head = template.render(messages[:number], tools=tools, add_generation_prompt=True)
-        upto = template.render(messages[: number + 1], tools=tools)
+        upto = text if number == len(messages) - 1 else template.render(messages[: number + 1], tools=tools)
         if not upto.startswith(head):
             # Some templates write no header, or begin the answer to come with something of their own.
             head = template.render(messages[:number], tools=tools)
