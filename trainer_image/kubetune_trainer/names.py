@@ -1,6 +1,6 @@
 """Every name that the trainer shares with the world around it, and who writes it.
 
-The operator has the same names in `kubetune_operator.names`; neither package imports the other, a test holds them equal.
+The operator has the same names in `kubetune_operator.names`; neither package imports the other, and a test compares.
 """
 
 from enum import IntEnum
