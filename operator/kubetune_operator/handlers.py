@@ -27,7 +27,7 @@ from kubetune_operator.names import (
     LABEL_JOB_NAME,
     PLURAL_FINETUNEJOB,
 )
-from kubetune_operator.queue import KeyedQueue
+from kubetune_operator.keyed_queue import KeyedQueue
 from kubetune_operator.reconcile import JobRef, Reconciler
 from kubetune_operator.settings import Settings
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from kubetune_operator.queue import MAX_DELAY_SECONDS, KeyedQueue
+from kubetune_operator.keyed_queue import MAX_DELAY_SECONDS, KeyedQueue
 
 
 @pytest.fixture
