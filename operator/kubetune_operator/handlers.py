@@ -18,6 +18,7 @@ from kubetune_operator import metrics
 from kubetune_operator.cluster import Cluster, login
 from kubetune_operator.errors import ClusterError, SpecError
 from kubetune_operator.freshness import Census, Watched
+from kubetune_operator.keyed_queue import KeyedQueue
 from kubetune_operator.leader import Leadership
 from kubetune_operator.names import (
     API_GROUP,
@@ -27,7 +28,6 @@ from kubetune_operator.names import (
     LABEL_JOB_NAME,
     PLURAL_FINETUNEJOB,
 )
-from kubetune_operator.keyed_queue import KeyedQueue
 from kubetune_operator.reconcile import JobRef, Reconciler
 from kubetune_operator.settings import Settings
 
