@@ -347,6 +347,16 @@ def test_the_recipe_ends_with_what_the_status_needs(project: Project) -> None:
     assert events[-1]["stage"] == "Prepared"
 
 
+def test_datasets_too_many_for_the_termination_message_cost_nothing_else(project: Project) -> None:
+    location = f"file://{project.data}"
+    sources = [{"name": f"questions-{number:050}", "uri": {"location": location}} for number in range(64)]
+    message = project.prepare(f"dataset.sources={json.dumps(sources)}").message()
+    assert "sources" not in message
+    assert message["data"]["samples"] == 64 * 40
+    told = report.fit({"result": "Prepared", "exitCode": 0, **message})
+    assert json.loads(told)["data"] == message["data"]
+
+
 def test_the_recipe_ends_with_the_exit_code_of_what_went_wrong(project: Project) -> None:
     project.config()
     break_line(project)

@@ -24,7 +24,7 @@ from kubetune_trainer.errors import DataError
 from kubetune_trainer.estimate import Estimate, count_parameters, estimate_memory
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model_files import FoundModel, fetch_model, is_small, locate_model, model_s3
-from kubetune_trainer.names import COMPLETE_MARKER, PREPARED_FILE
+from kubetune_trainer.names import COMPLETE_MARKER, PREPARED_FILE, TERMINATION_MESSAGE_BYTES
 from kubetune_trainer.report import Report
 from kubetune_trainer.storage import Store, download_tree, open_store, scratch_dir, upload_tree
 from kubetune_trainer.tokenizer import Tokenizer, load_tokenizer
@@ -32,6 +32,8 @@ from kubetune_trainer.tokenizer import Tokenizer, load_tokenizer
 TRAIN_DIR = "train"
 VALIDATION_DIR = "validation"
 DATA_FILE = "data.json"
+MESSAGE_BYTES = TERMINATION_MESSAGE_BYTES - 256
+"""What `Prepared.message` may take; the rest is for what every message has."""
 ROWS_FORMAT = 1
 """Part of the key of tokenized data; a change to how rows are made makes it another number."""
 
@@ -94,10 +96,13 @@ class Prepared(PreparedData):
     """Optimizer steps of the run."""
 
     def message(self) -> dict[str, Any]:
-        """Returns the fields of the termination message, short whatever the number of files."""
+        """Returns the fields of the termination message; datasets too many for its size are left out of it."""
         model = {"location": self.model.location, "commit": self.model.commit, "etag": self.model.digest}
         told = self.model_dump(mode="json", by_alias=True, exclude={"model", "train", "validation"}, exclude_none=True)
-        return {"model": {key: value for key, value in model.items() if value}, **told}
+        message = {"model": {key: value for key, value in model.items() if value}, **told}
+        if len(json.dumps(message).encode()) > MESSAGE_BYTES:
+            del message["sources"]
+        return message
 
 
 @dataclass(frozen=True, kw_only=True)
