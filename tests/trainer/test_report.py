@@ -74,10 +74,11 @@ def test_an_error_reaches_the_exit_code_the_event_and_the_termination_message(
     assert "spec wrong" in done.stderr or "/scratch/x" in done.stderr
 
 
-def test_a_preemption_is_no_failure(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_preemption_is_no_failure_and_says_how_far_it_came(tmp_path: Path, rank: str) -> None:
     message = tmp_path / "termination-log"
     body = 'from kubetune_trainer.errors import PreemptedError\nreport("step", step=7)\nraise PreemptedError("asked")'
-    done = run_script(body, KUBETUNE_TERMINATION_LOG=str(message))
+    done = run_script(body, KUBETUNE_TERMINATION_LOG=str(message), RANK=rank)
     assert done.returncode == 75
     record = json.loads(message.read_bytes())
     assert (record["result"], record["reason"], record["step"]) == ("Preempted", "Preempted", 7)

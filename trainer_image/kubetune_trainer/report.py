@@ -156,8 +156,7 @@ def report(event: str, **fields: Any) -> None:
         event: Its kind, as `step`, `phase` or `checkpoint`.
         fields: In snake_case; they are written in camelCase. A number that is not finite becomes a string.
     """
-    if is_reporting_rank():
-        _reporter.emit(event, fields)
+    _reporter.emit(event, fields)
 
 
 def last_step() -> dict[str, Any]:
