@@ -90,15 +90,13 @@ class _Reporter:
         start_http_server(port)
 
     def emit(self, event: str, fields: Mapping[str, Any]) -> None:
-        record = {
-            "event": event,
-            "time": round(time.time(), 3),
-            **{_camel(k): _json_safe(v) for k, v in fields.items()},
-        }
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        record = {"time": round(time.time(), 3), **{_camel(key): _json_safe(value) for key, value in fields.items()}}
+        if event == "step":
+            self.last_step = record  # on every rank: any of them may have to say how far it came
+        if not is_reporting_rank():
+            return
+        line = json.dumps({"event": event, **record}, ensure_ascii=False, allow_nan=False)
         with self._lock:
-            if event == "step":
-                self.last_step = {key: value for key, value in record.items() if key != "event"}
             print(line, file=self._out, flush=True)
             if self._log is not None:
                 print(line, file=self._log, flush=True)
