@@ -227,6 +227,17 @@ class World:
             assert time.monotonic() < deadline, f"{kind} {object_name} is still there\n{self.operator.log[-4000:]}"
             await asyncio.sleep(0.05)
 
+    async def stopped(self, job_name: str) -> None:
+        """Wait until a batch Job is suspended: the status tells the end of a job before its pods are stopped."""
+        deadline = time.monotonic() + 20
+        while True:
+            found = await self.cluster.get("Job", namespace=self.namespace, name=job_name)
+            assert found is not None
+            if found["spec"].get("suspend"):
+                return
+            assert time.monotonic() < deadline, f"Job {job_name} still runs\n{self.operator.log[-4000:]}"
+            await asyncio.sleep(0.05)
+
     # ------------------------------------------------------------------------------------------- the kubelet
 
     async def run(self, *pods: Json) -> None:
