@@ -34,7 +34,7 @@ LINGERING_SECONDS: Final = 30.0
 def train(draft: Draft) -> bool:
     """Run the current attempt, and answer what becomes of its pods."""
     if not draft.status.attempt:
-        draft.set(attempt=1)
+        draft.set(attempt=1, restarts=0)
     attempt = draft.status.attempt or 1
     current = draft.seen.train(attempt)
     if current is None:
