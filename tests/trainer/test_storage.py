@@ -118,6 +118,28 @@ def test_a_missing_bucket_is_named(s3: S3Storage) -> None:
             call()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store, _: store.list(),
+        lambda store, _: store.exists("x"),
+        lambda store, _: store.read_bytes("x"),
+        lambda store, _: store.write_bytes("x", b""),
+        lambda store, file: store.upload(file, "x"),
+        lambda store, file: store.download("x", file),
+    ],
+    ids=["list", "exists", "read", "write", "upload", "download"],
+)
+def test_wrong_credentials_are_named(
+    s3: S3Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[Store, Path], object]
+) -> None:
+    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on the server checks keys
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r"s3://team/runs.*: the credentials do not open it \(") as caught:
+        call(open_store("s3://team/runs", s3=s3), tmp_path / "file")
+    assert caught.value.hint == "Check the Secret that storage.s3 names."
+
+
 def test_an_upload_to_a_missing_bucket_is_named(s3: S3Storage, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="bucket nobody does not exist"):
