@@ -4,6 +4,7 @@ The ranks are processes like any other: they have their own environment and argu
 own exit code. Orders are JSON lines on stdin, answers JSON lines on stdout.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -11,8 +12,20 @@ import sys
 from typing import Any
 
 
-def main() -> None:
+PRELOADED = (
+    "torch._dynamo",  # what an optimizer's first step imports
+    "kubetune_trainer.checkpoint",
+    "kubetune_trainer.data.prepare",
+    "kubetune_trainer.export",
+    "kubetune_trainer.parallel",
+    "kubetune_trainer.tokenizer",
+    "boto3",
+)
 
+
+def main() -> None:
+    for name in PRELOADED:
+        importlib.import_module(name)
     answer({"ready": True})
     for line in sys.stdin:
         order = json.loads(line)
