@@ -11,7 +11,6 @@ import runpy
 import sys
 from typing import Any
 
-
 PRELOADED = (
     "torch._dynamo",  # what an optimizer's first step imports
     "kubetune_trainer.checkpoint",
