@@ -6,7 +6,7 @@ import pytest
 
 from tests.cluster import local
 from tests.cluster.local import Cluster
-from tests.e2e.jobs import apply
+from tests.e2e.jobs import apply, wait_for
 from tests.e2e.manifests import small_job
 
 pytestmark = pytest.mark.cluster
@@ -65,7 +65,7 @@ BAD = {
         dataset(chatTemplate="{{ raise_exception('no roles here') }}"), "DataInvalid", ("no roles here",), 65
     ),
     "overlong": Bad(
-        dataset(maxSequenceLength=8, overlong="Fail"), "DataInvalid", ("8", "tokens"), 65
+        dataset(maxSequenceLength=16, overlong="Fail"), "DataInvalid", ("16", "tokens"), 65
     ),
     "batch": Bad(training(globalBatchSize=7), "InvalidSpec", ("globalBatchSize", "4 or 8", "7"), None),
     "memory": Bad(memory("600Mi"), "DoesNotFit", ("per process", "600Mi"), None),
@@ -108,12 +108,12 @@ def test_a_pod_that_fits_nowhere_is_told_with_the_schedulers_words(cluster: Clus
     job.remove()
 
 
-def test_storage_that_nobody_serves_is_tried_again_until_the_restarts_are_used_up(
-    cluster: Cluster, namespace: str
-) -> None:
-    manifest = small_job("unreachable", **storage(endpoint="http://s3.kubetune-s3:9999"))
-    manifest["spec"]["lifecycle"] |= {"maxRestarts": 0}
-    job = apply(cluster, manifest, namespace=namespace)
-    status = job.wait_state("Failed", timeout_seconds=300)
-    assert status["lastFailure"]["exitCode"] == 69
-    assert "s3://" in status["lastFailure"]["message"]
+def test_storage_that_nobody_serves_is_named_and_tried_again(cluster: Cluster, namespace: str) -> None:
+    job = apply(
+        cluster, small_job("unreachable", **storage(endpoint="http://s3.kubetune-s3:9999")), namespace=namespace
+    )
+    job.wait_condition("Running", says="an attempt before failed with StorageUnavailable: s3://runs/e2e/")
+    assert job.status()["lastFailure"]["exitCode"] == 69
+    assert job.status()["state"] == "Pending"
+    wait_for(lambda: len(job.pods("prepare")) > 1 or None, "another attempt", timeout_seconds=60)
+    job.remove()

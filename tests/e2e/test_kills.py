@@ -12,7 +12,6 @@ from tests.e2e.jobs import Job, Recording, apply
 from tests.e2e.manifests import LONG_STEPS, long_job
 
 pytestmark = pytest.mark.cluster
-RESUME_SECONDS = 30
 SEED = 7
 
 
@@ -62,7 +61,6 @@ def test_five_kills_change_no_number(cluster: Cluster, namespace: str, tmp_path:
         assert losses == {step: expected[step] for step in losses}, f"attempt {attempt}"
     assert status["restarts"] == len(STRIKES)
     assert status["attempt"] == len(STRIKES) + 1
-    assert max(resumes) <= RESUME_SECONDS
 
 
 def test_sigterm_loses_at_most_the_step_in_flight(cluster: Cluster, namespace: str, tmp_path: Path) -> None:
