@@ -1,6 +1,7 @@
 """`kubetune get` and `kubetune logs`: what a cluster says about jobs."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,9 +62,11 @@ def connect(purpose: str) -> Connection:
         from kubernetes import client, config  # noqa: PLC0415 (of the extra `operator`; the other commands do without)
     except ImportError as error:
         raise SpecError(purpose, problems=["needs the Kubernetes client: pip install 'kubetune[operator]'"]) from error
+    # Said each time: the client reads KUBECONFIG only once, when it is first imported.
+    where = os.environ.get("KUBECONFIG")
     try:
-        config.load_kube_config()  # type: ignore[no-untyped-call]  # the client's helpers have no types
-        _, context = config.list_kube_config_contexts()  # type: ignore[no-untyped-call]  # as above
+        config.load_kube_config(where)  # type: ignore[no-untyped-call]  # the client's helpers have no types
+        _, context = config.list_kube_config_contexts(where)  # type: ignore[no-untyped-call]  # as above
     except (config.ConfigException, OSError) as error:
         said = " ".join(str(error).split())
         problem = f"needs a cluster: {said}; set KUBECONFIG, or use `kubetune run FILE`, which needs none"
