@@ -5,8 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
+from kubetune_trainer.distributed import join_world
 from kubetune_trainer.optim import build_optimizer, clip_grad_norm, learning_rate_factor
 
 
@@ -57,3 +60,25 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
     weight = nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([1.0, math.nan])
     assert math.isnan(clip_grad_norm([weight], 1.0).item())
+
+
+def test_sharded_weights_are_updated_without_dtensors_planning(monkeypatch: pytest.MonkeyPatch) -> None:
+    updated: list[Tensor] = []
+    kernel = torch._fused_adamw_
+
+    def watched(weights: list[Tensor], *lists: list[Tensor], **settings: object) -> None:
+        updated.extend(tensor for tensors in (weights, *lists) for tensor in tensors)
+        kernel(weights, *lists, **settings)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", watched)
+    with join_world():
+        model = nn.Linear(2, 4, bias=False)
+        shard = DTensor.from_local(model.weight.detach().clone(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        model.weight = nn.Parameter(shard)
+        before = model.weight.to_local().clone()
+        optimizer = build_optimizer(model, SimpleNamespace(learning_rate=0.1, weight_decay=0.0))
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+        assert not [tensor for tensor in updated if isinstance(tensor, DTensor)]
+        torch.testing.assert_close(model.weight.to_local(), before - 0.1)
+        assert isinstance(optimizer.state[model.weight]["exp_avg"], DTensor), "checkpoints know it as sharded"

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 TRAINER_FILE: Final = "trainer.json"
 _METADATA_FILE: Final = ".metadata"
-_OPTIONS: Final = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=False)
+_OPTIONS: Final = StateDictOptions(ignore_frozen_params=True, strict=False)
 _STEP_FOLDER: Final = re.compile(r"^step-(\d+)$")
 UPLOAD_ATTEMPTS: Final = 8
 """How often an upload is tried, beyond the retries that a store makes itself; with the pauses, some minutes."""
@@ -118,7 +118,8 @@ class Checkpointer:
         self.in_flight, self.saved_step, self._saved_at = step, step, began
         folder = self._scratch / f"step-{step}"
         shutil.rmtree(folder, ignore_errors=True)
-        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=_OPTIONS), strict=True))
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
+        state = {"model": model_state, "optimizer": optimizer_state["state"]}
         writer = FileSystemWriter(folder, sync_files=False)
         written = self._written = dcp.async_save(state, storage_writer=writer, process_group=self._group)
         record = {"step": step, **self._record, "progress": last_step()}
@@ -253,7 +254,8 @@ def load_checkpoint(
     prefix = f"{folder}/" if folder else ""
     record = json.loads(store.read_bytes(f"{prefix}{TRAINER_FILE}"))
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    # Without the optimizer's groups: their settings come from the config, and follow the step.
+    state = {"model": model_state, "optimizer": optimizer_state["state"]}
     local = scratch / "resume"
     shutil.rmtree(local, ignore_errors=True)
     local.mkdir(parents=True)
@@ -261,9 +263,7 @@ def load_checkpoint(
         dcp.load(state, storage_reader=_StoreReader(store, prefix, local))
     except CheckpointException as error:
         raise _cause_of(error, store.uri(folder)) from error
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
-    )
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=_OPTIONS)
     shutil.rmtree(local, ignore_errors=True)
     return Resumed(step=int(record["step"]), uri=store.uri(folder), record=record)
 
