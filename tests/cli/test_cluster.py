@@ -84,7 +84,6 @@ def test_without_a_kubeconfig_it_says_what_is_needed(
     command: list[str], kubetune: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
     ran = kubetune(*command)
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.startswith(f"error: kubetune {command[0]}: needs a cluster: ")
@@ -99,7 +98,7 @@ def test_without_an_api_server_it_says_so(kubetune: Any, monkeypatch: pytest.Mon
         "current-context": "c",
     }
     (tmp_path / "config").write_text(json.dumps(config))
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
     ran = kubetune("get")
     assert ran.code == 1
     assert "the API server does not answer" in ran.err

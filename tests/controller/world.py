@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from aiohttp import web
 
 from kubetune_operator.cluster import Cluster, object_path
@@ -351,7 +352,8 @@ async def world_of(
         "namespaces": namespace, "namespace": namespace, "lease_seconds": "3", "progress_interval_seconds": "0.5",
         "stuck_seconds": "1", "log_level": "INFO",
     }  # fmt: skip
-    os.environ["KUBECONFIG"] = str(control_plane.kubeconfig)
+    environment = pytest.MonkeyPatch()
+    environment.setenv("KUBECONFIG", str(control_plane.kubeconfig))
     kubeconfig = _grant(control_plane, namespace=namespace)
     operator = OperatorProcess(kubeconfig=kubeconfig, log=log, settings=defaults | settings)
     world = World(namespace=namespace, operator=operator, control_plane=control_plane)
@@ -368,6 +370,7 @@ async def world_of(
         await node.cleanup()
         await world.cluster.request("DELETE", object_path("Node", namespace=None, name=world.node))
         await world.cluster.close()
+        environment.undo()
 
 
 def user_of(namespace: str) -> str:
