@@ -21,7 +21,9 @@ class Zygote:
     """Starts ranks; see zygote.py."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        # The checkout's own code, whatever is installed beside it.
+        path = os.pathsep.join(str(ROOT / folder) for folder in ("", "trainer_image"))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("zygote.py"))],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
