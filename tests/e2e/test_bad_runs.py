@@ -62,7 +62,8 @@ BAD = {
     "empty": Bad(dataset("s3://material/bad/empty.jsonl"), "DataInvalid", ("empty.jsonl",), 65),
     "columns": Bad(dataset("s3://material/bad/columns.jsonl"), "DataInvalid", ("question", "answer"), 65),
     "template": Bad(
-        dataset("s3://material/capitals.jsonl", chatTemplate="{{ raise_exception('no roles here') }}"), "DataInvalid", ("no roles here",), 65
+        dataset("s3://material/capitals.jsonl", chatTemplate="{{ raise_exception('no roles here') }}"),
+        "DataInvalid", ("no roles here",), 65,
     ),
     "overlong": Bad(
         dataset(maxSequenceLength=16, overlong="Fail"), "DataInvalid", ("16", "tokens"), 65
