@@ -40,6 +40,7 @@ check: env ## Format, lint, types, layers, generated files in sync, chart
 	"$$($(PY) -m tests.cluster path helm)" lint --strict helm/kubetune
 
 test: env ## Every test tier: unit, control plane, a real node
+	$(PY) -m tests.cluster build
 	$(PY) -m pytest tests
 
 demo: env ## Fine-tune a real model on a real cluster, from nothing to the answers before and after

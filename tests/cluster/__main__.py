@@ -82,7 +82,10 @@ def _logs(chosen: argparse.Namespace) -> int:
 
 
 def _build(chosen: argparse.Namespace) -> int:
-    binaries.ensure(*chosen.programs)
+    if chosen.programs:
+        binaries.ensure(*chosen.programs)
+    else:
+        local.prepare()
     return 0
 
 
@@ -119,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     logs = commands.add_parser("logs", help="print the end of every log, or of those whose path contains NAME")
     logs.add_argument("name", nargs="?", default="")
     logs.add_argument("--lines", type=int, default=40)
-    build = commands.add_parser("build", help="build programs into the cache")
-    build.add_argument("programs", nargs="+", choices=programs)
+    build = commands.add_parser("build", help="build programs into the cache, or all that a cluster needs")
+    build.add_argument("programs", nargs="*", metavar="program", help=f"any of {', '.join(programs)}")
     path = commands.add_parser("path", help="print where a program is, built if it has to be")
     path.add_argument("program", choices=programs)
     commands.add_parser("prune", help="remove programs and images that the checkout no longer uses")
