@@ -117,12 +117,6 @@ def open_store(uri: str, *, s3: "S3Storage | None" = None) -> Store:
     raise ConfigError(f"a URI must begin with s3://, pvc:// or file://, got {uri}")
 
 
-def split_file_uri(uri: str) -> tuple[str, str]:
-    """The URI of a file as (URI of its folder, its name)."""
-    folder, _, name = uri.rstrip("/").rpartition("/")
-    return folder, name
-
-
 def download_tree(store: Store, prefix: str, local: Path) -> None:
     """Copy every file below `prefix` into the folder `local`."""
     head = f"{prefix.strip('/')}/" if prefix else ""
