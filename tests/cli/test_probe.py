@@ -3,34 +3,27 @@
 import json
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from kubetune_operator.api.finetunejob import parse_finetunejob
 from kubetune_operator.cli.bundle import Bundle
 from kubetune_operator.cli.local import local_config
 from kubetune_operator.render.config import dump_config
 from tests.api.test_finetunejob import manifest
+from tests.s3 import endpoint_of, s3_server
 
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    reset = urllib.request.Request(f"{url}/moto-api/reset", method="POST")  # noqa: S310 (our own server)
-    urllib.request.urlopen(reset).close()  # noqa: S310 (as above)
-    yield url
-    server.stop()
+    with s3_server() as server:
+        yield endpoint_of(server)
 
 
 def probe(folder: Path, **changes: Any) -> dict[str, dict[str, Any]]:

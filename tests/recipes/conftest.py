@@ -9,6 +9,7 @@ from moto.server import ThreadedMotoServer
 
 from tests.recipes.gang import Zygote
 from tests.recipes.tiny import write_messages, write_model
+from tests.s3 import s3_server as moto
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +41,5 @@ def place(tiny: Path, tmp_path: Path) -> Path:
 def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadedMotoServer]:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    yield server
-    server.stop()
+    with moto() as server:
+        yield server

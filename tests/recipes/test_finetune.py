@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tests.cluster.paths import ROOT
 from tests.recipes.gang import Gang, Zygote
 from tests.recipes.tiny import write_config
+from tests.s3 import endpoint_of
 
 OUTPUTS = [{"name": "merged", "type": "HuggingFace"}, {"name": "adapter", "type": "PEFT"}]
 
@@ -184,7 +185,7 @@ def s3_config(place: Path, server: ThreadedMotoServer | None) -> tuple[Path, dic
     """A run whose model, data and workspace are in S3, and the environment of its ranks."""
     endpoint = "http://127.0.0.1:9"
     if server is not None:
-        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        endpoint = endpoint_of(server)
         client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
         for bucket in ("team", "data"):
             client.create_bucket(Bucket=bucket)
@@ -205,7 +206,7 @@ def s3_config(place: Path, server: ThreadedMotoServer | None) -> tuple[Path, dic
 
 
 def s3_keys(server: ThreadedMotoServer) -> list[str]:
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    endpoint = endpoint_of(server)
     client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
     listed: dict[str, Any] = client.list_objects_v2(Bucket="team")
     return [entry["Key"] for entry in listed["Contents"]]

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,15 @@ from typing import Any
 import boto3
 import pytest
 import yaml
-from moto.server import ThreadedMotoServer
 
 from kubetune_trainer import report
 from kubetune_trainer.config import FineTuneConfig, load_config
 from kubetune_trainer.data.prepare import Prepared, fetch, prepare
 from kubetune_trainer.data.store import DataWriter
-from kubetune_trainer.errors import DataError, TrainerError
+from kubetune_trainer.errors import ConfigError, DataError, TrainerError
 from kubetune_trainer.storage import _client, scratch_dir
 from tests.cluster.paths import ROOT
+from tests.s3 import endpoint_of, s3_server
 from tests.trainer.tiny_model import write_model
 
 QUESTIONS = [f"What is {number} and {number}?" for number in range(40)]
@@ -379,19 +378,13 @@ def bucket(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An S3 server with the project's model and data; returns its endpoint."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "password")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    s3 = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
-    s3.create_bucket(Bucket="team")
-    for file in project.model.iterdir():
-        s3.upload_file(str(file), "team", f"models/tiny/{file.name}")
-    s3.upload_file(str(project.data), "team", "data/train.jsonl")
-    yield endpoint
-    # What is stored belongs to the process, not to the server.
-    urllib.request.urlopen(f"{endpoint}/moto-api/reset", data=b"").close()  # noqa: S310 (http)
-    server.stop()
+    with s3_server() as server:
+        s3 = boto3.client("s3", endpoint_url=endpoint_of(server), region_name="us-east-1")
+        s3.create_bucket(Bucket="team")
+        for file in project.model.iterdir():
+            s3.upload_file(str(file), "team", f"models/tiny/{file.name}")
+        s3.upload_file(str(project.data), "team", "data/train.jsonl")
+        yield endpoint_of(server)
 
 
 def on_s3(endpoint: str) -> list[str]:
@@ -419,6 +412,12 @@ def test_model_data_and_workspace_may_lie_in_s3(project: Project, bucket: str) -
     assert local.validation_data is not None
     assert texts(local.train_data) == texts(fetch(here, project.config()).train_data)
     assert not (project.folder / "scratch/sources/questions/data").exists()
+
+
+def test_a_folder_that_was_prepared_for_other_data_is_refused(project: Project) -> None:
+    project.prepare()
+    with pytest.raises(ConfigError, match=r"run\.directory .* was prepared for another model, dataset or seed"):
+        project.prepare("dataset.max_sequence_length=32")
 
 
 def test_prepare_reads_no_more_of_the_weights_than_their_header(project: Project, bucket: str) -> None:

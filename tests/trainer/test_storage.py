@@ -6,27 +6,24 @@ from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from kubetune_trainer import storage
 from kubetune_trainer.config import S3Storage, SecretName
 from kubetune_trainer.errors import ConfigError, DataError, DoesNotFitError, StorageError
 from kubetune_trainer.names import ENV_PVC_DIR, ENV_SECRETS_DIR
 from kubetune_trainer.storage import Store, download_tree, open_store, upload_tree
+from tests.s3 import endpoint_of, s3_server
 
 BUCKET = "team"
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
     keys = {"aws_access_key_id": "user", "aws_secret_access_key": "password"}
-    boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys).create_bucket(Bucket=BUCKET)
-    yield url
-    server.stop()
+    with s3_server() as server:
+        url = endpoint_of(server)
+        boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys).create_bucket(Bucket=BUCKET)
+        yield url
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from kubetune_trainer.data.encode import SampleEncoder, epoch_of, held_samples, 
 from kubetune_trainer.data.sampler import total_steps
 from kubetune_trainer.data.sources import FoundSource, OpenSource, open_source
 from kubetune_trainer.data.store import DataStore, DataWriter
-from kubetune_trainer.errors import DataError
+from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.estimate import Estimate, count_parameters, estimate_memory
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model_files import FoundModel, fetch_model, is_small, locate_model, model_s3
@@ -84,6 +84,8 @@ class PreparedData(_Record):
 class Prepared(PreparedData):
     """What a run trains on; the content of prepared.json."""
 
+    asked: str
+    """Digest of the configuration's model, dataset and seed: a folder that was prepared for others is refused."""
     model: FoundModel
     """The model."""
     sources: tuple[FoundSource, ...]
@@ -98,7 +100,8 @@ class Prepared(PreparedData):
     def message(self) -> dict[str, Any]:
         """Returns the fields of the termination message; datasets too many for its size are left out of it."""
         model = {"location": self.model.location, "commit": self.model.commit, "etag": self.model.digest}
-        told = self.model_dump(mode="json", by_alias=True, exclude={"model", "train", "validation"}, exclude_none=True)
+        inner = {"asked", "model", "train", "validation"}
+        told = self.model_dump(mode="json", by_alias=True, exclude=inner, exclude_none=True)
         message = {"model": {key: value for key, value in model.items() if value}, **told}
         if len(json.dumps(message).encode()) > MESSAGE_BYTES:
             del message["sources"]
@@ -126,10 +129,11 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
 
     Raises:
         DataError: The model or the data is not what it should be; names the folder, or the file and the line.
+        ConfigError: The run's folder was prepared for another model or dataset.
     """
     directory = open_store(config.run.directory, s3=config.storage.s3)
     if directory.exists(PREPARED_FILE):
-        return _read_prepared(directory)
+        return _read_prepared(directory, config)
     report("prepare", stage="Checking the model")
     model = locate_model(config, report=report)
     folder = fetch_model(model, s3=model_s3(config), only_small=True)
@@ -138,6 +142,7 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
     data = _prepare_data(config, sources, model=model, tokenizer=tokenizer, report=report)
     prepared = Prepared(
         **dict(data),
+        asked=_asked(config),
         model=model,
         sources=tuple(opened.found for opened in sources),
         estimate=estimate_memory(config, shape),
@@ -167,13 +172,24 @@ def fetch(prepared: Prepared, config: FineTuneConfig) -> Local:
     )
 
 
-def _read_prepared(directory: Store) -> Prepared:
+def _read_prepared(directory: Store, config: FineTuneConfig) -> Prepared:
     try:
-        return Prepared.model_validate_json(directory.read_bytes(PREPARED_FILE))
+        prepared = Prepared.model_validate_json(directory.read_bytes(PREPARED_FILE))
     except ValidationError as error:
         raise DataError(
             f"{directory.uri(PREPARED_FILE)} cannot be read: {error}", hint="Remove the file to prepare the run again."
         ) from error
+    if prepared.asked != _asked(config):
+        raise ConfigError(
+            f"{config.title}: run.directory {directory.uri()} was prepared for another model, dataset or seed",
+            hint="Remove the folder, or give the run another name or run.directory.",
+        )
+    return prepared
+
+
+def _asked(config: FineTuneConfig) -> str:
+    asked = [config.model.model_dump(mode="json"), config.dataset.model_dump(mode="json"), config.training.seed]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _fetch_rows(rows: StoredRows, config: FineTuneConfig) -> DataStore:

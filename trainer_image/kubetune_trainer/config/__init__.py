@@ -1,0 +1,61 @@
+"""The config file of a run: one complete YAML, checked as a whole before anything is loaded.
+
+The operator renders it from a FineTuneJob and `kubetune run` writes the same; a person clones one of `recipes/configs`.
+Its keys are the job's own words in snake_case. Nothing here imports torch: a wrong config is refused at once.
+"""
+
+from kubetune_trainer.config.blocks import (
+    CaBundle,
+    ConfigMapKey,
+    Dataset,
+    HubModel,
+    HubSource,
+    JobConfig,
+    Model,
+    Run,
+    S3Storage,
+    SecretKey,
+    SecretName,
+    Source,
+    Storage,
+    UriSource,
+    Validation,
+    Workspace,
+)
+from kubetune_trainer.config.finetune import (
+    Checkpoint,
+    FineTuneConfig,
+    Lora,
+    Output,
+    ResumeFrom,
+    Training,
+)
+from kubetune_trainer.config.load import (
+    load_config,
+)
+
+__all__ = [
+    "CaBundle",
+    "Checkpoint",
+    "ConfigMapKey",
+    "Dataset",
+    "FineTuneConfig",
+    "HubModel",
+    "HubSource",
+    "JobConfig",
+    "Lora",
+    "Model",
+    "Output",
+    "ResumeFrom",
+    "Run",
+    "S3Storage",
+    "SecretKey",
+    "SecretName",
+    "Source",
+    "Storage",
+    "Training",
+    "UriSource",
+    "Validation",
+    "Workspace",
+    "load_config",
+]

@@ -1,0 +1,164 @@
+"""The config of a FineTuneJob."""
+
+import hashlib
+import json
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from kubetune_trainer.config.blocks import (
+    Block,
+    Dataset,
+    JobConfig,
+    ResourceName,
+    Uri,
+    check_one_of,
+    check_unique_names,
+)
+from kubetune_trainer.errors import ConfigError
+
+
+class Lora(Block):
+    """Low-rank adapters (Hu et al. 2021)."""
+
+    rank: int = Field(default=16, ge=1)
+    """Inner dimension of an adapter."""
+    alpha: float = Field(default=32, gt=0)
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapter."""
+    target_modules: tuple[str, ...] = Field(default=("all-linear",), min_length=1)
+    """Names of linear modules, or all-linear for every one but the output head."""
+
+
+class Training(Block):
+    """How long and how the optimizer steps: exactly one of epochs, max_steps."""
+
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the data."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps."""
+    global_batch_size: int = Field(default=16, ge=1)
+    """Rows per optimizer step, over all ranks; divisible by ranks x micro_batch_size."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Rows per forward pass of one rank."""
+    optimizer: Literal["AdamW"] = "AdamW"
+    """The optimizer."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """The highest learning rate of the schedule."""
+    scheduler: Literal["Cosine", "Linear", "Constant"] = "Cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    precision: Literal["BF16Mixed", "BF16", "FP32"] = "BF16Mixed"
+    """BF16Mixed keeps trained weights and optimizer in fp32 and computes in bf16."""
+    activation_checkpointing: Literal["None", "Full"] = "None"
+    """Full recomputes every block in the backward pass."""
+    seed: int = Field(default=42, ge=0)
+    """Decides data order, adapters' first values and dropout."""
+    validate_every_steps: int | None = Field(default=None, ge=1)
+    """Steps between validation passes; unset means one, after the last step."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        check_one_of(self, "epochs", "max_steps")
+        return self
+
+
+class ResumeFrom(Block):
+    """Another run's state to begin with."""
+
+    uri: Uri
+    """A checkpoint (…/checkpoints/step-100) or a folder of them, whose newest complete one is taken."""
+
+
+class Checkpoint(Block):
+    """When the state is saved and how much of it is kept."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints."""
+    every_seconds: int | None = Field(default=None, ge=1)
+    """Seconds between checkpoints; with every_steps, whichever comes first."""
+    keep: int = Field(default=3, ge=1)
+    """How many complete checkpoints stay."""
+    mode: Literal["Async", "Sync"] = "Async"
+    """Async copies the state and goes on training while it is written and uploaded."""
+    resume_from: ResumeFrom | None = None
+    """Where to begin when this run has no checkpoint of its own."""
+
+
+class Output(Block):
+    """One thing that the run leaves behind."""
+
+    name: ResourceName
+    """Its name in the status and its folder in the workspace."""
+    type: Literal["HuggingFace", "PEFT"]
+    """HuggingFace is a complete model with adapters merged; PEFT is the adapter alone."""
+    uri: Uri | None = None
+    """Where it goes; unset means outputs/<name> in the run's directory."""
+    dtype: Literal["Source", "BF16", "FP32"] = "Source"
+    """Type of a HuggingFace output's weights; Source keeps the base model's."""
+
+
+class FineTuneConfig(JobConfig):
+    """A whole run."""
+
+    kind: Literal["FineTuneJob"] = "FineTuneJob"
+    """Kind of the job."""
+    dataset: Dataset
+    """What is trained on."""
+    recipe: Literal["SFT"] = "SFT"
+    """The training objective: supervised fine-tuning."""
+    tuning: Literal["LoRA", "Full"] = "LoRA"
+    """Which weights are trained."""
+    lora: Lora | None = None
+    """The adapters; defaulted with tuning LoRA, refused with Full."""
+    training: Training
+    """How long and how the optimizer steps."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When the state is saved."""
+    outputs: tuple[Output, ...] = ()
+    """What the run leaves behind."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_adapters(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("tuning", "LoRA") == "LoRA" and values.get("lora") is None:
+            return {**values, "lora": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.tuning == "Full" and self.lora is not None:
+            raise ValueError("lora must not be set with tuning Full")
+        adapters = [output.name for output in self.outputs if output.type == "PEFT"]
+        if self.tuning == "Full" and adapters:
+            raise ValueError(f"outputs of type PEFT need tuning LoRA, got output {adapters[0]} with tuning Full")
+        check_unique_names("outputs", self.outputs)
+        return self
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """The micro batches of one rank in an optimizer step.
+
+        Raises:
+            ConfigError: The global batch size cannot be divided; names the nearest that can.
+        """
+        unit = world_size * self.training.micro_batch_size
+        size = self.training.global_batch_size
+        if size % unit == 0:
+            return size // unit
+        nearest = [str(valid) for valid in (size // unit * unit, (size // unit + 1) * unit) if valid]
+        raise ConfigError(
+            f"{self.title}: training.global_batch_size must be divisible by ranks x training.micro_batch_size"
+            f" = {world_size} x {self.training.micro_batch_size} = {unit}, got {size}",
+            hint=f"Set training.global_batch_size to {' or '.join(nearest)}.",
+        )
+
+    def training_digest(self) -> str:
+        """A digest of what decides the numbers of the run; where it lies and what it exports do not."""
+        decides = self.model_dump(mode="json", include={"model", "dataset", "recipe", "tuning", "lora", "training"})
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
