@@ -48,7 +48,7 @@ class Score:
 def main() -> None:
     """Everything, in order; exits with 1 and the job's own message when it fails."""
     began = time.monotonic()
-    with a_cluster() as cluster:
+    with local.whole() as cluster, a_namespace(cluster):
         bring_model_and_data(cluster)
         status = fine_tune(cluster)
         with stage("fetching the tuned model from S3"):
@@ -60,21 +60,14 @@ def main() -> None:
 
 
 @contextmanager
-def a_cluster() -> Iterator[Cluster]:
-    """A cluster with S3 and kubetune installed; ends only what it started."""
-    was_up = local.is_up()
-    local.prepare()
-    cluster = local.up()
+def a_namespace(cluster: Cluster) -> Iterator[None]:
+    """A namespace for the job, with the S3 server's credentials."""
+    cluster.kubectl("create", "namespace", NAMESPACE)
     try:
-        local.load("operator", "trainer")
-        local.start_s3()
-        local.install()
-        yield cluster
+        cluster.kubectl("apply", "--filename", "-", input=local.s3_secret(NAMESPACE))
+        yield
     finally:
-        if was_up:
-            cluster.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found", check=False)
-        else:
-            local.down()
+        cluster.kubectl("delete", "namespace", NAMESPACE, "--timeout=120s")
 
 
 def bring_model_and_data(cluster: Cluster) -> None:
@@ -88,8 +81,6 @@ def bring_model_and_data(cluster: Cluster) -> None:
 
 def fine_tune(cluster: Cluster) -> dict[str, Any]:
     """Apply the manifest, show how it goes, return its final status."""
-    cluster.kubectl("create", "namespace", NAMESPACE)
-    cluster.kubectl("apply", "--filename", "-", input=local.s3_secret(NAMESPACE))
     with stage(f"kubectl apply -f {MANIFEST.relative_to(ROOT)}"):
         cluster.kubectl("apply", "--namespace", NAMESPACE, "--filename", str(MANIFEST))
         status = follow(cluster, "tickets")

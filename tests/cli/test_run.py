@@ -131,6 +131,16 @@ def test_secrets_of_the_file_are_files_that_vanish(kubetune: Any, trainer: Train
     assert not Path(call["variables"]["KUBETUNE_SECRETS_DIR"]).exists()
 
 
+def test_a_service_of_the_cluster_is_reached_at_another_address(
+    kubetune: Any, trainer: Trainer, tmp_path: Path
+) -> None:
+    storage = {"s3": {"endpoint": "http://s3.storage:9000", "region": "us-east-1"}}
+    ran = kubetune("run", write(tmp_path, spec__storage=storage), "--s3-endpoint", "http://127.0.0.1:9000")
+    assert ran.code == 0
+    config = yaml.safe_load(trainer.calls[0]["config"])
+    assert config["storage"]["s3"] == {"endpoint": "http://127.0.0.1:9000", "region": "us-east-1"}
+
+
 def test_what_stands_in_for_a_secret_is_said(kubetune: Any, trainer: Trainer, tmp_path: Path) -> None:
     storage = {"s3": {"credentialsSecret": {"name": "s3"}}}
     ran = kubetune("run", write(tmp_path, spec__storage=storage))

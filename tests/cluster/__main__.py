@@ -47,11 +47,7 @@ def _load(chosen: argparse.Namespace) -> int:
 
 
 def _install(_: argparse.Namespace) -> int:
-    local.prepare()
-    local.up()
-    local.load(*images.IMAGES)
-    local.start_s3()
-    local.install()
+    local.bring_up()
     return 0
 
 

@@ -12,7 +12,7 @@ import os
 import subprocess
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +128,27 @@ def down() -> None:
             kind.down()
         else:
             node.down()
+
+
+def bring_up(*, values: Sequence[str] = ()) -> Cluster:
+    """Bring up all of it: the node, both images of the checkout, the S3 server and the chart (`values` as `install`)."""
+    prepare()
+    cluster = up()
+    load("operator", "trainer")
+    start_s3()
+    install(values=values)
+    return cluster
+
+
+@contextlib.contextmanager
+def whole(*, values: Sequence[str] = ()) -> Iterator[Cluster]:
+    """All of it for a while: what was up before stays up, otherwise it is taken down at the end."""
+    was_up = is_up()
+    try:
+        yield bring_up(values=values)
+    finally:
+        if not was_up:
+            down()
 
 
 def is_up() -> bool:

@@ -13,18 +13,9 @@ from tests.e2e import material
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """The cluster with kubetune in it; taken down at the end unless it was up before."""
-    was_up = local.is_up()
-    local.prepare()
-    running = local.up()
-    try:
-        local.load("operator", "trainer")
-        local.start_s3()
+    with local.whole(values=["settings.progressIntervalSeconds=2"]) as running:
         material.put(running)
-        local.install(values=["settings.progressIntervalSeconds=2"])
         yield running
-    finally:
-        if not was_up:
-            local.down()
 
 
 @pytest.fixture

@@ -30,6 +30,12 @@ app.add_typer(recipes_app, name="recipes")
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Manifest of a FineTuneJob; - reads standard input.")]
 Name = Annotated[str | None, typer.Option("--name", help="Which FineTuneJob, where the file holds several.")]
+S3Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--s3-endpoint", metavar="URL", help="Where storage.s3 is reached from this machine, if not at its endpoint."
+    ),
+]
 Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace; default: the kubeconfig's.")]
 
 
@@ -40,9 +46,10 @@ def validate(
     live_too: Annotated[
         bool, typer.Option("--live", help="Also ask the cluster and the storage: Secrets, bucket, model, data.")
     ] = False,
+    s3_endpoint: S3Endpoint = None,
 ) -> None:
     """Check a manifest as the API server and the operator would, without a cluster."""
-    bundle = load_bundle(file, name=name)
+    bundle = load_bundle(file, name=name, s3_endpoint=s3_endpoint)
     if problem := batch_problem(bundle.job.spec, ranks=bundle.job.spec.ranks):
         raise SpecError(bundle.title, problems=[problem])
     for note in bundle.notes():
@@ -67,12 +74,14 @@ def run(
         bool, typer.Option("--fresh", help="Delete what an earlier run of this manifest left, and start anew.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the trainer's own log.")] = False,
+    s3_endpoint: S3Endpoint = None,
 ) -> None:
     """Run a manifest on this machine, without a cluster: the same config and recipes, processes instead of pods.
 
     Secrets and ConfigMaps may stand in the same file. Ctrl-C writes a checkpoint; the same command goes on from it.
     """
-    raise typer.Exit(local.run(load_bundle(file, name=name), fresh=fresh, verbose=verbose))
+    bundle = load_bundle(file, name=name, s3_endpoint=s3_endpoint)
+    raise typer.Exit(local.run(bundle, fresh=fresh, verbose=verbose))
 
 
 @app.command()
