@@ -23,7 +23,7 @@ from botocore.config import Config
 
 from tests.cluster import binaries, images, kind, kubectl, locks, node, packages, settings
 from tests.cluster.paths import CLUSTER, HERE, LOGS, ROOT
-from tests.cluster.progress import stage
+from tests.cluster.progress import note, stage
 
 S3_NAMESPACE: Final = "kubetune-s3"
 S3_ENDPOINT: Final = "http://s3.kubetune-s3:9000"
@@ -131,7 +131,7 @@ def down() -> None:
 
 
 def bring_up(*, values: Sequence[str] = ()) -> Cluster:
-    """Bring up all of it: the node, both images of the checkout, the S3 server and the chart (`values` as `install`)."""
+    """Bring up all of it: node, both images of the checkout, S3 server, chart; `values` go to `install`."""
     prepare()
     cluster = up()
     load("operator", "trainer")
@@ -149,6 +149,11 @@ def whole(*, values: Sequence[str] = ()) -> Iterator[Cluster]:
     finally:
         if not was_up:
             down()
+
+
+def lacks() -> str:
+    """What this machine lacks for a node; empty if it can have one."""
+    return "" if _uses_kind() or os.geteuid() == 0 else "root, or a Docker daemon"
 
 
 def is_up() -> bool:
@@ -171,6 +176,10 @@ def prepare() -> None:
     """Make what an empty cache lacks, the programs while the images' packages download."""
     if _uses_kind():
         binaries.ensure("kind", "kubectl", "helm", "rclone")
+        return
+    if missing := lacks():
+        note(f"a node would need {missing}: only what a control plane needs is built")
+        binaries.ensure(*settings.CONTROL_PLANE_PROGRAMS, "helm")
         return
     packages.ensure(packages.NODE | packages.IMAGES)
     with ThreadPoolExecutor() as pool:

@@ -30,8 +30,9 @@ KUBECONFIG: Final = CLUSTER / "admin.kubeconfig"
 CONTAINERD_SOCKET: Final = CLUSTER / "containerd.sock"
 PAUSE_IMAGE: Final = "localhost/pause:1"
 COMPONENTS_FILE: Final = CLUSTER / "components.json"
+CONTROL_PLANE_PROGRAMS: Final = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
 NODE_PROGRAMS: Final = (
-    "etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl",
+    *CONTROL_PLANE_PROGRAMS, "kube-scheduler", "kubelet", "kube-proxy",
     "containerd", "containerd-shim-runc-v2", "ctr", "coredns", *CNI_PLUGINS,
 )  # fmt: skip
 
