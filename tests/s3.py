@@ -1,10 +1,17 @@
-"""An S3 server inside the test's process, for code that reads and writes buckets."""
+"""S3 servers for code that reads and writes buckets: one inside the test's process, and one that checks credentials."""
 
+import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from moto.server import ThreadedMotoServer
+
+from tests.cluster.binaries import ensure
+from tests.cluster.controlplane import free_ports
+from tests.cluster.node import answers
 
 
 @contextmanager
@@ -22,3 +29,21 @@ def endpoint_of(server: ThreadedMotoServer) -> str:
     """The server's URL."""
     host, port = server.get_host_and_port()
     return f"http://{host}:{port}"
+
+
+@contextmanager
+def locked_s3_server(folder: Path, *, access_key: str, secret_key: str) -> Iterator[str]:
+    """A real server (rclone) whose buckets are the folders of `folder`, for this key alone; yields its URL."""
+    [port] = free_ports(1)
+    command = [ensure("rclone")["rclone"], "serve", "s3", f"--addr=127.0.0.1:{port}", "--config="]
+    command += [f"--auth-key={access_key},{secret_key}", folder]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while not answers("127.0.0.1", port):
+            assert time.monotonic() < deadline, "the S3 server does not answer"
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(10)

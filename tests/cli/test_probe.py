@@ -15,7 +15,7 @@ from kubetune_operator.cli.bundle import Bundle
 from kubetune_operator.cli.local import local_config
 from kubetune_operator.render.config import dump_config
 from tests.api.test_finetunejob import manifest
-from tests.s3 import endpoint_of, s3_server
+from tests.s3 import endpoint_of, locked_s3_server, s3_server
 
 
 @pytest.fixture
@@ -57,6 +57,19 @@ def test_a_bucket_that_does_not_exist_is_named(endpoint: str, tmp_path: Path) ->
         assert bucket in found[field]["problem"]
         assert "does not exist" in found[field]["problem"]
         assert not found[field]["unreachable"]
+
+
+def test_wrong_credentials_are_named_for_every_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for bucket in ("models", "data", "team"):
+        (tmp_path / "buckets" / bucket).mkdir(parents=True)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not the secret key")
+    with locked_s3_server(tmp_path / "buckets", access_key="somebody", secret_key="the secret key") as url:
+        found = probe(tmp_path, spec__storage={"s3": {"endpoint": url, "region": "us-east-1"}})
+    assert set(found) == {"spec.model.uri.location", "spec.dataset.sources[0].uri.location", "spec.workspace.uri"}
+    for place in found.values():
+        assert "the credentials do not open it" in place["problem"]
+        assert not place["unreachable"]
 
 
 def test_a_model_folder_without_config_json_is_a_problem(tmp_path: Path) -> None:

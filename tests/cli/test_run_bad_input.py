@@ -11,6 +11,7 @@ import pytest
 from kubetune_operator.api.manifest import dump_manifests
 from tests.api.test_finetunejob import manifest
 from tests.recipes.tiny import write_messages, write_model
+from tests.s3 import locked_s3_server
 
 CONFIG, DATA = 64, 65
 DATASET = "spec__dataset__sources__0"
@@ -81,17 +82,45 @@ BAD: dict[str, Case] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD.values(), ids=BAD)
-def test_bad_input_ends_the_run_with_a_code_and_words(case: Case, place: Path, kubetune: Any) -> None:
-    spoil, changes, code, words = case
-    spoil(place)
+def local_job(place: Path, **changes: Any) -> Path:
+    """A manifest with everything in the folder."""
     good = {
         "spec__model__uri__location": f"file://{place}/model",
         "spec__dataset__sources": [{"name": "pairs", "uri": {"location": f"file://{place}/pairs.jsonl"}}],
         "spec__workspace__uri": f"file://{place}/runs",
     }
     (place / "job.yaml").write_text(dump_manifests([manifest(**good | changes)]))
-    ran = kubetune("run", place / "job.yaml")
+    return place / "job.yaml"
+
+
+@pytest.mark.parametrize("case", BAD.values(), ids=BAD)
+def test_bad_input_ends_the_run_with_a_code_and_words(case: Case, place: Path, kubetune: Any) -> None:
+    spoil, changes, code, words = case
+    spoil(place)
+    assert_told(kubetune("run", local_job(place, **changes)), code=code, words=words)
+
+
+@pytest.mark.parametrize(
+    ("bucket", "secret_key", "words"),
+    [
+        ("team", "not the secret key", ["s3://team/runs", "the credentials do not open it"]),
+        ("nobody", "the secret key", ["bucket nobody does not exist"]),
+    ],
+)
+def test_a_workspace_that_does_not_open_ends_the_run(
+    *, bucket: str, secret_key: str, words: list[str], place: Path, kubetune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "buckets" / "team").mkdir(parents=True)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret_key)
+    with locked_s3_server(place / "buckets", access_key="somebody", secret_key="the secret key") as url:
+        storage = {"s3": {"endpoint": url, "region": "us-east-1"}}
+        job = local_job(place, spec__workspace__uri=f"s3://{bucket}/runs", spec__storage=storage)
+        assert_told(kubetune("run", job), code=CONFIG, words=words)
+
+
+def assert_told(ran: Any, *, code: int, words: list[str]) -> None:
+    """The run has ended with the code, and names the job and what is wrong with it."""
     assert ran.code == code, ran.err
     assert all(word in ran.err for word in words), ran.err
     assert ran.err.startswith("error: FineTuneJob default/run7")
