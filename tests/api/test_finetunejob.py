@@ -93,6 +93,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "resuming from another run": {"spec__checkpoint": {"resumeFrom": {"jobRef": {"kind": "FineTuneJob", "name": "a"}}}},
     "checkpoints by time": {"spec__checkpoint": {"everySeconds": 900, "keep": 1, "mode": "Sync"}},
     "a lifecycle": {"spec__lifecycle": {"maxRestarts": 0, "ttlSecondsAfterFinished": 0, "activeDeadlineSeconds": 60}},
+    "a queue": {"spec__queue": {"name": "team-a"}},
     "an empty optional block": {"spec__checkpoint": {}},
     "a null where a default is": {"spec__suspend": None},
     "a null where nothing is": {"spec__lora": None},
@@ -125,6 +126,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no outputs": (
         {"spec__outputs": []},
         "spec.outputs: Invalid value: 0: spec.outputs in body should have at least 1 items",
+    ),
+    "a queue without a name": ({"spec__queue": {}}, "spec.queue.name: Required value"),
+    "a queue in another namespace": (
+        {"spec__queue": {"name": "team/a"}},
+        "must consist of lower-case letters, digits and '-', and start and end with a letter or digit",
     ),
     "a job reference without a kind": (
         {"spec__model": {"jobRef": {"name": "a"}}},

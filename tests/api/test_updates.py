@@ -15,6 +15,7 @@ FULL: dict[str, Any] = {
     "spec__storage": {"s3": {"region": "r"}},
     "spec__checkpoint": {"keep": 2},
     "spec__lifecycle": {"maxRestarts": 1, "gracePeriodSeconds": 60},
+    "spec__queue": {"name": "team-a"},
 }
 MUTABLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "suspend": ({}, {"spec__suspend": True}),
@@ -57,6 +58,9 @@ FROZEN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"spec__outputs": [{"name": "merged", "type": "HuggingFace"}, {"name": "a", "type": "PEFT"}]},
         "outputs",
     ),
+    "a queue that changes": (FULL, {"spec__queue__name": "team-b"}, "queue"),
+    "a queue that appears": ({}, {"spec__queue": {"name": "team-a"}}, "queue"),
+    "a queue that vanishes": (FULL, {"spec__queue": ABSENT}, "queue"),
     "a grace period that changes": (FULL, {"spec__lifecycle__gracePeriodSeconds": 61}, "lifecycle.gracePeriodSeconds"),
     "a grace period that appears": (
         {},

@@ -485,6 +485,13 @@ class Lifecycle(ApiModel):
     """The job is deleted this long after it finished. Unset: never. May be changed at any time."""
 
 
+class Queue(ApiModel):
+    """A queue of Kueue, which lets the job's pods start when there is quota for them."""
+
+    name: DnsLabel
+    """Name of a LocalQueue in the job's namespace."""
+
+
 # ------------------------------------------------------------------------------------------- metadata and status
 
 

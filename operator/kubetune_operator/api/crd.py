@@ -35,6 +35,7 @@ _COLUMNS = (
     ("ETA", "string", ".status.progress.eta", 0),
     ("Restarts", "integer", ".status.restarts", 0),
     ("Age", "date", ".metadata.creationTimestamp", 0),
+    ("Queue", "string", ".spec.queue.name", 1),
     ("Output", "string", ".status.outputs[0].uri", 1),
 )
 

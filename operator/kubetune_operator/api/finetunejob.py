@@ -24,6 +24,7 @@ from kubetune_operator.api.common import (
     Number,
     PositiveNumber,
     Probability,
+    Queue,
     RunRef,
     SecretKeyRef,
     Storage,
@@ -258,9 +259,9 @@ class Output(ApiModel):
 
 FROZEN = (
     "model", "dataset", "recipe", "tuning", "lora", "training", "compute", "storage", "workspace", "checkpoint",
-    "outputs",
+    "outputs", "queue",
 )  # fmt: skip
-OPTIONAL = {"lora", "compute", "storage", "checkpoint"}
+OPTIONAL = {"lora", "compute", "storage", "checkpoint", "queue"}
 
 
 def _frozen(name: str) -> Rule:
@@ -330,6 +331,8 @@ class FineTuneJobSpec(ApiModel):
     """The results of the job."""
     lifecycle: Lifecycle | None = None
     """How long the job may live and how often it may start again. Unset: the defaults of its fields."""
+    queue: Queue | None = None
+    """Where the job waits for quota, on a cluster with Kueue. Unset: it starts as soon as its pods find nodes."""
 
     @property
     def ranks(self) -> int:
@@ -527,14 +530,14 @@ class AttemptPod(StatusModel):
     """Whether its end is counted in restarts already."""
 
 
-State = Literal["Pending", "Preparing", "Running", "Restarting", "Suspended", "Complete", "Failed"]
+State = Literal["Pending", "Queued", "Preparing", "Running", "Restarting", "Suspended", "Complete", "Failed"]
 
 
 class FineTuneJobStatus(StatusModel):
     """What the operator saw. Users read it; only the operator writes it."""
 
     conditions: Annotated[list[Condition], Field(max_length=16), Unique(("type",))] = Field(default_factory=list)
-    """Accepted, DataReady, Running, Checkpointed, Complete, Failed, Suspended."""
+    """Accepted, DataReady, Admitted, Running, Checkpointed, Complete, Failed, Suspended."""
     observed_generation: Count | None = None
     """Generation of the spec that this status answers."""
     state: State | None = None

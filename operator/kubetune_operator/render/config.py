@@ -11,7 +11,7 @@ from kubetune_operator.names import GROUP_VERSION, KIND_FINETUNEJOB
 
 Json = dict[str, Any]
 
-CLUSTER_ONLY: Final = {"suspend", "compute", "lifecycle"}
+CLUSTER_ONLY: Final = {"suspend", "compute", "lifecycle", "queue"}
 """Blocks of the spec that say how a job runs on Kubernetes; the trainer never sees them."""
 
 NUMBERS: Final = (
