@@ -22,6 +22,7 @@ from kubetune_trainer.config.blocks import (
     Validation,
     Workspace,
 )
+from kubetune_trainer.config.evaluate import ComparedTo, ConfigMapName, EvalConfig, Gate, Task, TaskFiles
 from kubetune_trainer.config.finetune import (
     Checkpoint,
     FineTuneConfig,
@@ -37,9 +38,13 @@ from kubetune_trainer.config.load import (
 __all__ = [
     "CaBundle",
     "Checkpoint",
+    "ComparedTo",
     "ConfigMapKey",
+    "ConfigMapName",
     "Dataset",
+    "EvalConfig",
     "FineTuneConfig",
+    "Gate",
     "HubModel",
     "HubSource",
     "JobConfig",
@@ -53,6 +58,8 @@ __all__ = [
     "SecretName",
     "Source",
     "Storage",
+    "Task",
+    "TaskFiles",
     "Training",
     "UriSource",
     "Validation",

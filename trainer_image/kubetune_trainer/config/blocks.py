@@ -121,6 +121,8 @@ class Model(Block):
     """A repository of the Hugging Face Hub."""
     uri: UriSource | None = None
     """A folder in Hugging Face format."""
+    adapter: UriSource | None = None
+    """A PEFT folder, merged into the model as it is loaded; unset loads the model as it is."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from kubetune_trainer.config.blocks import JobConfig
+from kubetune_trainer.config.evaluate import EvalConfig
 from kubetune_trainer.config.finetune import FineTuneConfig
 from kubetune_trainer.errors import ConfigError
 
@@ -29,7 +30,7 @@ _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
 
 Config = TypeVar("Config", bound=JobConfig)
 
-KINDS: Final[dict[str, type[JobConfig]]] = {"FineTuneJob": FineTuneConfig}
+KINDS: Final[dict[str, type[JobConfig]]] = {"FineTuneJob": FineTuneConfig, "EvalJob": EvalConfig}
 """Each kind's config."""
 
 
