@@ -1,5 +1,8 @@
 """The main job on a real node: two pods train, the result comes back, and it is the model that was trained."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,8 @@ def test_a_job_trains_on_two_pods_and_its_outputs_come_back(cluster: Cluster, na
         job.wait_state("Running")
         assert len(job.pods("train")) == 2
         status = job.wait_state("Complete")
+    told = kubetune(cluster, "logs", job.name, "--namespace", namespace).splitlines()
+    assert [line.split()[1] for line in told if line.startswith("step ")] == [f"{step}/8" for step in range(1, 9)]
 
     progress = status["progress"]
     assert progress["step"] == progress["totalSteps"] == 8
@@ -42,6 +47,14 @@ def test_a_job_trains_on_two_pods_and_its_outputs_come_back(cluster: Cluster, na
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def kubetune(cluster: Cluster, *arguments: str) -> str:
+    """What the command line prints."""
+    command = [sys.executable, "-m", "kubetune_operator.cli", *arguments]
+    environment = os.environ | {"KUBECONFIG": str(cluster.kubeconfig)}
+    ran = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
+    return ran.stdout
 
 
 def test_a_job_may_start_from_what_another_one_made(cluster: Cluster, namespace: str) -> None:
