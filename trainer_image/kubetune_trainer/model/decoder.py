@@ -5,6 +5,8 @@ It asks for the device in two places, both marked; this tree's tests run it on C
 Shapes: B batch, T tokens, D hidden_size, N heads, K key and value heads, H head_dim, V vocab_size, S cached tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,6 +36,19 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = key_BKTH
         self.values[layer, :, :, self.length : end] = value_BKTH
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def begin_with(self, other: "KVCache") -> None:
+        """Take over the one row of another cache as the beginning of every row."""
+        self.length = other.length
+        self.keys[:, :, :, : self.length] = other.keys[:, :, :, : self.length]
+        self.values[:, :, :, : self.length] = other.values[:, :, :, : self.length]
+        self.documents_BS[:, : self.length] = other.documents_BS[:, : self.length]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these."""
+        index = torch.tensor(rows, device=self.keys.device)
+        self.keys, self.values = self.keys[:, index], self.values[:, index]
+        self.documents_BS = self.documents_BS[index]
 
 
 class RMSNorm(nn.Module):
@@ -164,21 +179,46 @@ class Decoder(nn.Module):
             The logits (B, T, V) without labels; with labels the SUM of cross entropy over the trained positions, an
             fp32 scalar. The loss is computed in here so that FSDP has the output head's weights at hand.
         """
+        mask = attention_mask(tokens_BT, documents_BT, cache)
+        x_BTD = self.hidden(tokens_BT, mask=mask, positions_BT=positions_BT, cache=cache)
+        if labels_BT is None:
+            return functional.linear(x_BTD[:, -1:] if last_only else x_BTD, self.head)
+        return sum_cross_entropy(x_BTD, self.head, labels_BT)
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        mask: Tensor | None,
+        positions_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Run the model up to its output head, for callers that need few of the logits; arguments as in `forward`.
+
+        Args:
+            tokens_BT: Token ids.
+            mask: Which keys each query sees, (B, 1, T, S); None is plain causal attention.
+            positions_BT: Position of each token; unset counts from 0, or on from the cache.
+            cache: Where keys and values are kept for the next call; it grows by T.
+
+        Returns:
+            The normalised residual stream, (B, T, D); `functional.linear` with `head` makes logits of it.
+        """
         start = cache.length if cache is not None else 0
         if positions_BT is None:
             positions_BT = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         x_BTD = self.model.embed_tokens(tokens_BT)
         cos, sin = rotary_tables(self.config.rope, positions_BT, head_dim=self.config.head_dim, dtype=x_BTD.dtype)
-        mask = attention_mask(tokens_BT, documents_BT, cache)
         for block in self.model.layers:
             x_BTD = block(x_BTD, cos, sin, mask, cache)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
-        x_BTD = self.model.norm(x_BTD)
-        head_VD = self.model.embed_tokens.weight if self.config.tied_embeddings else self.lm_head.weight
-        if labels_BT is None:
-            return functional.linear(x_BTD[:, -1:] if last_only else x_BTD, head_VD)
-        return sum_cross_entropy(x_BTD, head_VD, labels_BT)
+        return self.model.norm(x_BTD)
+
+    @property
+    def head(self) -> Tensor:
+        """The output head's weight, which may be the embedding's."""
+        return self.model.embed_tokens.weight if self.config.tied_embeddings else self.lm_head.weight
 
 
 def attention_mask(tokens_BT: Tensor, documents_BT: Tensor | None, cache: KVCache | None) -> Tensor | None:
