@@ -9,7 +9,11 @@ In every served namespace (a ClusterRole, or a Role per namespace in namespaced 
 | group | resources | verbs |
 |---|---|---|
 | kubetune.dev | finetunejobs | get, list, watch, delete |
+| kubetune.dev | evaljobs | get, list, watch, delete |
+| kubetune.dev | quantizejobs | get, list, watch, delete |
 | kubetune.dev | finetunejobs/status | patch |
+| kubetune.dev | evaljobs/status | patch |
+| kubetune.dev | quantizejobs/status | patch |
 | batch | jobs | get, list, watch, create, patch, delete |
 | "" | pods | get, list, watch |
 | "" | pods/log | get |
@@ -44,12 +48,12 @@ import kopf
 
 from kubetune_operator import metrics
 from kubetune_operator.errors import ClusterError, ConflictError, NotFoundError, RefusedError
-from kubetune_operator.names import API_GROUP, API_VERSION, KIND_FINETUNEJOB, PLURAL_FINETUNEJOB
+from kubetune_operator.names import API_GROUP, API_VERSION, KINDS
 
 Json = dict[str, Any]
 
 API_PATHS: Final[Mapping[str, tuple[str, str]]] = {
-    KIND_FINETUNEJOB: (f"/apis/{API_GROUP}/{API_VERSION}", PLURAL_FINETUNEJOB),
+    **{name: (f"/apis/{API_GROUP}/{API_VERSION}", kind.plural) for name, kind in KINDS.items()},
     "Job": ("/apis/batch/v1", "jobs"),
     "Pod": ("/api/v1", "pods"),
     "Service": ("/api/v1", "services"),

@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Any, Final
 
 from kubetune_operator.api.common import Compute
-from kubetune_operator.api.finetunejob import Estimate
+from kubetune_operator.api.jobs import Estimate
 from kubetune_operator.names import LABEL_NODE_GPU_MEMORY
 
 Json = dict[str, Any]

@@ -23,10 +23,9 @@ from kubetune_operator.leader import Leadership
 from kubetune_operator.names import (
     API_GROUP,
     API_VERSION,
-    KIND_FINETUNEJOB,
+    KINDS,
     LABEL_JOB_KIND,
     LABEL_JOB_NAME,
-    PLURAL_FINETUNEJOB,
 )
 from kubetune_operator.reconcile import JobRef, Reconciler
 from kubetune_operator.settings import Settings
@@ -50,7 +49,7 @@ class Operator:
         self.queue: KeyedQueue[JobRef] = KeyedQueue()
         self.reconciler = Reconciler(cluster=self.cluster, settings=settings)
         self.census = Census()
-        self.watched = {kind: Watched(kind) for kind in (KIND_FINETUNEJOB, "Job", "Pod")}
+        self.watched = {kind: Watched(kind) for kind in (*KINDS, "Job", "Pod")}
         self.leading = False
         self.tick = time.monotonic()
 
@@ -73,12 +72,12 @@ class Operator:
             await self.cluster.close()
 
     async def _wait_for_api(self) -> None:
-        """Wait until the API server knows our kind: kopf looks only once."""
-        waited = False
-        while not await self.cluster.serves(KIND_FINETUNEJOB):
-            if not waited:
-                logger.warning("waiting for the CRD of %s to be installed", KIND_FINETUNEJOB)
-            waited = True
+        """Wait until the API server knows our kinds: kopf looks only once."""
+        said = ""
+        while missing := ", ".join([kind for kind in KINDS if not await self.cluster.serves(kind)]):
+            if missing != said:
+                logger.warning("waiting for the CRD of %s to be installed", missing)
+            said = missing
             await asyncio.sleep(TICK_SECONDS)
 
     async def _lead(self, lease: Leadership) -> None:
@@ -128,21 +127,22 @@ class Operator:
         registry = kopf.OperatorRegistry()
 
         async def on_job(type: str | None, body: kopf.Body, **_: Any) -> None:  # noqa: A002 (kopf's name)
-            self.watched[KIND_FINETUNEJOB].note(type, body)
+            self.watched[body["kind"]].note(type, body)
             self.census.note(type, body)
-            self._wake(JobRef(body["metadata"]["namespace"], body["metadata"]["name"]))
+            self._wake(JobRef(body["kind"], body["metadata"]["namespace"], body["metadata"]["name"]))
 
         async def on_child(type: str | None, body: kopf.Body, **_: Any) -> None:  # noqa: A002 (kopf's name)
             self.watched[body["kind"]].note(type, body)
             labels: Mapping[str, str] = body["metadata"]["labels"]
-            if labels[LABEL_JOB_KIND] == KIND_FINETUNEJOB:
-                self.queue.add(JobRef(body["metadata"]["namespace"], labels[LABEL_JOB_NAME]))
+            if labels[LABEL_JOB_KIND] in KINDS:
+                self.queue.add(JobRef(labels[LABEL_JOB_KIND], body["metadata"]["namespace"], labels[LABEL_JOB_NAME]))
 
         async def log_in(**_: Any) -> kopf.ConnectionInfo:
             return login()
 
         kopf.on.login(registry=registry)(log_in)
-        kopf.on.event(API_GROUP, API_VERSION, PLURAL_FINETUNEJOB, registry=registry, id="job")(on_job)
+        for kind in KINDS.values():
+            kopf.on.event(API_GROUP, API_VERSION, kind.plural, registry=registry, id=kind.plural)(on_job)
         kopf.on.event("batch", "v1", "jobs", registry=registry, id="batch-job")(on_child)
         kopf.on.event("", "v1", "pods", registry=registry, id="pod")(on_child)
         return registry
@@ -164,7 +164,7 @@ class Operator:
                 result = await self._reconcile(ref)
             finally:
                 self.queue.done(ref)
-                metrics.RECONCILE_SECONDS.labels(KIND_FINETUNEJOB, result).observe(time.monotonic() - started)
+                metrics.RECONCILE_SECONDS.labels(ref.kind, result).observe(time.monotonic() - started)
 
     async def _reconcile(self, ref: JobRef) -> str:
         """Make a pass and say how it went; whatever happens, the next pass is arranged."""
@@ -175,11 +175,11 @@ class Operator:
             return "invalid"
         except ClusterError as error:
             delay = self.queue.retry(ref, at_least=min(error.delay_seconds, 60.0))
-            logger.warning("%s/%s: %s; again in %.1f s", ref.namespace, ref.name, error, delay)
+            logger.warning("%s %s/%s: %s; again in %.1f s", *ref, error, delay)
             return "retry"
         except Exception:
             delay = self.queue.retry(ref, at_least=5.0)
-            logger.exception("%s/%s: a bug; again in %.1f s", ref.namespace, ref.name, delay)
+            logger.exception("%s %s/%s: a bug; again in %.1f s", *ref, delay)
             return "error"
         self.queue.forget(ref)
         if after is not None:
@@ -190,9 +190,10 @@ class Operator:
         """Look at every unfinished job from time to time, events or not."""
         while True:
             await asyncio.sleep(self.settings.resync_seconds)
-            for item in await self._list(KIND_FINETUNEJOB, metadata_only=False):
-                if (item.get("status") or {}).get("state") not in {"Complete", "Failed"}:
-                    self.queue.add(JobRef(item["metadata"]["namespace"], item["metadata"]["name"]))
+            for kind in KINDS:
+                for item in await self._list(kind, metadata_only=False):
+                    if (item.get("status") or {}).get("state") not in {"Complete", "Failed"}:
+                        self.queue.add(JobRef(kind, item["metadata"]["namespace"], item["metadata"]["name"]))
 
     async def _compare(self) -> None:
         """Hold every watch against a list from time to time."""
@@ -204,7 +205,7 @@ class Operator:
 
     async def _list(self, kind: str, *, metadata_only: bool) -> list[Json]:
         """List a kind in all served namespaces; nothing where the API server does not answer."""
-        labels = "" if kind == KIND_FINETUNEJOB else OURS
+        labels = "" if kind in KINDS else OURS
         found: list[Json] = []
         for namespace in self.settings.namespaces or (None,):
             try:

@@ -20,7 +20,7 @@ API_THROTTLE_SECONDS: Final = Counter(
     "kubetune_api_throttle_seconds_total", "Time that requests waited for the operator's own rate limit."
 )
 JOBS: Final = Gauge("kubetune_jobs", "Jobs by kind and state.", ["kind", "state"])
-RESTARTS: Final = Counter("kubetune_restarts_total", "Restarts of training, by what ended the attempt.", ["reason"])
+RESTARTS: Final = Counter("kubetune_restarts_total", "Restarts, by what ended the attempt.", ["kind", "reason"])
 WATCH_AGE_SECONDS: Final = Gauge(
     "kubetune_watch_age_seconds", "Time since the last event of a watch; grows while nothing happens.", ["resource"]
 )

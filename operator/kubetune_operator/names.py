@@ -3,6 +3,8 @@
 What the trainer shares stands again in `kubetune_trainer.names`; a test holds the two equal.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
@@ -11,8 +13,63 @@ API_VERSION: Final = "v1alpha1"
 GROUP_VERSION: Final = f"{API_GROUP}/{API_VERSION}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What is called how for a kind of job.
+
+    Attributes:
+        plural: The kind in URLs.
+        component: Its work, in labels and in names of Jobs.
+        recipe: What the trainer runs for it.
+        doing: Its work as it goes on, the reason of the Running condition.
+        preparing: What its prepare Job does.
+        less: How to need less memory.
+        suffix: What names of its ConfigMap and prepare Job end in, so that jobs of two kinds may have one name.
+    """
+
+    plural: str
+    component: str
+    recipe: str
+    doing: str
+    preparing: str
+    less: str
+    suffix: str = ""
+
+
 KIND_FINETUNEJOB: Final = "FineTuneJob"
-PLURAL_FINETUNEJOB: Final = "finetunejobs"
+KIND_EVALJOB: Final = "EvalJob"
+KIND_QUANTIZEJOB: Final = "QuantizeJob"
+KINDS: Final[Mapping[str, Kind]] = {
+    KIND_FINETUNEJOB: Kind(
+        plural="finetunejobs",
+        component="train",
+        recipe="finetune",
+        doing="Training",
+        preparing="the model is fetched and the data is tokenized",
+        less=(
+            "a smaller training.microBatchSize or dataset.maxSequenceLength, "
+            "training.activationCheckpointing: Full, or more nodes"
+        ),
+    ),
+    KIND_EVALJOB: Kind(
+        plural="evaljobs",
+        component="eval",
+        recipe="eval_model",
+        doing="Evaluating",
+        preparing="the model and the tasks are fetched",
+        less="a smaller batchSize or maxSequenceLength",
+        suffix="-eval",
+    ),
+    KIND_QUANTIZEJOB: Kind(
+        plural="quantizejobs",
+        component="quantize",
+        recipe="quantize",
+        doing="Quantizing",
+        preparing="the model is fetched and the data is tokenized",
+        less="a smaller maxSequenceLength in calibration.dataset and verify.dataset",
+        suffix="-quantize",
+    ),
+}
 
 
 class ExitCode(IntEnum):
@@ -38,10 +95,21 @@ LABEL_JOB_KIND: Final = f"{API_GROUP}/job-kind"
 LABEL_COMPONENT: Final = f"{API_GROUP}/component"
 LABEL_ATTEMPT: Final = f"{API_GROUP}/attempt"
 COMPONENT_PREPARE: Final = "prepare"
-COMPONENT_TRAIN: Final = "train"
+
+# Written by `kubetune sweep` on the jobs that it makes.
+LABEL_SWEEP: Final = f"{API_GROUP}/sweep"
+ANNOTATION_SWEEP_VALUES: Final = f"{API_GROUP}/sweep-values"
 
 LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
 MANAGED_BY: Final = "kubetune"
+
+# Kueue's. The operator writes the first on the Job that stands in a queue, Kueue the second on its Workload.
+LABEL_QUEUE_NAME: Final = "kueue.x-k8s.io/queue-name"
+LABEL_WORKLOAD_JOB_UID: Final = "kueue.x-k8s.io/job-uid"
+PREFIX_KUEUE: Final = "kueue.x-k8s.io/"
+COMPONENT_QUEUE: Final = "queue"
+QUEUE_JOB_MANAGER: Final = f"{API_GROUP}/operator"
+"""`spec.managedBy` of the Job that stands in a queue: the Job controller leaves it alone."""
 
 # Written by the Job controller on the pods of an Indexed Job.
 LABEL_BATCH_JOB_NAME: Final = "batch.kubernetes.io/job-name"
@@ -67,6 +135,7 @@ ENV_CONFIGMAPS_DIR: Final = "KUBETUNE_CONFIGMAPS_DIR"
 ENV_PVC_DIR: Final = "KUBETUNE_PVC_DIR"
 ENV_SCRATCH: Final = "KUBETUNE_SCRATCH"
 ENV_ATTEMPT: Final = "KUBETUNE_ATTEMPT"
+ENV_IMAGE: Final = "KUBETUNE_IMAGE"
 ENV_CPUS: Final = "KUBETUNE_CPUS"
 ENV_METRICS_PORT: Final = "KUBETUNE_METRICS_PORT"
 ENV_TERMINATION_LOG: Final = "KUBETUNE_TERMINATION_LOG"
@@ -84,16 +153,21 @@ S3_SECRET_KEY: Final = "AWS_SECRET_ACCESS_KEY"  # noqa: S105 (the name of a key,
 S3_SESSION_TOKEN: Final = "AWS_SESSION_TOKEN"  # noqa: S105 (the name of a key, not a secret)
 
 
-def config_name(job: str) -> str:
-    """Name of the ConfigMap that carries the rendered config."""
-    return f"{job}-config"
+def config_name(kind: str, name: str) -> str:
+    """Name of the ConfigMap that carries the rendered config of a job."""
+    return f"{name}-config{KINDS[kind].suffix}"
 
 
-def prepare_name(job: str) -> str:
-    """Name of the Job that resolves the model and tokenizes the data."""
-    return f"{job}-prepare"
+def prepare_name(kind: str, name: str) -> str:
+    """Name of the Job that resolves the model and fetches the data of a job."""
+    return f"{name}-prepare{KINDS[kind].suffix}"
 
 
-def train_name(job: str, *, attempt: int) -> str:
-    """Name of the training Job of an attempt, and of its headless Service."""
-    return f"{job}-train-{attempt}"
+def queue_job_name(kind: str, name: str) -> str:
+    """Name of the Job that stands in Kueue's queue for a job, through all of its attempts."""
+    return f"{name}-queue{KINDS[kind].suffix}"
+
+
+def work_name(kind: str, name: str, *, attempt: int) -> str:
+    """Name of the Job of an attempt, and of its headless Service."""
+    return f"{name}-{KINDS[kind].component}-{attempt}"

@@ -1,15 +1,17 @@
-"""From the tail of rank 0's log to `status.progress` and `status.checkpoint`."""
+"""From the tail of rank 0's log to `status.progress`, `status.checkpoint` and long results."""
 
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, TypeGuard
+from typing import Any, Final, TypeGuard, TypeVar
 
 from kubetune_operator.api.finetunejob import LastCheckpoint, Progress
+from kubetune_operator.api.jobs import WorkProgress
 
 Json = dict[str, Any]
+P = TypeVar("P", bound=WorkProgress)
 
 FORMATS: Final = {
     "epoch": "{:.2f}",
@@ -20,7 +22,9 @@ FORMATS: Final = {
 }
 """How numbers stand in the status, where floats have no place."""
 
-PHASES: Final = ("Downloading", "Loading", "Training", "Exporting")
+PHASES: Final = (
+    "Downloading", "Loading", "Training", "Exporting", "Evaluating", "Calibrating", "Quantizing", "Verifying",
+)  # fmt: skip
 """What a trainer may be doing; the reason of the Running condition."""
 
 STEP_FIELDS: Final = {
@@ -43,13 +47,15 @@ class Tail:
         step: The last training step.
         validation: The last validation.
         checkpoint: The last complete checkpoint, or the one that was resumed from.
-        phase: What the trainer is doing: Downloading, Loading, Training or Exporting.
+        work: The last progress of a job that does not train.
+        phase: What the trainer is doing, one of `PHASES`.
     """
 
     start: Json | None = None
     step: Json | None = None
     validation: Json | None = None
     checkpoint: Json | None = None
+    work: Json | None = None
     phase: str = ""
 
 
@@ -64,8 +70,14 @@ def read_tail(text: str) -> Tail:
         step=newest.get("step"),
         validation=newest.get("validation"),
         checkpoint=newest.get("checkpoint"),
+        work=newest.get("progress"),
         phase=phase if (phase := newest.get("phase", {}).get("phase")) in PHASES else "",
     )
+
+
+def events_named(text: str, name: str) -> list[Json]:
+    """All events of a name in a piece of log."""
+    return [event for event in _events(text) if event["event"] == name]
 
 
 def _events(text: str) -> Iterator[Json]:
@@ -101,6 +113,25 @@ def step_fields(event: Json) -> Json:
     for key, field in STEP_FIELDS.items():
         fields |= _formatted(field, event.get(key))
     return fields | _formatted("validation_loss", event.get("validationLoss"))
+
+
+def update_work(before: P | None, *, model: type[P], tail: Tail, now: datetime) -> P | None:
+    """Bring the progress of a job that does not train up to date; the same object comes back when nothing is new."""
+    fields = work_fields(tail.work, model=model) if tail.work is not None else {}
+    known = before.model_dump() if before is not None else {}
+    if all(known.get(key) == value for key, value in fields.items()):
+        return before
+    return (before or model()).model_copy(update=fields | {"updated_at": timestamp(now)})
+
+
+def work_fields(event: Json, *, model: type[WorkProgress]) -> Json:
+    """The fields of the status that a progress event carries, as far as the kind has them."""
+    counts = {"done": event.get("done"), "total": event.get("total"), "eta_seconds": event.get("etaSeconds")}
+    fields: Json = {field: int(value) for field, value in counts.items() if _is_number(value) and value >= 0}
+    fields |= _formatted("tokens_per_second", event.get("tokensPerSecond"))
+    if isinstance(event.get("phase"), str):
+        fields["phase"] = event["phase"][:32]
+    return {field: value for field, value in fields.items() if field in model.model_fields}
 
 
 def update_checkpoint(before: LastCheckpoint | None, *, tail: Tail, now: datetime) -> LastCheckpoint | None:

@@ -10,18 +10,20 @@ from typing import Any, Final, NamedTuple
 import yaml
 
 from kubetune_operator import metrics
-from kubetune_operator.api.finetunejob import FineTuneJob, parse_finetunejob
+from kubetune_operator.api.jobs import Job
+from kubetune_operator.api.kinds import parse_job
+from kubetune_operator.api.references import JobKey, references_of
 from kubetune_operator.cluster import Cluster
 from kubetune_operator.errors import ClusterError, ConflictError, NotFoundError, RefusedError
 from kubetune_operator.lifecycle import decide
 from kubetune_operator.lifecycle.draft import Action, Create, Decision, Delete, Note, Observed, PatchJob
+from kubetune_operator.lifecycle.upstream import adapters_base, still_waits
 from kubetune_operator.names import (
     CONFIG_FILE,
     GROUP_VERSION,
-    KIND_FINETUNEJOB,
     TRAINER_CONTAINER,
     config_name,
-    train_name,
+    work_name,
 )
 from kubetune_operator.progress import timestamp
 from kubetune_operator.render.job import job_labels
@@ -34,6 +36,7 @@ from kubetune_operator.status import (
     job_condition,
     phase_of,
     pods_of,
+    report_of,
 )
 
 Json = dict[str, Any]
@@ -42,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 LOG_LINES: Final = 400
 """Lines of rank 0's log that one poll reads: the steps of an interval, with the events among them."""
+RESULT_LINES: Final = 4000
+"""Lines that are read when the termination message says that its results stand in the log."""
 POLL_REQUESTS: Final = 5
 """Requests of a pass that reads a log: the job, its Jobs, its pods, the log, and the status that is written."""
 SLOWEST_POLL: Final = 6.0
@@ -53,6 +58,7 @@ EVENTS_ABOUT: Final = 3
 class JobRef(NamedTuple):
     """Which job is meant."""
 
+    kind: str
     namespace: str
     name: str
 
@@ -91,11 +97,11 @@ class Reconciler:
             ClusterError: Try again.
             SpecError: The stored object does not fit our models; only another version of it can help.
         """
-        raw = await self.cluster.get(KIND_FINETUNEJOB, namespace=ref.namespace, name=ref.name)
+        raw = await self.cluster.get(ref.kind, namespace=ref.namespace, name=ref.name)
         if raw is None or is_deleting(raw):
             self.forget(ref)
             return None
-        seen = await self._observe(ref, parse_finetunejob(raw))
+        seen = await self._observe(ref, parse_job(raw))
         decision = decide(seen, settings=self.settings)
         await self._apply(ref, raw, seen=seen, decision=decision)
         return decision.requeue_after
@@ -109,7 +115,7 @@ class Reconciler:
 
     # ------------------------------------------------------------------------------------------------- observe
 
-    async def _observe(self, ref: JobRef, job: FineTuneJob) -> Observed:
+    async def _observe(self, ref: JobRef, job: Job) -> Observed:
         now = datetime.now(UTC)
         state = job.status.state
         if state in {"Complete", "Failed"}:
@@ -117,15 +123,15 @@ class Reconciler:
             jobs, _, _ = await self._children(job) if state == "Failed" else ([], [], [])
             return Observed(job=job, now=now, jobs=jobs)
         jobs, pods, strangers = await self._children(job)
-        train = _current(job, jobs)
+        work = _current(job, jobs)
         config = None
-        parents: dict[str, FineTuneJob] = {}
-        if train is None:
+        upstream: dict[JobKey, Job] = {}
+        if work is None:
             config, foreign = await self._config(job)
             strangers += foreign
-            parents = await self._parents(ref, job) if config is None else {}
-        active = train or next((item for item in jobs if not job_condition(item, "Complete", "Failed")), None)
-        log = await self._log(ref, train=train, pods=pods)
+            upstream = await self._upstream(ref, job) if config is None else {}
+        active = work or next((item for item in jobs if not job_condition(item, "Complete", "Failed")), None)
+        log = await self._log(ref, work=work, pods=pods)
         return Observed(
             job=job,
             now=now,
@@ -133,7 +139,8 @@ class Reconciler:
             pods=pods,
             strangers=strangers,
             config=config,
-            parents=parents,
+            upstream=upstream,
+            configs=await self._configs(job, upstream=upstream),
             events=await self._events(active, pods=pods, now=now) if active else (),
             log=log,
             poll_seconds=self._poll_seconds(ref),
@@ -141,7 +148,7 @@ class Reconciler:
             refused=self._refused.get(ref, ""),
         )
 
-    async def _children(self, job: FineTuneJob) -> tuple[list[Json], list[Json], list[str]]:
+    async def _children(self, job: Job) -> tuple[list[Json], list[Json], list[str]]:
         """The job's own batch Jobs and their pods, and the names of those of an older job of the same name."""
         namespace, labels = job.metadata.namespace, job_labels(job)
         found = await self.cluster.list_all("Job", namespace=namespace, labels=labels)
@@ -153,9 +160,9 @@ class Reconciler:
         pods = await self.cluster.list_all("Pod", namespace=namespace, labels=labels)
         return jobs, [pod for pod in pods if any(_owned_by(pod, uid) for uid in mine)], strangers
 
-    async def _config(self, job: FineTuneJob) -> tuple[Json | None, list[str]]:
+    async def _config(self, job: Job) -> tuple[Json | None, list[str]]:
         """The rendered config as it was fixed, and the ConfigMap's name if it belongs to an older job."""
-        name = config_name(job.metadata.name)
+        name = config_name(job.kind, job.metadata.name)
         found = await self.cluster.get("ConfigMap", namespace=job.metadata.namespace, name=name)
         if found is None:
             return None, []
@@ -163,17 +170,31 @@ class Reconciler:
             return None, [f"ConfigMap {name}"]
         return yaml.safe_load(found["data"][CONFIG_FILE]), []
 
-    async def _parents(self, ref: JobRef, job: FineTuneJob) -> dict[str, FineTuneJob]:
-        """The jobs that this one refers to, as far as they exist. Their events wake this one up from now on."""
-        resume = job.spec.checkpoint.resume_from if job.spec.checkpoint else None
-        references = [job.spec.model.job_ref, resume.job_ref if resume else None]
-        parents: dict[str, FineTuneJob] = {}
-        for name in {reference.name for reference in references if reference is not None}:
-            self.dependents.setdefault(JobRef(ref.namespace, name), set()).add(ref)
-            raw = await self.cluster.get(KIND_FINETUNEJOB, namespace=ref.namespace, name=name)
-            if raw is not None and not is_deleting(raw):
-                parents[name] = parse_finetunejob(raw)
-        return parents
+    async def _upstream(self, ref: JobRef, job: Job) -> dict[JobKey, Job]:
+        """The jobs that this one refers to, and those that they wait for in turn, as far as they exist.
+
+        From now on events of the former wake this one up.
+        """
+        for key in references_of(job):
+            self.dependents.setdefault(JobRef(key.kind, ref.namespace, key.name), set()).add(ref)
+        found: dict[JobKey, Job] = {}
+        wanted = references_of(job)
+        while wanted:
+            key = wanted.pop()
+            if key in found or key == (ref.kind, ref.name):
+                continue
+            raw = await self.cluster.get(key.kind, namespace=ref.namespace, name=key.name)
+            if raw is None or is_deleting(raw):
+                continue
+            found[key] = parse_job(raw)
+            wanted += references_of(found[key]) if still_waits(found[key]) else []
+        return found
+
+    async def _configs(self, job: Job, *, upstream: dict[JobKey, Job]) -> dict[JobKey, Json]:
+        """The config of the job whose adapters this one would use."""
+        key = adapters_base(job, upstream=upstream)
+        config, _ = await self._config(upstream[key]) if key is not None else (None, [])
+        return {key: config} if key is not None and config is not None else {}
 
     async def _events(self, active: Json, *, pods: Sequence[Json], now: datetime) -> list[Json]:
         """Events about what does not start; read only after it had the time to."""
@@ -184,31 +205,32 @@ class Reconciler:
         uids = [item["metadata"]["uid"] for item in stuck[:EVENTS_ABOUT]]
         return await self.cluster.events_about(namespace=active["metadata"]["namespace"], uids=uids)
 
-    async def _nodes(self, job: FineTuneJob, jobs: Sequence[Json]) -> list[Json] | None:
+    async def _nodes(self, job: Job, jobs: Sequence[Json]) -> list[Json] | None:
         """The nodes, in the one pass that compares the estimate with them."""
         ready = is_true(job.status.conditions, "DataReady")
         if ready or not any(job_condition(item, "Complete") for item in jobs):
             return None
         return await self.cluster.nodes()
 
-    async def _log(self, ref: JobRef, *, train: Json | None, pods: Sequence[Json]) -> str:
+    async def _log(self, ref: JobRef, *, work: Json | None, pods: Sequence[Json]) -> str:
         """The tail of rank 0's log, when a poll is due or the attempt is ending."""
-        if train is None:
+        if work is None:
             return ""
-        mine = pods_of(pods, job=train["metadata"]["name"])
+        mine = pods_of(pods, job=work["metadata"]["name"])
         leader = next((pod for pod in reversed(mine) if index_of(pod) == 0 and phase_of(pod) != "Pending"), None)
         if leader is None:
             return ""
         poll = self._polls.setdefault(ref, _Poll())
-        ending = job_condition(train, "Complete", "Failed") or any(
+        ending = job_condition(work, "Complete", "Failed") or any(
             phase_of(pod) == "Failed" or is_deleting(pod) for pod in mine
         )
         due = poll.last + self._poll_seconds(ref) <= time.monotonic() + 0.05
         if not (ending or due):
             return ""
         poll.last = time.monotonic()
+        lines = RESULT_LINES if report_of(leader).get("seeLog") else LOG_LINES
         return await self.cluster.log_tail(
-            namespace=ref.namespace, pod=leader["metadata"]["name"], container=TRAINER_CONTAINER, lines=LOG_LINES
+            namespace=ref.namespace, pod=leader["metadata"]["name"], container=TRAINER_CONTAINER, lines=lines
         )
 
     def _poll_seconds(self, ref: JobRef) -> float:
@@ -221,7 +243,7 @@ class Reconciler:
 
     async def _apply(self, ref: JobRef, raw: Json, *, seen: Observed, decision: Decision) -> None:
         if seen.log and (poll := self._polls.get(ref)) is not None:
-            new = decision.status.progress != seen.job.status.progress
+            new = decision.status != seen.job.status
             poll.patience = 1.0 if new else min(SLOWEST_POLL, poll.patience * 1.5)
         await self._write_status(raw, decision=decision)
         _count_restarts(seen.job, decision)
@@ -238,7 +260,7 @@ class Reconciler:
             return
         metadata = raw["metadata"]
         await self.cluster.patch(
-            KIND_FINETUNEJOB,
+            raw["kind"],
             namespace=metadata["namespace"],
             name=metadata["name"],
             patch={
@@ -278,7 +300,7 @@ class Reconciler:
             self._refused[ref] = str(error)
             raise
 
-    async def _send(self, job: FineTuneJob, note: Note, *, now: datetime) -> None:
+    async def _send(self, job: Job, note: Note, *, now: datetime) -> None:
         """Send an Event; one that gets lost is no reason to repeat a pass."""
         manifest = {
             "apiVersion": "v1",
@@ -286,7 +308,7 @@ class Reconciler:
             "metadata": {"generateName": f"{job.metadata.name}.", "namespace": job.metadata.namespace},
             "involvedObject": {
                 "apiVersion": GROUP_VERSION,
-                "kind": KIND_FINETUNEJOB,
+                "kind": job.kind,
                 "name": job.metadata.name,
                 "namespace": job.metadata.namespace,
                 "uid": job.metadata.uid,
@@ -322,11 +344,11 @@ def merge_patch(before: Json, after: Json) -> Json:
     return patch
 
 
-def _current(job: FineTuneJob, jobs: Iterable[Json]) -> Json | None:
-    """The training Job of the current attempt."""
+def _current(job: Job, jobs: Iterable[Json]) -> Json | None:
+    """The Job of the current attempt."""
     if not job.status.attempt:
         return None
-    name = train_name(job.metadata.name, attempt=job.status.attempt)
+    name = work_name(job.kind, job.metadata.name, attempt=job.status.attempt)
     return next((item for item in jobs if item["metadata"]["name"] == name), None)
 
 
@@ -334,8 +356,8 @@ def _owned_by(item: Json, uid: str) -> bool:
     return any(owner["uid"] == uid for owner in item["metadata"].get("ownerReferences") or [])
 
 
-def _count_restarts(job: FineTuneJob, decision: Decision) -> None:
+def _count_restarts(job: Job, decision: Decision) -> None:
     restarts = (decision.status.restarts or 0) - (job.status.restarts or 0)
     if restarts > 0:
         failure = decision.status.last_failure
-        metrics.RESTARTS.labels(failure.reason if failure and failure.reason else "Unknown").inc(restarts)
+        metrics.RESTARTS.labels(job.kind, failure.reason if failure and failure.reason else "Unknown").inc(restarts)

@@ -8,11 +8,14 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from kubetune_operator.api.common import Condition
-from kubetune_operator.api.finetunejob import LastFailure
+from kubetune_operator.api.jobs import LastFailure
 from kubetune_operator.names import (
     ANNOTATION_COMPLETION_INDEX,
+    KIND_FINETUNEJOB,
+    KINDS,
     LABEL_ATTEMPT,
     LABEL_BATCH_JOB_NAME,
+    LABEL_JOB_KIND,
     PERMANENT_EXIT_CODES,
     TRAINER_CONTAINER,
     ExitCode,
@@ -32,10 +35,6 @@ IMAGE_REASONS: Final = {
 START_REASONS: Final = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 MOUNT_REASONS: Final = {"FailedMount", "FailedAttachVolume", "FailedMapVolume"}
 
-HINT_MEMORY: Final = (
-    "Raise compute.resources.limits.memory, or need less: a smaller training.microBatchSize or "
-    "dataset.maxSequenceLength, training.activationCheckpointing: Full, or more nodes."
-)
 HINT_KILLED: Final = (
     "The process was killed from outside. If nobody did it, look for memory pressure or a restart of the node."
 )
@@ -221,7 +220,7 @@ def _explain(pod: Json, *, terminated: Json, report: Json, disrupted: Json | Non
     code = terminated.get("exitCode")
     status = pod.get("status", {})
     if terminated.get("reason") == "OOMKilled":
-        return "OOMKilled", "the container needed more memory than its limit and was killed", HINT_MEMORY
+        return "OOMKilled", "the container needed more memory than its limit and was killed", _hint_memory(pod)
     if report.get("reason"):
         return str(report["reason"]), str(report.get("message") or ""), str(report.get("hint") or "")
     if disrupted is not None:
@@ -238,6 +237,11 @@ def _explain(pod: Json, *, terminated: Json, report: Json, disrupted: Json | Non
         f"the container ended with exit code {code}" + (f": {said}" if said else ""),
         "Read the pod's log.",
     )
+
+
+def _hint_memory(pod: Json) -> str:
+    kind = KINDS.get(pod["metadata"].get("labels", {}).get(LABEL_JOB_KIND, ""), KINDS[KIND_FINETUNEJOB])
+    return f"Raise compute.resources.limits.memory, or need less: {kind.less}."
 
 
 def _signal(number: int) -> str:

@@ -48,6 +48,24 @@ GOOD: dict[str, dict[str, Any]] = {
     "a model of the Hub without an owner": {"spec__model": {"hub": {"repo": "gpt2", "revision": "v1"}}},
     "a gated model": {"spec__model": {"hub": {"repo": "a/b", "tokenSecret": {"name": "hf", "key": "token"}}}},
     "another job's output": {"spec__model": {"jobRef": {"kind": "FineTuneJob", "name": "stage-1", "output": "merged"}}},
+    "a FineTuneJob's output, its kind left out": {"spec__model": {"jobRef": {"name": "stage-1"}}},
+    "a quantized model of the same name": {"spec__model": {"jobRef": {"kind": "QuantizeJob", "name": "run7"}}},
+    "jobs to wait for": {
+        "spec__after": [
+            {"kind": "EvalJob", "name": "run7", "condition": "GatePassed"},
+            {"kind": "FineTuneJob", "name": "a"},
+        ]
+    },
+    "every format": {
+        "spec__outputs": [
+            {"name": "merged", "type": "HuggingFace", "dtype": "BF16"},
+            {"name": "adapter", "type": "PEFT"},
+            {"name": "gguf", "type": "GGUF", "gguf": {"type": "Q8_0"}},
+            {"name": "phone", "type": "ExecuTorch"},
+            {"name": "phone4", "type": "ExecuTorch", "scheme": "Int8DynamicActivationInt4Weight", "execuTorch": {}},
+            {"name": "vllm", "type": "CompressedTensors", "scheme": "Int4WeightOnly", "groupSize": 64},
+        ]
+    },
     "a model with credentials of its own": {
         "spec__model__uri__s3": {
             "endpoint": "http://s3:9000",
@@ -132,13 +150,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"spec__queue": {"name": "team/a"}},
         "must consist of lower-case letters, digits and '-', and start and end with a letter or digit",
     ),
-    "a job reference without a kind": (
-        {"spec__model": {"jobRef": {"name": "a"}}},
-        "spec.model.jobRef.kind: Required value",
-    ),
     "another kind of job": (
         {"spec__model": {"jobRef": {"kind": "Job", "name": "a"}}},
-        'spec.model.jobRef.kind: Unsupported value: "Job": supported values: "FineTuneJob"',
+        'spec.model.jobRef.kind: Unsupported value: "Job": supported values: "FineTuneJob", "QuantizeJob"',
     ),
     # Types
     "a number for a string": (
@@ -340,6 +354,47 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a job that waits for itself": (
         {"spec__model": {"jobRef": {"kind": "FineTuneJob", "name": "run7"}}},
         "spec.model.jobRef must name another job",
+    ),
+    "a job that comes after itself": (
+        {"spec__after": [{"kind": "FineTuneJob", "name": "run7"}]},
+        "spec.after must name other jobs",
+    ),
+    "a job that resumes from itself": (
+        {"spec__checkpoint": {"resumeFrom": {"jobRef": {"kind": "FineTuneJob", "name": "run7"}}}},
+        "spec.checkpoint.resumeFrom.jobRef must name another job",
+    ),
+    "a job to wait for twice": (
+        {
+            "spec__after": [
+                {"kind": "EvalJob", "name": "a"},
+                {"kind": "EvalJob", "name": "a", "condition": "GatePassed"},
+            ]
+        },
+        'spec.after[1]: Duplicate value: {"kind":"EvalJob","name":"a"}',
+    ),
+    "the gates of a job that has none": (
+        {"spec__after": [{"kind": "FineTuneJob", "name": "a", "condition": "GatePassed"}]},
+        "condition: GatePassed is allowed only with kind: EvalJob or QuantizeJob, which have gates",
+    ),
+    "a condition that no job has": (
+        {"spec__after": [{"kind": "EvalJob", "name": "a", "condition": "Failed"}]},
+        'spec.after[0].condition: Unsupported value: "Failed": supported values: "Complete", "GatePassed"',
+    ),
+    "a format of QuantizeJobs": (
+        {"spec__outputs__0__type": "TorchAO"},
+        'spec.outputs[0].type: Unsupported value: "TorchAO"',
+    ),
+    "a scheme for a whole model": (
+        {"spec__outputs__0__scheme": "Int8WeightOnly"},
+        "scheme is allowed only with type: CompressedTensors or TorchAO or ExecuTorch",
+    ),
+    "a format without its scheme": (
+        {"spec__outputs": [{"name": "a", "type": "CompressedTensors"}]},
+        "type: CompressedTensors takes the scheme Int8WeightOnly or Int8DynamicActivation or Int4WeightOnly",
+    ),
+    "GGUF without its type": (
+        {"spec__outputs": [{"name": "a", "type": "GGUF"}]},
+        "gguf must be set with type: GGUF, and only with it",
     ),
     "a mount without a volume": (
         {"spec__compute": {"volumeMounts": [{"name": "cache", "mountPath": "/cache"}]}},

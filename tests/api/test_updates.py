@@ -16,6 +16,7 @@ FULL: dict[str, Any] = {
     "spec__checkpoint": {"keep": 2},
     "spec__lifecycle": {"maxRestarts": 1, "gracePeriodSeconds": 60},
     "spec__queue": {"name": "team-a"},
+    "spec__after": [{"kind": "EvalJob", "name": "base"}],
 }
 MUTABLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "suspend": ({}, {"spec__suspend": True}),
@@ -61,6 +62,9 @@ FROZEN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a queue that changes": (FULL, {"spec__queue__name": "team-b"}, "queue"),
     "a queue that appears": ({}, {"spec__queue": {"name": "team-a"}}, "queue"),
     "a queue that vanishes": (FULL, {"spec__queue": ABSENT}, "queue"),
+    "jobs to wait for that change": (FULL, {"spec__after__0__condition": "GatePassed"}, "after"),
+    "jobs to wait for that appear": ({}, {"spec__after": [{"kind": "EvalJob", "name": "base"}]}, "after"),
+    "jobs to wait for that vanish": (FULL, {"spec__after": ABSENT}, "after"),
     "a grace period that changes": (FULL, {"spec__lifecycle__gracePeriodSeconds": 61}, "lifecycle.gracePeriodSeconds"),
     "a grace period that appears": (
         {},

@@ -77,7 +77,7 @@ class CrashingOperator:
 async def _live(world: World, name: str, *, crash_at: int) -> CrashingOperator:
     """A life with a restart, a suspension and a good end."""
     await world.apply(name, compute={"nodes": 2})
-    operator = CrashingOperator(JobRef(world.namespace, name), crash_at=crash_at)
+    operator = CrashingOperator(JobRef("FineTuneJob", world.namespace, name), crash_at=crash_at)
     running = asyncio.create_task(operator.run())
     try:
         await world.prepared(name=name)

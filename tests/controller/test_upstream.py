@@ -39,7 +39,9 @@ async def test_a_chain_of_jobs_waits_says_for_what_and_takes_the_output(world: W
         }
     }
     status = await world.status("second")
-    assert status["resolved"]["parents"] == [{"kind": "FineTuneJob", "name": "first", "uid": first["metadata"]["uid"]}]
+    parent = {"kind": "FineTuneJob", "name": "first", "uid": first["metadata"]["uid"], "output": "merged"}
+    assert status["resolved"]["parents"] == [parent | {"digest": "d1"}]
+    assert config["run"]["parents"] == [parent]
 
 
 async def test_an_output_that_the_other_job_does_not_have_is_named(world: World) -> None:
@@ -48,7 +50,7 @@ async def test_an_output_that_the_other_job_does_not_have_is_named(world: World)
     await world.prepared(name="first")
     await world.complete(await world.training(name="first"), name="first")
     status = await world.until(lambda status: _running(status).get("reason") == "UpstreamNotUsable", name="second")
-    assert _running(status)["message"] == "FineTuneJob first has no output 'adapter'; it has merged"
+    assert _running(status)["message"] == "FineTuneJob first has no output 'adapter'; it has merged (HuggingFace)"
 
 
 async def test_a_job_that_failed_is_no_model_but_its_checkpoint_can_be_resumed_from(world: World) -> None:

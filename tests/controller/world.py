@@ -28,8 +28,15 @@ Json = dict[str, Any]
 
 KIND = "FineTuneJob"
 RIGHTS: list[Json] = [
-    {"apiGroups": ["kubetune.dev"], "resources": ["finetunejobs"], "verbs": ["get", "list", "watch", "delete"]},
-    {"apiGroups": ["kubetune.dev"], "resources": ["finetunejobs/status"], "verbs": ["patch"]},
+    {
+        "apiGroups": ["kubetune.dev"], "resources": ["finetunejobs", "evaljobs", "quantizejobs"],
+        "verbs": ["get", "list", "watch", "delete"],
+    },
+    {
+        "apiGroups": ["kubetune.dev"],
+        "resources": ["finetunejobs/status", "evaljobs/status", "quantizejobs/status"],
+        "verbs": ["patch"],
+    },
     {
         "apiGroups": ["batch"], "resources": ["jobs"],
         "verbs": ["get", "list", "watch", "create", "patch", "delete"],

@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from kubetune_operator import names as operator_names
-from kubetune_operator.api.common import S3
-from kubetune_operator.render.config import Resolved, ResolvedModel, dump_config, render_config
+from kubetune_operator.render.config import Resolved, dump_config, render_config
 from kubetune_trainer import names as trainer_names
 from kubetune_trainer.config import FineTuneConfig, load_config
 from tests.render.manifests import EVERYTHING, SMALL, finetunejob
@@ -67,7 +66,7 @@ def test_references_to_other_jobs_are_replaced_by_what_they_stand_for(tmp_path: 
     reference = {"kind": "FineTuneJob", "name": "first"}
     resolved = Resolved(
         processes_per_node=1,
-        model=ResolvedModel(location="s3://runs/out", s3=S3(endpoint="https://s3:9000")),
+        model={"uri": {"location": "s3://runs/out", "s3": {"endpoint": "https://s3:9000"}}},
         resume_from="s3://runs/c/step-8",
     )
     config = loaded(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kubetune_operator.render.job import render_train_job
+from kubetune_operator.render.job import render_work_job
 from kubetune_operator.render.objects import render_all
 from kubetune_operator.settings import Settings
 from tests.render.manifests import EVERYTHING, SMALL, finetunejob
@@ -86,7 +86,7 @@ def test_every_attempt_is_the_same_but_for_its_number() -> None:
     job, settings = finetunejob(EVERYTHING), Settings()
     config = yaml.safe_load(render_all(job, settings)[0]["data"]["config.yaml"])
     first, second = (
-        yaml.safe_dump(render_train_job(job, config=config, attempt=attempt, backoff_limit=9, settings=settings))
+        yaml.safe_dump(render_work_job(job, config=config, attempt=attempt, backoff_limit=9, settings=settings))
         for attempt in (1, 2)
     )
     assert first.replace("train-1", "train-2").replace("'1'", "'2'") == second.replace("'1'", "'2'")
@@ -95,5 +95,5 @@ def test_every_attempt_is_the_same_but_for_its_number() -> None:
 def test_the_longest_name_leaves_room_for_host_names() -> None:
     job = finetunejob(SMALL.replace("name: small,", f"name: {'n' * 40},"), compute={"nodes": 256})
     config = yaml.safe_load(render_all(job, Settings())[0]["data"]["config.yaml"])
-    manifest = render_train_job(job, config=config, attempt=9999, backoff_limit=0, settings=Settings())
+    manifest = render_work_job(job, config=config, attempt=9999, backoff_limit=0, settings=Settings())
     assert len(f"{manifest['metadata']['name']}-255") <= 63

@@ -10,7 +10,7 @@ import yaml
 from kubetune_operator.lifecycle import decide
 from kubetune_operator.lifecycle.begin import spec_problems
 from kubetune_operator.lifecycle.draft import Create, Decision, Delete, Observed, PatchJob
-from kubetune_operator.render.job import render_prepare_job, render_train_job
+from kubetune_operator.render.job import render_prepare_job, render_work_job
 from kubetune_operator.render.objects import render_all
 from kubetune_operator.settings import Settings
 from tests.render.manifests import SMALL, finetunejob
@@ -41,7 +41,7 @@ def observe(*, nodes: int = 1, status: Json | None = None, jobs: int = 1, **rest
     manifest = job.to_manifest() | {"status": TRAINING if status is None else status}
     parsed = type(job).model_validate(manifest)
     config = yaml.safe_load(render_all(job, SETTINGS)[0]["data"]["config.yaml"])
-    train = render_train_job(job, config=config, attempt=1, backoff_limit=3, settings=SETTINGS)
+    train = render_work_job(job, config=config, attempt=1, backoff_limit=3, settings=SETTINGS)
     train["metadata"] |= {"uid": "train", "creationTimestamp": MOMENT}
     return Observed(job=parsed, config=config, jobs=[train][:jobs], **({"now": NOW} | rest))
 

@@ -39,7 +39,8 @@ def answer_of(url: str) -> str:
         return str(error)
 
 
-missing = {"finetunejobs", "finetunejobs/status"} - served_resources()
+jobs = ("finetunejobs", "evaljobs", "quantizejobs")
+missing = {*jobs, *(f"{name}/status" for name in jobs)} - served_resources()
 if missing:
     raise SystemExit(f"{GROUP} does not serve {', '.join(sorted(missing))}: are the CRDs of this version installed?")
 print(f"{GROUP} is served")

@@ -43,6 +43,11 @@ Number = Annotated[
         r"[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?", message='must be a number in quotes, 0 or more, for example "0.01"'
     ),
 ]
+SignedNumber = Annotated[
+    str,
+    Field(max_length=24),
+    matches(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?", message='must be a number in quotes, for example "0.40"'),
+]
 PositiveNumber = Annotated[
     str,
     Field(max_length=24),
@@ -154,12 +159,13 @@ class ConfigMapKeyRef(ApiModel):
 class JobRef(ApiModel):
     """The result of another job of the same namespace. This job waits until that one is complete."""
 
-    kind: Literal["FineTuneJob"]
+    kind: Literal["FineTuneJob", "QuantizeJob"] = "FineTuneJob"
     """Kind of the other job."""
     name: DnsLabel
     """Name of the other job."""
     output: DnsLabel | None = None
-    """Which of its outputs to take. Unset: its first output of type HuggingFace."""
+    """Which of its outputs to take. Unset: its first output of type HuggingFace; otherwise the first one that this kind
+    of job can load; otherwise its adapters together with the model that they were trained on."""
 
 
 class RunRef(ApiModel):
@@ -462,7 +468,7 @@ class Compute(ApiModel):
     volume_mounts: Annotated[list[VolumeMount], Field(max_length=16), Unique(("mountPath",))] | None = None
     """Where the volumes stand in the trainer container."""
     service_account_name: ObjectName | None = None
-    """ServiceAccount of the pods. Unset: the operator's choice, one without rights on the API."""
+    """ServiceAccount of the pods. Unset: the namespace's default. A token of the API is mounted in neither case."""
     shared_memory_bytes: Annotated[int, Field(ge=1_048_576, le=4_398_046_511_104)] | None = None
     """Size of /dev/shm. Unset: as far as the memory limit goes."""
 

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kubetune_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus
+from kubetune_operator.api.kinds import MODELS
 from kubetune_operator.api.manifest import dump_manifests
 from kubetune_operator.api.model import ApiModel
 from kubetune_operator.api.reference import reference_of
-from kubetune_operator.names import API_GROUP, API_VERSION
+from kubetune_operator.names import API_GROUP, API_VERSION, KINDS
 
 JsonSchema = dict[str, Any]
 
@@ -27,46 +27,35 @@ KEEP = """\
   {{- end }}
 """
 _DROPPED = {"title", "$defs", "const", "additionalProperties", "anyOf", "properties", "items", "readOnly"}
-_COLUMNS = (
-    ("State", "string", ".status.state", 0),
-    ("Step", "string", ".status.progress.steps", 0),
-    ("Loss", "string", ".status.progress.loss", 0),
-    ("Tokens/s", "string", ".status.progress.tokensPerSecond", 0),
-    ("ETA", "string", ".status.progress.eta", 0),
-    ("Restarts", "integer", ".status.restarts", 0),
-    ("Age", "date", ".metadata.creationTimestamp", 0),
-    ("Queue", "string", ".spec.queue.name", 1),
-    ("Output", "string", ".status.outputs[0].uri", 1),
-)
 
 
-def finetunejob_crd() -> dict[str, Any]:
-    """The CustomResourceDefinition of FineTuneJob."""
-    schema = root_schema(FineTuneJob, status=FineTuneJobStatus)
+def crd_of(kind: str) -> dict[str, Any]:
+    """The CustomResourceDefinition of a kind."""
+    models, names = MODELS[kind], KINDS[kind]
     version = {
         "name": API_VERSION,
         "served": True,
         "storage": True,
         "subresources": {"status": {}},
         "additionalPrinterColumns": [
-            {"name": name, "type": kind, "jsonPath": path} | ({"priority": priority} if priority else {})
-            for name, kind, path, priority in _COLUMNS
+            {"name": name, "type": value, "jsonPath": path} | ({"priority": priority} if priority else {})
+            for name, value, path, priority in models.columns
         ],
-        "schema": {"openAPIV3Schema": schema},
+        "schema": {"openAPIV3Schema": root_schema(models.job, status=models.status)},
     }
-    names = {
-        "kind": "FineTuneJob",
-        "listKind": "FineTuneJobList",
-        "plural": "finetunejobs",
-        "singular": "finetunejob",
-        "shortNames": ["ftj"],
+    accepted = {
+        "kind": kind,
+        "listKind": f"{kind}List",
+        "plural": names.plural,
+        "singular": kind.lower(),
+        "shortNames": [models.short_name],
         "categories": ["kubetune"],
     }
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"finetunejobs.{API_GROUP}"},
-        "spec": {"group": API_GROUP, "names": names, "scope": "Namespaced", "versions": [version]},
+        "metadata": {"name": f"{names.plural}.{API_GROUP}"},
+        "spec": {"group": API_GROUP, "names": accepted, "scope": "Namespaced", "versions": [version]},
     }
 
 
@@ -162,12 +151,13 @@ def chart_text(crd: dict[str, Any]) -> str:
 
 def generated_files() -> dict[Path, str]:
     """Every generated file and what it should hold."""
-    crd = finetunejob_crd()
-    return {
-        ROOT / "crds" / "finetunejobs.yaml": crd_text(crd),
-        ROOT / "helm" / "kubetune" / "templates" / "crds" / "finetunejobs.yaml": chart_text(crd),
-        ROOT / "docs" / "reference" / "finetunejob.md": reference_of(crd),
-    }
+    files: dict[Path, str] = {}
+    for kind in MODELS:
+        crd, name = crd_of(kind), KINDS[kind].plural
+        files[ROOT / "crds" / f"{name}.yaml"] = crd_text(crd)
+        files[ROOT / "helm" / "kubetune" / "templates" / "crds" / f"{name}.yaml"] = chart_text(crd)
+        files[ROOT / "docs" / "reference" / f"{kind.lower()}.md"] = reference_of(crd)
+    return files
 
 
 def main() -> int:

@@ -17,8 +17,8 @@ from kubetune_operator.names import (
     ANNOTATION_COMPLETION_INDEX,
     API_GROUP,
     API_VERSION,
-    COMPONENT_TRAIN,
     KIND_FINETUNEJOB,
+    KINDS,
     LABEL_ATTEMPT,
     LABEL_COMPONENT,
     LABEL_JOB_KIND,
@@ -200,7 +200,11 @@ def _first_pod(cluster: Connection, job: FineTuneJob) -> Any:
 def _recency(pod: Any) -> tuple[bool, int, float]:
     labels = pod.metadata.labels or {}
     attempt = int(labels.get(LABEL_ATTEMPT, "0"))
-    return labels.get(LABEL_COMPONENT) == COMPONENT_TRAIN, attempt, pod.metadata.creation_timestamp.timestamp()
+    return (
+        labels.get(LABEL_COMPONENT) == KINDS[KIND_FINETUNEJOB].component,
+        attempt,
+        pod.metadata.creation_timestamp.timestamp(),
+    )
 
 
 def _has_begun(pod: Any) -> bool:

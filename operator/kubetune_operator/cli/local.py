@@ -35,7 +35,7 @@ from kubetune_operator.names import (
     ENV_TERMINATION_LOG,
     ExitCode,
 )
-from kubetune_operator.render.config import Resolved, ResolvedModel, dump_config, render_config
+from kubetune_operator.render.config import Resolved, dump_config, render_config
 
 _TAIL_LINES = 20
 
@@ -61,6 +61,15 @@ def run(bundle: Bundle, *, fresh: bool, verbose: bool) -> int:
     Raises:
         SpecError: The trainer is not installed, or the manifest needs what only a cluster has.
     """
+    return outcome_of(bundle, fresh=fresh, verbose=verbose).code
+
+
+def outcome_of(bundle: Bundle, *, fresh: bool = False, verbose: bool = False) -> Outcome:
+    """Prepare and train, showing progress.
+
+    Raises:
+        SpecError: The trainer is not installed, or the manifest needs what only a cluster has.
+    """
     require_trainer("kubetune run")
     if problem := batch_problem(bundle.job.spec, ranks=bundle.job.spec.ranks):
         raise SpecError(bundle.title, problems=[problem])
@@ -80,9 +89,10 @@ def run(bundle: Bundle, *, fresh: bool, verbose: bool) -> int:
                 recipe, config=config, environment=environment, ranks=ranks, display=display, verbose=verbose
             )
         if outcome.code:
-            return _report(outcome, bundle, display=display)
-        display.say(f"{bundle.title} is complete")
-    return ExitCode.DONE
+            _report(outcome, bundle, display=display)
+        else:
+            display.say(f"{bundle.title} is complete")
+    return outcome
 
 
 def require_trainer(purpose: str) -> None:
@@ -120,7 +130,7 @@ def local_config(bundle: Bundle, *, processes: int) -> dict[str, Any]:
     resume = job.spec.checkpoint.resume_from if job.spec.checkpoint else None
     resolved = Resolved(
         processes_per_node=processes,
-        model=ResolvedModel(location=_referenced_output(bundle)) if job.spec.model.job_ref else None,
+        model={"uri": {"location": _referenced_output(bundle)}} if job.spec.model.job_ref else None,
         resume_from=f"{_former_run(job, resume.job_ref.name)}/checkpoints" if resume and resume.job_ref else None,
     )
     return render_config(one_node, resolved=resolved)
@@ -295,16 +305,15 @@ def _record(path: Path) -> Mapping[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _report(outcome: Outcome, bundle: Bundle, *, display: Display) -> int:
-    """Say why it ended and what to do; returns the exit code."""
+def _report(outcome: Outcome, bundle: Bundle, *, display: Display) -> None:
+    """Say why it ended and what to do."""
     if outcome.code == ExitCode.PREEMPTED:
         where = f"checkpoint {display.last_checkpoint}" if display.last_checkpoint else "no checkpoint was needed yet"
         display.say(f"stopped after step {display.step}, {where}; the same command goes on from there")
-        return outcome.code
+        return
     record = outcome.record
     said = record.get("message") or f"the trainer ended with exit code {outcome.code}\n{outcome.tail}".rstrip()
     # The trainer's own messages name the job already.
     sys.stderr.write(f"error: {said if bundle.title in said else f'{bundle.title}: {said}'}\n")
     if hint := record.get("hint"):
         sys.stderr.write(f"hint: {hint}\n")
-    return outcome.code

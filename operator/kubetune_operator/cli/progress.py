@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from kubetune_operator.api.finetunejob import duration
+from kubetune_operator.api.jobs import duration
 
 Event = Mapping[str, Any]
 

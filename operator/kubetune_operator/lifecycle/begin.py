@@ -3,6 +3,7 @@
 from typing import Any
 
 from kubetune_operator.api.finetunejob import FineTuneJob, batch_problem
+from kubetune_operator.api.jobs import Job
 from kubetune_operator.lifecycle.draft import Draft
 from kubetune_operator.lifecycle.moves import fail
 from kubetune_operator.progress import timestamp
@@ -31,14 +32,14 @@ def accept(draft: Draft) -> bool:
     return False
 
 
-def spec_problems(job: FineTuneJob, *, ranks: int) -> list[str]:
+def spec_problems(job: Job, *, ranks: int) -> list[str]:
     """What makes a job impossible on a cluster, though its schema is right."""
     problems = [
         f"{path}: Invalid value: {uri!r}: file:// is only for `kubetune run`; a pod has no such folder, use s3:// or pvc://"
         for path, uri in _uris(job.spec.to_manifest(), path="spec")
         if uri.startswith("file://")
     ]
-    if problem := batch_problem(job.spec, ranks=ranks):
+    if isinstance(job, FineTuneJob) and (problem := batch_problem(job.spec, ranks=ranks)):
         problems.append(problem)
     return problems
 
@@ -52,7 +53,7 @@ def _uris(node: Any, *, path: str) -> list[tuple[str, str]]:
     return [(path, node)] if isinstance(node, str) and path.endswith((".uri", ".location")) else []
 
 
-def _accepted_message(job: FineTuneJob, *, settings: Settings) -> str:
+def _accepted_message(job: Job, *, settings: Settings) -> str:
     accelerator = compute_of(job).accelerator
     if accelerator is None or not settings.cpu_processes:
         return "the job can run"

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from kubetune_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus, State
-from kubetune_operator.names import prepare_name, train_name
+from kubetune_operator.api.jobs import Job, JobStatus, State
+from kubetune_operator.api.references import JobKey
+from kubetune_operator.names import prepare_name, work_name
 from kubetune_operator.settings import Settings
 from kubetune_operator.status import with_condition
 
@@ -24,7 +25,8 @@ class Observed:
         pods: Their pods.
         strangers: Names of children of an older job of the same name that are not gone yet.
         config: The rendered config as it stands in the ConfigMap, None if there is no ConfigMap.
-        parents: The jobs that it refers to, by name; those that exist.
+        upstream: The jobs that it refers to, and those that they wait for; those that exist.
+        configs: The rendered configs of those that only adapters can be taken from.
         events: Events about pods that do not start and their Job; read only for these.
         log: The tail of rank 0's log; read only when it is due.
         poll_seconds: When the log is due again.
@@ -32,13 +34,14 @@ class Observed:
         refused: Why the API server refused what the last pass wanted to create, empty if it did not.
     """
 
-    job: FineTuneJob
+    job: Job
     now: datetime
     jobs: Sequence[Json] = ()
     pods: Sequence[Json] = ()
     strangers: Sequence[str] = ()
     config: Json | None = None
-    parents: Mapping[str, FineTuneJob] = field(default_factory=dict)
+    upstream: Mapping[JobKey, Job] = field(default_factory=dict)
+    configs: Mapping[JobKey, Json] = field(default_factory=dict)
     events: Sequence[Json] = ()
     log: str = ""
     poll_seconds: float = 10.0
@@ -48,11 +51,11 @@ class Observed:
     @property
     def prepare(self) -> Json | None:
         """The prepare Job."""
-        return self._named(prepare_name(self.job.metadata.name))
+        return self._named(prepare_name(self.job.kind, self.job.metadata.name))
 
-    def train(self, attempt: int) -> Json | None:
-        """The training Job of an attempt."""
-        return self._named(train_name(self.job.metadata.name, attempt=attempt))
+    def work(self, attempt: int) -> Json | None:
+        """The Job of an attempt."""
+        return self._named(work_name(self.job.kind, self.job.metadata.name, attempt=attempt))
 
     def _named(self, name: str) -> Json | None:
         return next((job for job in self.jobs if job["metadata"]["name"] == name), None)
@@ -98,7 +101,7 @@ class Note:
 class Decision:
     """What a pass leads to: the status is written first, then the actions are taken, then the Events are sent."""
 
-    status: FineTuneJobStatus
+    status: JobStatus
     actions: tuple[Action, ...] = ()
     notes: tuple[Note, ...] = ()
     requeue_after: float | None = None
@@ -146,8 +149,11 @@ class Draft:
         self.requeue_after = seconds if self.requeue_after is None else min(self.requeue_after, seconds)
 
     def waiting(self, state: State, *, reason: str, message: str) -> None:
-        """Say that training does not run, and why."""
+        """Say that the work does not go on, and why. Nobody knows then when it will be done."""
         self.set(state=state)
+        progress = getattr(self.status, "progress", None)
+        if progress is not None and progress.eta_seconds is not None:
+            self.set(progress=progress.model_copy(update={"eta_seconds": None}))
         self.condition("Running", status="False", reason=reason, message=message)
 
     @property

@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
-from kubetune_operator import progress as progresses
-from kubetune_operator.api.finetunejob import FinishedOutput, LastFailure, Progress
+from kubetune_operator.api.jobs import LastFailure
 from kubetune_operator.lifecycle.draft import Delete, Draft
-from kubetune_operator.lifecycle.moves import fail, read_log, stop_live_jobs, taken
-from kubetune_operator.lifecycle.restarts import count_endings, failed_again, new_endings
-from kubetune_operator.names import KIND_FINETUNEJOB
+from kubetune_operator.lifecycle.moves import fail, read_log, stop_live_jobs
+from kubetune_operator.lifecycle.restarts import count_endings, failed_again, new_endings, next_attempt
+from kubetune_operator.lifecycle.results import is_lost, take_results
+from kubetune_operator.names import KINDS
 from kubetune_operator.progress import timestamp
-from kubetune_operator.render.config import run_directory
 from kubetune_operator.render.job import lifecycle_of
 from kubetune_operator.status import (
     Ending,
@@ -27,6 +26,9 @@ from kubetune_operator.status import (
 
 Json = dict[str, Any]
 
+LOG_SECONDS: Final = 20.0
+"""How long to try to read a log that the termination message refers to."""
+
 
 def stay_finished(draft: Draft) -> bool:
     """A finished job stays as it is until its time to live is over."""
@@ -39,26 +41,26 @@ def stay_finished(draft: Draft) -> bool:
     if ttl is not None and finished is not None:
         left = (finished + timedelta(seconds=ttl) - seen.now).total_seconds()
         if left <= 0:
-            draft.do(Delete(kind=KIND_FINETUNEJOB, name=draft.job.metadata.name, uid=draft.job.metadata.uid))
+            draft.do(Delete(kind=draft.job.kind, name=draft.job.metadata.name, uid=draft.job.metadata.uid))
         else:
             draft.look_again(seconds=left)
     return True
 
 
-def finish_training(draft: Draft) -> bool:
+def finish(draft: Draft) -> bool:
     """End the job when its current attempt has, one way or the other."""
     attempt = draft.status.attempt
-    train = draft.seen.train(attempt) if attempt else None
-    if train is None:
+    work = draft.seen.work(attempt) if attempt else None
+    if work is None:
         return False
-    if job_condition(train, "Complete"):
-        return _complete(draft, train=train)
-    pods = pods_of(draft.seen.pods, job=train["metadata"]["name"])
+    if job_condition(work, "Complete"):
+        return _complete(draft, work=work)
+    pods = pods_of(draft.seen.pods, job=work["metadata"]["name"])
     endings = [ending_of(pod) for pod in pods if phase_of(pod) == "Failed"]
     permanent = [ending for ending in endings if ending.permanent]
     if permanent:
         return _fail_for(draft, first_cause(permanent))
-    if condition := job_condition(train, "Failed", "FailureTarget"):
+    if condition := job_condition(work, "Failed", "FailureTarget"):
         read_log(draft)
         count_endings(draft, endings=new_endings(draft, pods=pods))
         failure = _last(endings) or draft.status.last_failure
@@ -81,42 +83,43 @@ def _fail_for(draft: Draft, cause: Ending) -> bool:
     return fail(draft, reason=failure.reason or "Failed", message=failure.message or "", failure=failure)
 
 
-def _complete(draft: Draft, *, train: Json) -> bool:
+def _complete(draft: Draft, *, work: Json) -> bool:
     """Take over the results of rank 0."""
     read_log(draft)
-    pods = pods_of(draft.seen.pods, job=train["metadata"]["name"])
+    pods = pods_of(draft.seen.pods, job=work["metadata"]["name"])
     count_endings(draft, endings=new_endings(draft, pods=pods))
     leader = next((pod for pod in pods if index_of(pod) == 0 and phase_of(pod) == "Succeeded"), None)
     report = report_of(leader) if leader is not None else {}
-    if isinstance(report.get("progress"), dict):
-        fields = progresses.step_fields(report["progress"]) | {
-            "eta_seconds": 0,
-            "updated_at": timestamp(draft.seen.now),
-        }
-        draft.set(progress=(draft.status.progress or Progress()).model_copy(update=fields))
-    outputs = _outputs(draft, report=report)
-    message = "; ".join(f"{output.name}: {output.uri}" for output in outputs)
-    draft.set(outputs=outputs, state="Complete", completion_time=timestamp(draft.seen.now), pods=None)
-    draft.condition("Running", status="False", reason="Complete", message="training is done")
-    draft.condition("Complete", status="True", reason="Complete", message=message or "training is done")
-    draft.note("Complete", message or "training is done")
+    if is_lost(draft, report=report):
+        return _work_again(draft, leader=leader)
+    doing = KINDS[draft.job.kind].doing.lower()
+    message = take_results(draft, report=report) or f"{doing} is done"
+    draft.set(state="Complete", completion_time=timestamp(draft.seen.now), pods=None)
+    draft.condition("Running", status="False", reason="Complete", message=f"{doing} is done")
+    draft.condition("Complete", status="True", reason="Complete", message=message)
+    draft.note("Complete", message)
     ttl = lifecycle_of(draft.job).ttl_seconds_after_finished
     if ttl is not None:
         draft.look_again(seconds=ttl)
     return True
 
 
-def _outputs(draft: Draft, *, report: Json) -> list[FinishedOutput]:
-    """The outputs as rank 0 reported them; if its pod is gone, where they must be."""
-    job = draft.job
-    told = [taken(draft, FinishedOutput, item) for item in report.get("outputs") or []]
-    reported = [output for output in told if output is not None]
-    return reported or [
-        FinishedOutput(
-            name=output.name, type=output.type, uri=output.uri or f"{run_directory(job)}/outputs/{output.name}"
-        )
-        for output in job.spec.outputs
-    ]
+def _work_again(draft: Draft, *, leader: Json | None) -> bool:
+    """Another attempt where what was found out cannot be read: it takes what is in the workspace and reports anew."""
+    ending = ending_of(leader) if leader is not None else None
+    ended = parse_time(ending.failure.time) if ending is not None else None
+    if ended is not None and (draft.seen.now - ended).total_seconds() < LOG_SECONDS and not draft.seen.log:
+        draft.look_again(seconds=1.0)
+        return True
+    message = f"the report of attempt {draft.status.attempt} is lost"
+    failure = LastFailure(
+        pod=ending.failure.pod if ending is not None else None,
+        reason="ReportLost",
+        message=message,
+        time=timestamp(draft.seen.now),
+    )
+    next_attempt(draft, cause=Ending(uid=ending.uid if ending is not None else "", failure=failure, report={}))
+    return True
 
 
 def stop_at_deadline(draft: Draft) -> bool:

@@ -5,8 +5,11 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from kubetune_operator import progress as progresses
-from kubetune_operator.api.finetunejob import LastFailure
+from kubetune_operator.api.evaljob import EvalJobStatus, EvalProgress
+from kubetune_operator.api.finetunejob import FineTuneJobStatus
+from kubetune_operator.api.jobs import LastFailure
 from kubetune_operator.api.model import StatusModel
+from kubetune_operator.api.quantizejob import QuantizeJobStatus, QuantizeProgress
 from kubetune_operator.lifecycle.draft import Action, Delete, Draft, Observed, PatchJob
 from kubetune_operator.progress import timestamp
 from kubetune_operator.render.job import lifecycle_of
@@ -52,7 +55,7 @@ def stop_live_jobs(seen: Observed) -> list[Action]:
 
 
 def delete_attempt(job: Json) -> list[Action]:
-    """Delete a batch Job and, if it trains, the Service of the same name."""
+    """Delete a batch Job and, if its pods work together, the Service of the same name."""
     if is_deleting(job):
         return []
     name, uid = job["metadata"]["name"], job["metadata"]["uid"]
@@ -77,15 +80,23 @@ def read_log(draft: Draft) -> None:
     if not draft.seen.log:
         return
     tail = progresses.read_tail(draft.seen.log)
-    now = draft.seen.now
-    draft.set(
-        progress=progresses.update_progress(draft.status.progress, tail=tail, now=now),
-        checkpoint=progresses.update_checkpoint(draft.status.checkpoint, tail=tail, now=now),
-    )
+    now, status = draft.seen.now, draft.status
+    match status:
+        case FineTuneJobStatus():
+            _read_training(draft, status=status, tail=tail)
+        case EvalJobStatus():
+            draft.set(progress=progresses.update_work(status.progress, model=EvalProgress, tail=tail, now=now))
+        case QuantizeJobStatus():
+            draft.set(progress=progresses.update_work(status.progress, model=QuantizeProgress, tail=tail, now=now))
     if tail.phase and is_true(draft.status.conditions, "Running"):
         running = find_condition(draft.status.conditions, "Running")
         draft.condition("Running", status="True", reason=tail.phase, message=running.message if running else "")
-    checkpoint = draft.status.checkpoint
+
+
+def _read_training(draft: Draft, *, status: FineTuneJobStatus, tail: progresses.Tail) -> None:
+    now = draft.seen.now
+    checkpoint = progresses.update_checkpoint(status.checkpoint, tail=tail, now=now)
+    draft.set(progress=progresses.update_progress(status.progress, tail=tail, now=now), checkpoint=checkpoint)
     if checkpoint is not None:
         message = f"step {checkpoint.step}: {checkpoint.uri}"
         draft.condition("Checkpointed", status="True", reason="CheckpointComplete", message=message)
@@ -98,3 +109,9 @@ def taken(draft: Draft, model: type[M], value: Any) -> M | None:
     except ValidationError as error:
         draft.note("ReportNotUnderstood", f"{model.__name__}: {error}", warning=True)
         return None
+
+
+def taken_all(draft: Draft, model: type[M], values: Any) -> list[M]:
+    """Read a list of a termination message, as far as it fits the status."""
+    items = [taken(draft, model, value) for value in (values if isinstance(values, list) else [])]
+    return [item for item in items if item is not None]

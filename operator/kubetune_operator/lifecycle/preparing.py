@@ -3,10 +3,14 @@
 from typing import Any
 
 from kubetune_operator import estimate as estimates
-from kubetune_operator.api import finetunejob as api
-from kubetune_operator.api.finetunejob import DataStatistics, LastFailure, Progress, ResolvedSource
+from kubetune_operator.api import jobs as api
+from kubetune_operator.api.evaljob import EvalJobStatus, EvalProgress
+from kubetune_operator.api.finetunejob import DataStatistics, FineTuneJobStatus, Progress
+from kubetune_operator.api.jobs import LastFailure, ResolvedSource
+from kubetune_operator.api.quantizejob import QuantizeProgress
 from kubetune_operator.lifecycle.draft import Create, Draft
 from kubetune_operator.lifecycle.moves import blocked_by, delete_attempt, fail, taken
+from kubetune_operator.names import KINDS
 from kubetune_operator.progress import timestamp
 from kubetune_operator.render.job import compute_of, processes_per_node, render_prepare_job
 from kubetune_operator.status import (
@@ -60,7 +64,7 @@ def _fail_prepare(draft: Draft, *, endings: list[Ending], message: str) -> bool:
 def _preparing(draft: Draft, *, job: Json, pods: list[Json], endings: list[Ending]) -> bool:
     """Say how far the prepare Job is, or what holds it up."""
     if any(phase_of(pod) == "Running" for pod in pods):
-        reason, message, state = "Preparing", "the model is fetched and the data is tokenized", "Preparing"
+        reason, message, state = "Preparing", KINDS[draft.job.kind].preparing, "Preparing"
     else:
         blocked = blocked_by(draft, job=job, pods=pods)
         reason, message = blocked or ("Pending", "the prepare pod is about to start")
@@ -81,34 +85,49 @@ def _prepared(draft: Draft, *, job: Json, pods: list[Json]) -> bool:
         # The pod is gone or its message was lost. What it made is in the workspace: another run only reports it again.
         draft.do(*delete_attempt(job))
         return True
-    compute = compute_of(draft.job)
-    processes = processes_per_node(draft.job, cpu_processes=draft.settings.cpu_processes)
+    estimate = _estimate(draft, said=report["estimate"]) if report.get("estimate") else None
+    draft.set(estimate=estimate, resolved=_resolved(draft, report=report))
+    ready = _take_totals(draft, report=report)
+    if estimate is not None and estimate.fits is False:
+        hint = f"Use more memory per process, or need less: {KINDS[draft.job.kind].less}."
+        failure = LastFailure(reason="DoesNotFit", message=estimate.message, hint=hint, time=timestamp(draft.seen.now))
+        return fail(draft, reason="DoesNotFit", message=estimate.message or "", failure=failure)
+    draft.condition("DataReady", status="True", reason="Prepared", message=ready)
+    message = f"{KINDS[draft.job.kind].doing.lower()} is about to start"
+    draft.waiting("Pending", reason="Prepared", message=message)
+    draft.note("Prepared", ready)
+    return False
+
+
+def _estimate(draft: Draft, *, said: Json) -> api.Estimate:
+    """What prepare says is needed, against what there is."""
+    compute, settings = compute_of(draft.job), draft.settings
     available = estimates.capacity(
         compute,
-        processes_per_node=processes,
-        on_cpu=compute.accelerator is None or bool(draft.settings.cpu_processes),
+        processes_per_node=processes_per_node(draft.job, cpu_processes=settings.cpu_processes),
+        on_cpu=compute.accelerator is None or bool(settings.cpu_processes),
         nodes=draft.seen.nodes,
-        memory_per_device_bytes=draft.settings.memory_per_device_bytes,
+        memory_per_device_bytes=settings.memory_per_device_bytes,
     )
-    said = report.get("estimate") or {}
-    estimate = estimates.compare(
+    return estimates.compare(
         memory_per_device_bytes=said.get("memoryPerDeviceBytes"),
         message=str(said.get("message") or ""),
         available=available,
     )
-    draft.set(estimate=estimate, data=_data(draft, report=report), resolved=_resolved(draft, report=report))
+
+
+def _take_totals(draft: Draft, *, report: Json) -> str:
+    """Take over how much there is to do; returns what is ready."""
+    if not isinstance(draft.status, FineTuneJobStatus):
+        if isinstance(total := report.get("total"), int):
+            model = EvalProgress if isinstance(draft.status, EvalJobStatus) else QuantizeProgress
+            draft.set(progress=model(done=0, total=total))
+        return "all that is needed is ready"
+    data = _data(draft, report=report)
+    draft.set(data=data)
     if report.get("totalSteps") is not None:
         draft.set(progress=Progress(step=0, total_steps=report["totalSteps"]))
-    if estimate.fits is False:
-        hint = "Use more memory per process, or a smaller training.microBatchSize or dataset.maxSequenceLength."
-        failure = LastFailure(reason="DoesNotFit", message=estimate.message, hint=hint, time=timestamp(draft.seen.now))
-        return fail(draft, reason="DoesNotFit", message=estimate.message or "", failure=failure)
-    rows = draft.status.data.rows if draft.status.data else None
-    message = f"{rows} rows are ready" if rows is not None else "the data is ready"
-    draft.condition("DataReady", status="True", reason="Prepared", message=message)
-    draft.waiting("Pending", reason="Prepared", message="training is about to start")
-    draft.note("Prepared", message)
-    return False
+    return f"{data.rows} rows are ready" if data is not None and data.rows is not None else "the data is ready"
 
 
 def _data(draft: Draft, *, report: Json) -> DataStatistics | None:
@@ -120,7 +139,9 @@ def _data(draft: Draft, *, report: Json) -> DataStatistics | None:
 
 
 def _resolved(draft: Draft, *, report: Json) -> api.Resolved:
-    model = taken(draft, api.ResolvedModel, report.get("model") or {})
+    adapter = ((draft.seen.config or {}).get("model") or {}).get("adapter")
+    said = (report.get("model") or {}) | ({"adapter": adapter["location"]} if adapter else {})
+    model = taken(draft, api.ResolvedModel, said)
     sources = [taken(draft, ResolvedSource, item) for item in report.get("sources") or []]
     return (draft.status.resolved or api.Resolved()).model_copy(
         update={"model": model, "sources": [source for source in sources if source is not None]}

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from kubetune_operator.api.finetunejob import AttemptPod, LastFailure
+from kubetune_operator.api.jobs import AttemptPod, LastFailure
 from kubetune_operator.lifecycle.draft import Draft
+from kubetune_operator.lifecycle.moves import fail, read_log
 from kubetune_operator.render.job import compute_of, lifecycle_of
 from kubetune_operator.status import Ending, ending_of, first_cause, is_deleting, phase_of, vanished
 
@@ -64,3 +65,23 @@ def failed_again(draft: Draft, failure: LastFailure | None) -> str:
         f"failed again after {allowed} restart{'s' if allowed != 1 else ''}, all that spec.lifecycle.maxRestarts allows"
     )
     return f"{said}; the last failure was {failure.reason}: {failure.message}" if failure is not None else said
+
+
+def next_attempt(draft: Draft, *, cause: Ending) -> None:
+    """Count a restart and go to the next attempt, or fail where no more are allowed."""
+    read_log(draft)
+    if not cause.preempted and draft.counted >= lifecycle_of(draft.job).max_restarts:
+        fail(draft, reason="MaxRestartsExceeded", message=failed_again(draft, cause.failure), failure=cause.failure)
+        return
+    attempt = draft.status.attempt or 1
+    failure = cause.failure
+    draft.set(
+        attempt=attempt + 1,
+        restarts=(draft.status.restarts or 0) + 1,
+        preemptions=(draft.status.preemptions or 0) + (1 if cause.preempted else 0) or None,
+        last_failure=failure,
+        pods=None,
+    )
+    message = f"attempt {attempt} ended: pod {failure.pod}: {failure.reason}: {failure.message}"
+    draft.waiting("Restarting", reason="Restarting", message=message)
+    draft.note("Restarting", message, warning=True)

@@ -34,7 +34,8 @@ def _suspend(draft: Draft) -> bool:
         draft.condition("Suspended", status="True", reason="Suspended", message="spec.suspend is true")
         draft.waiting("Suspended", reason="Suspended", message="spec.suspend is true")
         draft.note(
-            "Suspended", "spec.suspend is true; pods are stopped with a checkpoint" if live else "spec.suspend is true"
+            "Suspended",
+            "spec.suspend is true; pods are told to stop and save what they have" if live else "spec.suspend is true",
         )
     draft.do(*(action for job in live for action in delete_attempt(job)))
     return True

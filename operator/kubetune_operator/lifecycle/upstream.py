@@ -1,17 +1,41 @@
 """What the spec refers to: other jobs are waited for, then all is fixed in the ConfigMap."""
 
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
-from kubetune_operator.api import finetunejob as api
-from kubetune_operator.api.finetunejob import FineTuneJob, Parent
+from kubetune_operator.api import jobs as api
+from kubetune_operator.api.common import S3
+from kubetune_operator.api.finetunejob import FineTuneJobStatus
+from kubetune_operator.api.jobs import Job, Parent, Prerequisite
+from kubetune_operator.api.outputs import FinishedOutput
+from kubetune_operator.api.quantizejob import QuantizeJobStatus
+from kubetune_operator.api.references import (
+    JobKey,
+    compared_with,
+    key_of,
+    model_of,
+    references_of,
+    resumed_from,
+    used_by,
+)
 from kubetune_operator.lifecycle.draft import Create, Draft
-from kubetune_operator.names import KIND_FINETUNEJOB, config_name
-from kubetune_operator.render.config import Resolved, ResolvedModel, render_config
+from kubetune_operator.names import KIND_EVALJOB, KIND_FINETUNEJOB, KIND_QUANTIZEJOB, config_name
+from kubetune_operator.render.config import Resolved, render_config, run_directory
 from kubetune_operator.render.job import processes_per_node, render_configmap
+from kubetune_operator.status import find_condition
+
+Json = dict[str, Any]
 
 UPSTREAM_SECONDS: Final = 30.0
 """How often to look for another job that does not exist; one that exists wakes us up itself."""
+
+LOADABLE: Final = {
+    KIND_FINETUNEJOB: ("HuggingFace",),
+    KIND_QUANTIZEJOB: ("HuggingFace",),
+    KIND_EVALJOB: ("HuggingFace", "CompressedTensors", "TorchAO", "GGUF"),
+}
+"""Formats that each kind of job can load; adapters are loaded together with their base by all of them."""
+ADAPTERS: Final = "PEFT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,82 +46,235 @@ class Waiting:
     message: str
 
 
+@dataclass(kw_only=True)
+class _Found:
+    """What has been resolved so far."""
+
+    model: Json | None = None
+    output: FinishedOutput | None = None
+    resume_from: str | None = None
+    compared: dict[str, str] = field(default_factory=dict)
+
+
 def write_config(draft: Draft) -> bool:
     """Resolve what the spec refers to and fix it in the ConfigMap."""
-    if draft.seen.config is not None or (draft.status.attempt and draft.seen.train(draft.status.attempt) is not None):
+    if draft.seen.config is not None or (draft.status.attempt and draft.seen.work(draft.status.attempt) is not None):
         return False
     found = _resolve(draft)
     if isinstance(found, Waiting):
         draft.waiting("Pending", reason=found.reason, message=found.message)
         draft.look_again(seconds=UPSTREAM_SECONDS)
         return True
-    parents = [
-        Parent(kind=KIND_FINETUNEJOB, name=name, uid=parent.metadata.uid)
-        for name, parent in sorted(draft.seen.parents.items())
-    ]
-    resolved = (draft.status.resolved or api.Resolved()).model_copy(
-        update={"config": config_name(draft.job.metadata.name), "parents": parents or None}
+    parents = _parents(draft, found=found)
+    status = (draft.status.resolved or api.Resolved()).model_copy(
+        update={"config": config_name(draft.job.kind, draft.job.metadata.name), "parents": parents or None}
     )
-    draft.set(resolved=resolved)
+    resolved = Resolved(
+        processes_per_node=processes_per_node(draft.job, cpu_processes=draft.settings.cpu_processes),
+        model=found.model,
+        resume_from=found.resume_from,
+        compared=found.compared,
+        parents=tuple(parent.model_dump(exclude_none=True, exclude={"digest"}) for parent in parents),
+    )
+    draft.set(resolved=status)
     draft.waiting("Pending", reason="Preparing", message="the model and the data are about to be prepared")
-    draft.do(Create(manifest=render_configmap(draft.job, config=render_config(draft.job, resolved=found))))
+    draft.do(Create(manifest=render_configmap(draft.job, config=render_config(draft.job, resolved=resolved))))
     draft.look_again(seconds=0)
     return True
 
 
-def _resolve(draft: Draft) -> Resolved | Waiting:
+def still_waits(job: Job) -> bool:
+    """Whether a job has yet to find what it refers to; one that has is not held up by it any more."""
+    resolved = job.status.resolved
+    return job.status.state not in {"Complete", "Failed"} and (resolved is None or resolved.config is None)
+
+
+def adapters_base(job: Job, *, upstream: dict[JobKey, Job]) -> JobKey | None:
+    """The job whose adapters this one would use, and whose config therefore says what their base is."""
+    key = model_of(job)
+    parent = upstream.get(key) if key is not None else None
+    if key is None or parent is None or parent.status.state != "Complete":
+        return None
+    output = _chosen(job, parent)
+    return key if isinstance(output, FinishedOutput) and output.type == ADAPTERS else None
+
+
+def _resolve(draft: Draft) -> _Found | Waiting:
     """What the references stand for, or why they stand for nothing yet."""
-    job = draft.job
-    model: ResolvedModel | None = None
-    resume_from: str | None = None
-    if reference := job.spec.model.job_ref:
-        found = _upstream_output(draft, name=reference.name, output=reference.output)
-        if isinstance(found, Waiting):
-            return found
-        model = found
-    resume = job.spec.checkpoint.resume_from if job.spec.checkpoint else None
-    if resume is not None and resume.job_ref is not None:
-        parent = draft.seen.parents.get(resume.job_ref.name)
-        if parent is None:
-            return _missing(resume.job_ref.name)
-        if parent.status.state not in {"Complete", "Failed", "Suspended"}:
-            return _unfinished(parent)
-        if parent.status.checkpoint is None:
-            return Waiting(reason="UpstreamNotUsable", message=f"{_called(parent)} has no checkpoint to resume from")
-        resume_from = parent.status.checkpoint.uri
-    processes = processes_per_node(job, cpu_processes=draft.settings.cpu_processes)
-    return Resolved(processes_per_node=processes, model=model, resume_from=resume_from)
+    if chain := _cycle(draft):
+        said = ", which waits for ".join(key.title for key in chain[1:])
+        return Waiting(reason="UpstreamCycle", message=f"{chain[0].title} waits for {said}; delete one of them")
+    for item in draft.job.spec.after or []:
+        if waiting := _held_by(draft, item):
+            return waiting
+    found = _Found()
+    for resolve in (_resolve_model, _resolve_checkpoint, _resolve_comparisons):
+        if waiting := resolve(draft, found):
+            return waiting
+    return found
 
 
-def _upstream_output(draft: Draft, *, name: str, output: str | None) -> ResolvedModel | Waiting:
-    """The folder of another job's output, or why there is none yet."""
-    parent = draft.seen.parents.get(name)
+def _cycle(draft: Draft) -> list[JobKey]:
+    """The chain of jobs that leads from this one back to it, both ends included; empty if there is none."""
+    start, seen = key_of(draft.job), draft.seen.upstream
+    chains = [[start, key] for key in references_of(draft.job)]
+    visited: set[JobKey] = set()
+    while chains:
+        chain = chains.pop()
+        last = chain[-1]
+        if last == start:
+            return chain
+        if last in visited or last not in seen or not still_waits(seen[last]):
+            continue
+        visited.add(last)
+        chains += [[*chain, key] for key in references_of(seen[last])]
+    return []
+
+
+def _held_by(draft: Draft, item: Prerequisite) -> Waiting | None:
+    """Why this job may not begin before another one, None if it may."""
+    parent = _complete(draft, JobKey(item.kind, item.name))
+    if isinstance(parent, Waiting) or item.condition == "Complete":
+        return parent if isinstance(parent, Waiting) else None
+    gate = find_condition(parent.status.conditions, "GatePassed")
+    if gate is None:
+        return Waiting(reason="UpstreamNotUsable", message=f"{parent.title} has no gates that could pass")
+    if gate.status != "True":
+        return Waiting(reason="UpstreamGateFailed", message=f"{parent.title}: {gate.message}")
+    return None
+
+
+def _complete(draft: Draft, key: JobKey) -> Job | Waiting:
+    """Another job that is complete, or why there is none."""
+    parent = draft.seen.upstream.get(key)
     if parent is None:
-        return _missing(name)
+        return Waiting(reason="UpstreamMissing", message=f"{key.title} does not exist")
     if parent.status.state == "Failed":
-        message = f"{_called(parent)} has failed; delete it and make it anew, or delete this job"
+        message = f"{parent.title} has failed; delete it and make it anew, or delete this job"
         return Waiting(reason="UpstreamFailed", message=message)
-    if parent.status.state != "Complete":
-        return _unfinished(parent)
-    written = parent.status.outputs or []
-    fitting = [item for item in written if (item.name == output if output else item.type == "HuggingFace")]
-    if not fitting:
-        wanted = f"output {output!r}" if output else "output of type HuggingFace"
-        message = f"{_called(parent)} has no {wanted}; it has {', '.join(item.name for item in written) or 'none'}"
-        return Waiting(reason="UpstreamNotUsable", message=message)
-    theirs = parent.spec.storage.s3 if parent.spec.storage else None
-    ours = draft.job.spec.storage.s3 if draft.job.spec.storage else None
-    return ResolvedModel(location=fitting[0].uri, s3=theirs if theirs != ours else None)
+    return parent if parent.status.state == "Complete" else _unfinished(parent)
 
 
-def _missing(name: str) -> Waiting:
-    return Waiting(reason="UpstreamMissing", message=f"{KIND_FINETUNEJOB} {name} does not exist")
-
-
-def _unfinished(parent: FineTuneJob) -> Waiting:
+def _unfinished(parent: Job) -> Waiting:
     state = (parent.status.state or "Pending").lower()
-    return Waiting(reason="WaitingForUpstream", message=f"{_called(parent)} is {state}")
+    return Waiting(reason="WaitingForUpstream", message=f"{parent.title} is {state}")
 
 
-def _called(job: FineTuneJob) -> str:
-    return f"{KIND_FINETUNEJOB} {job.metadata.name}"
+# ----------------------------------------------------------------------------------------------- model.jobRef
+
+
+def _resolve_model(draft: Draft, found: _Found) -> Waiting | None:
+    key = model_of(draft.job)
+    if key is None:
+        return None
+    parent = _complete(draft, key)
+    if isinstance(parent, Waiting):
+        return parent
+    output = _chosen(draft.job, parent)
+    if isinstance(output, Waiting):
+        return output
+    uri = _uri(output.uri, s3=_access(parent), ours=_access(draft.job))
+    model: Json | Waiting = {"uri": uri}
+    if output.type == ADAPTERS:
+        model = _with_adapters(draft, parent, adapters=uri)
+    if isinstance(model, Waiting):
+        return model
+    found.model, found.output = model, output
+    return None
+
+
+def _chosen(job: Job, parent: Job) -> FinishedOutput | Waiting:
+    """The output of another job that this one uses: the named one, else the one that serves it best."""
+    assert job.spec.model.job_ref is not None  # noqa: S101 (whoever calls has looked)
+    name, loadable = job.spec.model.job_ref.output, LOADABLE[job.kind]
+    status = parent.status
+    written = (status.outputs or []) if isinstance(status, FineTuneJobStatus | QuantizeJobStatus) else []
+    has = f"it has {', '.join(f'{item.name} ({item.type})' for item in written) or 'none'}"
+    if name is not None:
+        named = next((item for item in written if item.name == name), None)
+        if named is None:
+            return Waiting(reason="UpstreamNotUsable", message=f"{parent.title} has no output {name!r}; {has}")
+        if named.type not in (*loadable, ADAPTERS):
+            message = f"output {name!r} of {parent.title} is of type {named.type}, which {job.kind}s cannot load; {has}"
+            return Waiting(reason="UpstreamNotUsable", message=message)
+        return named
+    kinds = (("HuggingFace",), loadable, (ADAPTERS,))
+    best = next((item for types in kinds for item in written if item.type in types), None)
+    if best is None:
+        message = f"{parent.title} has no output that {job.kind}s can load; {has}"
+        return Waiting(reason="UpstreamNotUsable", message=message)
+    return best
+
+
+def _with_adapters(draft: Draft, parent: Job, *, adapters: Json) -> Json | Waiting:
+    """The model that adapters were trained on, as that job's config names it, with the adapters beside it."""
+    config = draft.seen.configs.get(key_of(parent))
+    if config is None:
+        message = f"{parent.title} has only adapters, and its ConfigMap, which names their base, is gone"
+        return Waiting(reason="UpstreamNotUsable", message=message)
+    base = dict(config["model"])
+    if "adapter" in base:
+        message = f"{parent.title} has only adapters on a model with adapters; it needs an output of type HuggingFace"
+        return Waiting(reason="UpstreamNotUsable", message=message)
+    resolved = parent.status.resolved
+    if "hub" in base and resolved is not None and resolved.model is not None and resolved.model.commit:
+        base["hub"] = base["hub"] | {"revision": resolved.model.commit}
+    elif "uri" in base and "s3" not in base["uri"]:
+        base["uri"] = _uri(base["uri"]["location"], s3=_access(parent), ours=_access(draft.job))
+    return base | {"adapter": adapters}
+
+
+def _access(job: Job) -> S3 | None:
+    return job.spec.storage.s3 if job.spec.storage else None
+
+
+def _uri(location: str, *, s3: S3 | None, ours: S3 | None) -> Json:
+    """A location in the trainer's words, with access to it where it differs from the job's own."""
+    if s3 is None or s3 == ours:
+        return {"location": location}
+    return {"location": location, "s3": s3.model_dump(mode="json", exclude_none=True)}
+
+
+# ------------------------------------------------------------------------------------- checkpoints, comparisons
+
+
+def _resolve_checkpoint(draft: Draft, found: _Found) -> Waiting | None:
+    key = resumed_from(draft.job)
+    if key is None:
+        return None
+    parent = draft.seen.upstream.get(key)
+    if parent is None:
+        return Waiting(reason="UpstreamMissing", message=f"{key.title} does not exist")
+    if parent.status.state not in {"Complete", "Failed", "Suspended"}:
+        return _unfinished(parent)
+    status = parent.status
+    if not isinstance(status, FineTuneJobStatus) or status.checkpoint is None:
+        return Waiting(reason="UpstreamNotUsable", message=f"{parent.title} has no checkpoint to resume from")
+    found.resume_from = status.checkpoint.uri
+    return None
+
+
+def _resolve_comparisons(draft: Draft, found: _Found) -> Waiting | None:
+    for key in compared_with(draft.job):
+        parent = _complete(draft, key)
+        if isinstance(parent, Waiting):
+            return parent
+        found.compared[key.name] = run_directory(parent)
+    return None
+
+
+def _parents(draft: Draft, *, found: _Found) -> list[Parent]:
+    """The jobs whose results are used, as the status and the lineage name them."""
+    parents = []
+    for key in used_by(draft.job):
+        output = found.output if key == model_of(draft.job) else None
+        parents.append(
+            Parent(
+                kind=key.kind,
+                name=key.name,
+                uid=draft.seen.upstream[key].metadata.uid,
+                output=output.name if output is not None else None,
+                digest=output.digest if output is not None else None,
+            )
+        )
+    return parents

@@ -1,17 +1,18 @@
 """The config file of a run: the spec in the trainer's words, complete, with what only the cluster knows filled in."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import yaml
 
-from kubetune_operator.api.common import S3
 from kubetune_operator.api.finetunejob import Checkpoint, FineTuneJob, Lora
-from kubetune_operator.names import GROUP_VERSION, KIND_FINETUNEJOB
+from kubetune_operator.api.jobs import Job
+from kubetune_operator.names import GROUP_VERSION
 
 Json = dict[str, Any]
 
-CLUSTER_ONLY: Final = {"suspend", "compute", "lifecycle", "queue"}
+CLUSTER_ONLY: Final = {"suspend", "compute", "lifecycle", "after", "queue"}
 """Blocks of the spec that say how a job runs on Kubernetes; the trainer never sees them."""
 
 NUMBERS: Final = (
@@ -22,21 +23,15 @@ NUMBERS: Final = (
     ("training", "learning_rate"),
     ("training", "weight_decay"),
     ("training", "max_grad_norm"),
+    ("gates", "at_least"),
+    ("gates", "at_most"),
+    ("gates", "compared_to", "max_drop"),
+    ("gates", "compared_to", "max_increase"),
+    ("gates", "max_perplexity_increase_percent"),
+    ("calibration", "dataset", "sources", "weight"),
+    ("verify", "dataset", "sources", "weight"),
 )
-"""Fields that are patterned strings in the custom resource and numbers in the config."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResolvedModel:
-    """The folder that a jobRef stands for.
-
-    Attributes:
-        location: URI of the output.
-        s3: Access to it, where it differs from the job's own storage.
-    """
-
-    location: str
-    s3: S3 | None = None
+"""Fields of all kinds that are patterned strings in the custom resource and numbers in the config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,45 +40,44 @@ class Resolved:
 
     Attributes:
         processes_per_node: Ranks on each node.
-        model: The folder behind `model.jobRef`, None if the spec has none.
+        model: The model block in the trainer's words that stands for `model.jobRef`, None if the spec has none.
         resume_from: The checkpoint behind `checkpoint.resumeFrom.jobRef`, None if the spec has none.
+        compared: Run directories of the EvalJobs that gates compare with, by name.
+        parents: The jobs whose results are used, for the lineage: kind, name, uid, and output where one is used.
     """
 
     processes_per_node: int
-    model: ResolvedModel | None = None
+    model: Json | None = None
     resume_from: str | None = None
+    compared: Mapping[str, str] = field(default_factory=dict)
+    parents: tuple[Json, ...] = ()
 
 
-def run_directory(job: FineTuneJob) -> str:
+def run_directory(job: Job) -> str:
     """URI of the folder that belongs to this run alone."""
     metadata = job.metadata
     return f"{job.spec.workspace.uri.rstrip('/')}/{metadata.namespace}/{metadata.name}-{metadata.uid[:8] or 'local'}"
 
 
-def cache_directory(job: FineTuneJob) -> str:
+def cache_directory(job: Job) -> str:
     """URI of the folder that all runs of the namespace share."""
     return f"{job.spec.workspace.uri.rstrip('/')}/{job.metadata.namespace}/cache"
 
 
-def render_config(job: FineTuneJob, *, resolved: Resolved) -> Json:
+def render_config(job: Job, *, resolved: Resolved) -> Json:
     """Build the config of a run, the same for prepare and for every attempt."""
     spec = _filled(job).model_dump(mode="json", exclude_none=True)
     config = {key: value for key, value in spec.items() if key not in CLUSTER_ONLY}
     for path in NUMBERS:
         _to_number(config, path=path)
     if resolved.model is not None:
-        uri: Json = {"location": resolved.model.location}
-        if resolved.model.s3 is not None:
-            uri["s3"] = resolved.model.s3.model_dump(mode="json", exclude_none=True)
-        config["model"] = {"uri": uri}
+        config["model"] = resolved.model
     if resolved.resume_from is not None:
         config["checkpoint"]["resume_from"] = {"uri": resolved.resume_from}
-    return {
-        "api_version": GROUP_VERSION,
-        "kind": KIND_FINETUNEJOB,
-        "run": _render_run(job, processes_per_node=resolved.processes_per_node),
-        **config,
-    }
+    for gate in config.get("gates") or []:
+        if other := gate.get("compared_to"):
+            other["directory"] = resolved.compared[other["name"]]
+    return {"api_version": GROUP_VERSION, "kind": job.kind, "run": _render_run(job, resolved=resolved), **config}
 
 
 def dump_config(config: Json) -> str:
@@ -91,28 +85,30 @@ def dump_config(config: Json) -> str:
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _render_run(job: FineTuneJob, *, processes_per_node: int) -> Json:
+def _render_run(job: Job, *, resolved: Resolved) -> Json:
     compute = job.spec.compute
-    return {
+    run: Json = {
         "namespace": job.metadata.namespace,
         "name": job.metadata.name,
         "uid": job.metadata.uid or "local",
         "directory": run_directory(job),
         "cache": cache_directory(job),
         "num_nodes": compute.nodes if compute is not None else 1,
-        "processes_per_node": processes_per_node,
+        "processes_per_node": resolved.processes_per_node,
     }
+    return run | ({"parents": list(resolved.parents)} if resolved.parents else {})
 
 
-def _filled(job: FineTuneJob) -> Any:
+def _filled(job: Job) -> Any:
     """Fill in the optional blocks whose fields have defaults, so that the config says everything."""
-    spec = job.spec
+    if not isinstance(job, FineTuneJob):
+        return job.spec
     filled: Json = {}
-    if spec.tuning == "LoRA" and spec.lora is None:
+    if job.spec.tuning == "LoRA" and job.spec.lora is None:
         filled["lora"] = Lora()
-    if spec.checkpoint is None:
+    if job.spec.checkpoint is None:
         filled["checkpoint"] = Checkpoint()
-    return spec.model_copy(update=filled)
+    return job.spec.model_copy(update=filled)
 
 
 def _to_number(node: Any, *, path: tuple[str, ...]) -> None:

@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from kubetune_operator.api.common import Compute, Lifecycle
-from kubetune_operator.api.finetunejob import FineTuneJob
+from kubetune_operator.api.jobs import Job
 from kubetune_operator.names import (
     ANNOTATION_COMPLETION_INDEX,
     COMPONENT_PREPARE,
-    COMPONENT_TRAIN,
     CONFIG_DIR,
     CONFIG_FILE,
     CONFIGMAPS_DIR,
     ENV_ATTEMPT,
     ENV_CONFIGMAPS_DIR,
     ENV_CPUS,
+    ENV_IMAGE,
     ENV_MASTER_ADDRESS,
     ENV_MASTER_PORT,
     ENV_METRICS_PORT,
@@ -28,7 +28,7 @@ from kubetune_operator.names import (
     ENV_SCRATCH,
     ENV_SECRETS_DIR,
     GROUP_VERSION,
-    KIND_FINETUNEJOB,
+    KINDS,
     LABEL_ATTEMPT,
     LABEL_BATCH_JOB_NAME,
     LABEL_COMPONENT,
@@ -49,7 +49,7 @@ from kubetune_operator.names import (
     ExitCode,
     config_name,
     prepare_name,
-    train_name,
+    work_name,
 )
 from kubetune_operator.render.config import dump_config
 from kubetune_operator.settings import Settings
@@ -62,7 +62,7 @@ UNLIMITED_RETRIES: Final = 2_147_483_647
 """Back-off limit of a gang's Job: the operator counts its restarts, the Job controller must not give up before."""
 
 
-def processes_per_node(job: FineTuneJob, *, cpu_processes: int) -> int:
+def processes_per_node(job: Job, *, cpu_processes: int) -> int:
     """Number of ranks on each node: one per device, or as many CPU processes as the installation allows."""
     accelerator = compute_of(job).accelerator
     if accelerator is None:
@@ -70,17 +70,17 @@ def processes_per_node(job: FineTuneJob, *, cpu_processes: int) -> int:
     return min(accelerator.per_node, cpu_processes) if cpu_processes else accelerator.per_node
 
 
-def compute_of(job: FineTuneJob) -> Compute:
+def compute_of(job: Job) -> Compute:
     """The compute block, with its defaults where the spec has none."""
     return job.spec.compute or Compute()
 
 
-def lifecycle_of(job: FineTuneJob) -> Lifecycle:
+def lifecycle_of(job: Job) -> Lifecycle:
     """The lifecycle block, with its defaults where the spec has none."""
     return job.spec.lifecycle or Lifecycle()
 
 
-def backoff_limit(job: FineTuneJob, *, counted: int) -> int:
+def backoff_limit(job: Job, *, counted: int) -> int:
     """How many pod failures the Job controller may answer by itself.
 
     A single pod it restarts alone, even without an operator. The pods of a gang end together; the operator counts.
@@ -94,29 +94,29 @@ def backoff_limit(job: FineTuneJob, *, counted: int) -> int:
     return max(0, lifecycle_of(job).max_restarts - counted)
 
 
-def job_labels(job: FineTuneJob) -> dict[str, str]:
+def job_labels(job: Job) -> dict[str, str]:
     """The labels by which everything of a job is found."""
-    return {LABEL_JOB_NAME: job.metadata.name, LABEL_JOB_KIND: KIND_FINETUNEJOB}
+    return {LABEL_JOB_NAME: job.metadata.name, LABEL_JOB_KIND: job.kind}
 
 
-def render_configmap(job: FineTuneJob, *, config: Json) -> Json:
+def render_configmap(job: Job, *, config: Json) -> Json:
     """The config file of a run; made once, never changed."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": _metadata(job, name=config_name(job.metadata.name), component=None),
+        "metadata": _metadata(job, name=config_name(job.kind, job.metadata.name), component=None),
         "immutable": True,
         "data": {CONFIG_FILE: dump_config(config)},
     }
 
 
-def render_service(job: FineTuneJob, *, attempt: int) -> Json:
+def render_service(job: Job, *, attempt: int) -> Json:
     """The headless Service that gives the pods of an attempt their host names, ready or not."""
-    name = train_name(job.metadata.name, attempt=attempt)
+    name = work_name(job.kind, job.metadata.name, attempt=attempt)
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _metadata(job, name=name, component=COMPONENT_TRAIN, attempt=attempt),
+        "metadata": _metadata(job, name=name, component=KINDS[job.kind].component, attempt=attempt),
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
@@ -129,9 +129,9 @@ def render_service(job: FineTuneJob, *, attempt: int) -> Json:
     }
 
 
-def render_prepare_job(job: FineTuneJob, *, config: Json, settings: Settings) -> Json:
-    """The Job that resolves revisions, fetches the model, tokenizes the data and estimates the memory."""
-    name = prepare_name(job.metadata.name)
+def render_prepare_job(job: Job, *, config: Json, settings: Settings) -> Json:
+    """The Job that resolves revisions, fetches the model and the data, and estimates the memory."""
+    name = prepare_name(job.kind, job.metadata.name)
     environment: list[Json] = [
         {"name": ENV_NUM_NODES, "value": "1"},
         {"name": ENV_PROCESSES_PER_NODE, "value": "1"},
@@ -161,7 +161,7 @@ def render_prepare_job(job: FineTuneJob, *, config: Json, settings: Settings) ->
     }
 
 
-def render_train_job(job: FineTuneJob, *, config: Json, attempt: int, backoff_limit: int, settings: Settings) -> Json:
+def render_work_job(job: Job, *, config: Json, attempt: int, backoff_limit: int, settings: Settings) -> Json:
     """The Indexed Job of one attempt.
 
     Args:
@@ -171,7 +171,7 @@ def render_train_job(job: FineTuneJob, *, config: Json, attempt: int, backoff_li
         backoff_limit: How many pod failures the Job controller may answer by itself.
         settings: The operator's settings.
     """
-    name = train_name(job.metadata.name, attempt=attempt)
+    name = work_name(job.kind, job.metadata.name, attempt=attempt)
     nodes = compute_of(job).nodes
     environment: list[Json] = [
         {"name": ENV_ATTEMPT, "value": str(attempt)},
@@ -184,14 +184,14 @@ def render_train_job(job: FineTuneJob, *, config: Json, attempt: int, backoff_li
         {"name": ENV_MASTER_ADDRESS, "value": f"{name}-0.{name}" if nodes > 1 else "localhost"},
         {"name": ENV_MASTER_PORT, "value": str(RENDEZVOUS_PORT)},
     ]
-    spec = _pod_spec(job, config=config, settings=settings, recipe="finetune", environment=environment)
+    spec = _pod_spec(job, config=config, settings=settings, recipe=KINDS[job.kind].recipe, environment=environment)
     if nodes > 1:
         spec["subdomain"] = name
-    labels = _labels(job, component=COMPONENT_TRAIN, attempt=attempt)
+    labels = _labels(job, component=KINDS[job.kind].component, attempt=attempt)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": _metadata(job, name=name, component=COMPONENT_TRAIN, attempt=attempt),
+        "metadata": _metadata(job, name=name, component=KINDS[job.kind].component, attempt=attempt),
         "spec": {
             "completionMode": "Indexed",
             "completions": nodes,
@@ -204,7 +204,7 @@ def render_train_job(job: FineTuneJob, *, config: Json, attempt: int, backoff_li
     }
 
 
-def _labels(job: FineTuneJob, *, component: str | None, attempt: int | None = None) -> dict[str, str]:
+def _labels(job: Job, *, component: str | None, attempt: int | None = None) -> dict[str, str]:
     labels = {LABEL_MANAGED_BY: MANAGED_BY} | job_labels(job)
     if component is not None:
         labels[LABEL_COMPONENT] = component
@@ -213,7 +213,7 @@ def _labels(job: FineTuneJob, *, component: str | None, attempt: int | None = No
     return labels
 
 
-def _metadata(job: FineTuneJob, *, name: str, component: str | None, attempt: int | None = None) -> Json:
+def _metadata(job: Job, *, name: str, component: str | None, attempt: int | None = None) -> Json:
     metadata: Json = {
         "name": name,
         "namespace": job.metadata.namespace,
@@ -223,7 +223,7 @@ def _metadata(job: FineTuneJob, *, name: str, component: str | None, attempt: in
         metadata["ownerReferences"] = [
             {
                 "apiVersion": GROUP_VERSION,
-                "kind": KIND_FINETUNEJOB,
+                "kind": job.kind,
                 "name": job.metadata.name,
                 "uid": job.metadata.uid,
                 "controller": True,
@@ -245,7 +245,7 @@ def _pod_failure_policy() -> Json:
     }
 
 
-def _pod_spec(job: FineTuneJob, *, config: Json, settings: Settings, recipe: str, environment: list[Json]) -> Json:
+def _pod_spec(job: Job, *, config: Json, settings: Settings, recipe: str, environment: list[Json]) -> Json:
     compute = compute_of(job)
     volumes, mounts = _volumes(job, config=config)
     container = {
@@ -253,7 +253,7 @@ def _pod_spec(job: FineTuneJob, *, config: Json, settings: Settings, recipe: str
         "image": settings.trainer_image,
         "imagePullPolicy": settings.trainer_image_pull_policy,
         "command": ["python", "-m", "kubetune_trainer.launch", recipe, "--config", f"{CONFIG_DIR}/{CONFIG_FILE}"],
-        "env": _environment(compute) + environment,
+        "env": _environment(compute, image=settings.trainer_image) + environment,
         "resources": _resources(compute, on_cpu=bool(settings.cpu_processes)),
         "ports": [{"name": "metrics", "containerPort": METRICS_PORT}],
         "volumeMounts": mounts,
@@ -317,7 +317,7 @@ def _resources(compute: Compute, *, on_cpu: bool) -> Json:
     return resources
 
 
-def _environment(compute: Compute) -> list[Json]:
+def _environment(compute: Compute, *, image: str) -> list[Json]:
     """The variables of every pod; the user's own come last, names of ours are refused at admission."""
     environment: list[Json] = [
         {"name": ENV_SECRETS_DIR, "value": SECRETS_DIR},
@@ -325,6 +325,7 @@ def _environment(compute: Compute) -> list[Json]:
         {"name": ENV_PVC_DIR, "value": PVC_DIR},
         {"name": ENV_SCRATCH, "value": SCRATCH_DIR},
         {"name": ENV_METRICS_PORT, "value": str(METRICS_PORT)},
+        {"name": ENV_IMAGE, "value": image},
         {
             "name": ENV_CPUS,
             "valueFrom": {"resourceFieldRef": {"containerName": TRAINER_CONTAINER, "resource": "limits.cpu"}},
@@ -340,14 +341,14 @@ def _environment(compute: Compute) -> list[Json]:
     return environment
 
 
-def _volumes(job: FineTuneJob, *, config: Json) -> tuple[list[Json], list[Json]]:
+def _volumes(job: Job, *, config: Json) -> tuple[list[Json], list[Json]]:
     """The volumes of a pod and where they are mounted: ours, those that the config names, and the user's."""
     compute = compute_of(job)
     shared_memory: Json = {"medium": "Memory"}
     if compute.shared_memory_bytes:
         shared_memory["sizeLimit"] = str(compute.shared_memory_bytes)
     volumes: list[Json] = [
-        {"name": "kubetune-config", "configMap": {"name": config_name(job.metadata.name)}},
+        {"name": "kubetune-config", "configMap": {"name": config_name(job.kind, job.metadata.name)}},
         {"name": "kubetune-scratch", "emptyDir": {}},
         {"name": "kubetune-tmp", "emptyDir": {}},
         {"name": "kubetune-shm", "emptyDir": shared_memory},
@@ -361,9 +362,12 @@ def _volumes(job: FineTuneJob, *, config: Json) -> tuple[list[Json], list[Json]]
     if secrets := _secret_sources(config):
         volumes.append({"name": "kubetune-secrets", "projected": {"defaultMode": 0o440, "sources": secrets}})
         mounts.append({"name": "kubetune-secrets", "mountPath": SECRETS_DIR, "readOnly": True})
-    if configmaps := _configmap_sources(config):
-        volumes.append({"name": "kubetune-configmaps", "projected": {"sources": configmaps}})
-        mounts.append({"name": "kubetune-configmaps", "mountPath": CONFIGMAPS_DIR, "readOnly": True})
+    for number, (name, keys) in enumerate(sorted(configmap_keys_of(config).items())):
+        source = {"name": name} | ({"items": [{"key": key, "path": key} for key in sorted(keys)]} if keys else {})
+        volumes.append({"name": f"kubetune-configmap-{number}", "configMap": source})
+        mounts.append(
+            {"name": f"kubetune-configmap-{number}", "mountPath": f"{CONFIGMAPS_DIR}/{name}", "readOnly": True}
+        )
     for number, claim in enumerate(sorted(claims_of(config))):
         volumes.append({"name": f"kubetune-pvc-{number}", "persistentVolumeClaim": {"claimName": claim}})
         mounts.append({"name": f"kubetune-pvc-{number}", "mountPath": f"{PVC_DIR}/{claim}"})
@@ -395,12 +399,12 @@ def secret_keys_of(config: Json) -> dict[str, set[str]]:
 
 
 def configmap_keys_of(config: Json) -> dict[str, set[str]]:
-    """The ConfigMaps that a config names, with the keys that must be there."""
+    """The ConfigMaps that a config names, with the keys that must be there; no keys: all of them are meant."""
     keys: dict[str, set[str]] = {}
     for name, value in _walk(config):
         if name == "config_map":
-            keys.setdefault(value["name"], set()).add(value["key"])
-    return keys
+            keys.setdefault(value["name"], set()).add(value.get("key", ""))
+    return {name: set() if "" in named else named for name, named in keys.items()}
 
 
 def claims_of(config: Json) -> set[str]:
@@ -419,10 +423,3 @@ def _secret_sources(config: Json) -> list[Json]:
             token = [{"key": S3_SESSION_TOKEN, "path": f"{name}/{S3_SESSION_TOKEN}"}]
             sources.append({"secret": {"name": name, "items": token, "optional": True}})
     return sources
-
-
-def _configmap_sources(config: Json) -> list[Json]:
-    return [
-        {"configMap": {"name": name, "items": [{"key": key, "path": f"{name}/{key}"} for key in sorted(keys)]}}
-        for name, keys in sorted(configmap_keys_of(config).items())
-    ]

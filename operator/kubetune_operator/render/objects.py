@@ -1,9 +1,10 @@
-"""Every object that a FineTuneJob leads to, as `kubetune render` prints them."""
+"""Every object that a job leads to, as `kubetune render` prints them."""
 
 from typing import Any
 
-from kubetune_operator.api.finetunejob import FineTuneJob
-from kubetune_operator.render.config import Resolved, ResolvedModel, render_config
+from kubetune_operator.api.jobs import Job
+from kubetune_operator.api.references import compared_with, model_of, resumed_from
+from kubetune_operator.render.config import Resolved, render_config
 from kubetune_operator.render.job import (
     backoff_limit,
     compute_of,
@@ -11,31 +12,30 @@ from kubetune_operator.render.job import (
     render_configmap,
     render_prepare_job,
     render_service,
-    render_train_job,
+    render_work_job,
 )
 from kubetune_operator.settings import Settings
 
 Json = dict[str, Any]
 
 
-def render_all(job: FineTuneJob, settings: Settings) -> list[Json]:
+def render_all(job: Job, settings: Settings) -> list[Json]:
     """Build the manifests of the first attempt, in the order in which the operator creates them.
 
     What only the cluster knows stands as a placeholder: `<output of FineTuneJob NAME>` for a jobRef.
     """
-    reference = job.spec.model.job_ref
-    resume = job.spec.checkpoint.resume_from if job.spec.checkpoint else None
     resolved = Resolved(
         processes_per_node=processes_per_node(job, cpu_processes=settings.cpu_processes),
-        model=ResolvedModel(location=f"<output of FineTuneJob {reference.name}>") if reference else None,
-        resume_from=f"<checkpoint of FineTuneJob {resume.job_ref.name}>" if resume and resume.job_ref else None,
+        model={"uri": {"location": f"<output of {parent.title}>"}} if (parent := model_of(job)) else None,
+        resume_from=f"<checkpoint of {resumed.title}>" if (resumed := resumed_from(job)) else None,
+        compared={other.name: f"<directory of {other.title}>" for other in compared_with(job)},
     )
     config = render_config(job, resolved=resolved)
     limit = backoff_limit(job, counted=0)
     manifests = [
         render_configmap(job, config=config),
         render_prepare_job(job, config=config, settings=settings),
-        render_train_job(job, config=config, attempt=1, backoff_limit=limit, settings=settings),
+        render_work_job(job, config=config, attempt=1, backoff_limit=limit, settings=settings),
     ]
     if compute_of(job).nodes > 1:
         manifests.insert(2, render_service(job, attempt=1))

@@ -3,11 +3,12 @@
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from kubetune_operator.api.finetunejob import AttemptPod, State
+from kubetune_operator.api.jobs import AttemptPod, State
 from kubetune_operator.lifecycle.draft import Create, Draft, PatchJob
-from kubetune_operator.lifecycle.moves import blocked_by, delete_attempt, fail, read_log
-from kubetune_operator.lifecycle.restarts import count_endings, failed_again, new_endings
-from kubetune_operator.render.job import backoff_limit, compute_of, lifecycle_of, render_service, render_train_job
+from kubetune_operator.lifecycle.moves import blocked_by, delete_attempt, read_log
+from kubetune_operator.lifecycle.restarts import count_endings, new_endings, next_attempt
+from kubetune_operator.names import KINDS
+from kubetune_operator.render.job import backoff_limit, compute_of, render_service, render_work_job
 from kubetune_operator.status import (
     Ending,
     attempt_of,
@@ -31,12 +32,12 @@ LINGERING_SECONDS: Final = 30.0
 """How long pods may stay after their grace period before the status says so."""
 
 
-def train(draft: Draft) -> bool:
+def work(draft: Draft) -> bool:
     """Run the current attempt, and answer what becomes of its pods."""
     if not draft.status.attempt:
         draft.set(attempt=1, restarts=0)
     attempt = draft.status.attempt or 1
-    current = draft.seen.train(attempt)
+    current = draft.seen.work(attempt)
     if current is None:
         return _start_attempt(draft, attempt=attempt)
     if is_deleting(current):
@@ -72,7 +73,7 @@ def _start_attempt(draft: Draft, *, attempt: int) -> bool:
     if draft.status.pods:  # the Job was deleted behind our back, and its pods with it
         endings = [vanished(name=pod.name, uid=pod.uid, index=pod.index) for pod in draft.status.pods if not pod.ended]
         if endings:
-            _next_attempt(draft, cause=first_cause(endings))
+            next_attempt(draft, cause=first_cause(endings))
             return True
         draft.set(pods=None)
     assert draft.seen.config is not None  # noqa: S101 (write_config ends the pass otherwise)
@@ -81,7 +82,7 @@ def _start_attempt(draft: Draft, *, attempt: int) -> bool:
     if compute_of(draft.job).nodes > 1:
         draft.do(Create(manifest=render_service(draft.job, attempt=attempt)))
     limit = backoff_limit(draft.job, counted=draft.counted)
-    manifest = render_train_job(
+    manifest = render_work_job(
         draft.job, config=draft.seen.config, attempt=attempt, backoff_limit=limit, settings=draft.settings
     )
     draft.do(Create(manifest=manifest))
@@ -123,30 +124,10 @@ def _restart_gang(draft: Draft, *, current: Json, pods: list[Json], endings: lis
         if left > 0:  # the one that failed first has not told yet
             draft.look_again(seconds=left)
             return True
-    _next_attempt(draft, cause=cause)
+    next_attempt(draft, cause=cause)
     if draft.status.state != "Failed":
         draft.do(*delete_attempt(current))
     return True
-
-
-def _next_attempt(draft: Draft, *, cause: Ending) -> None:
-    """Count a restart and go to the next attempt, or fail where no more are allowed."""
-    read_log(draft)
-    if not cause.preempted and draft.counted >= lifecycle_of(draft.job).max_restarts:
-        fail(draft, reason="MaxRestartsExceeded", message=failed_again(draft, cause.failure), failure=cause.failure)
-        return
-    attempt = draft.status.attempt or 1
-    failure = cause.failure
-    draft.set(
-        attempt=attempt + 1,
-        restarts=(draft.status.restarts or 0) + 1,
-        preemptions=(draft.status.preemptions or 0) + (1 if cause.preempted else 0) or None,
-        last_failure=failure,
-        pods=None,
-    )
-    message = f"attempt {attempt} ended: pod {failure.pod}: {failure.reason}: {failure.message}"
-    draft.waiting("Restarting", reason="Restarting", message=message)
-    draft.note("Restarting", message, warning=True)
 
 
 def _remember(draft: Draft, *, pods: list[Json]) -> None:
@@ -186,7 +167,7 @@ def _watch(draft: Draft, *, current: Json, pods: list[Json]) -> bool:
     if draft.status.state != "Running":
         message = f"attempt {draft.status.attempt} runs on {nodes} node{'s' if nodes > 1 else ''}"
         draft.set(state="Running")
-        draft.condition("Running", status="True", reason="Training", message=message)
+        draft.condition("Running", status="True", reason=KINDS[draft.job.kind].doing, message=message)
         draft.note("Running", message)
     read_log(draft)
     draft.look_again(seconds=draft.seen.poll_seconds)

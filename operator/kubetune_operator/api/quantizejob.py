@@ -1,0 +1,195 @@
+"""QuantizeJob: make a model smaller, in formats that engines load, and say what it costs."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from kubetune_operator.api.common import DnsLabel, ModelSource, Number
+from kubetune_operator.api.dataset import Samples
+from kubetune_operator.api.jobs import (
+    Count,
+    Figure,
+    Job,
+    JobSpec,
+    JobStatus,
+    Text,
+    WorkProgress,
+    frozen,
+    parse_as,
+    root_rules,
+)
+from kubetune_operator.api.model import ApiModel, Rule, StatusModel, Unique
+from kubetune_operator.api.outputs import OUTPUT_RULES, FinishedOutput, OutputBase
+
+# -------------------------------------------------------------------------------------------------------- spec
+
+
+class QuantizedOutput(OutputBase):
+    """One form that the model is written in."""
+
+    rules = OUTPUT_RULES
+
+    type: Literal["CompressedTensors", "TorchAO", "GGUF", "ExecuTorch"]
+    """Its format. CompressedTensors for vLLM and transformers, TorchAO for PyTorch, GGUF for llama.cpp,
+    ExecuTorch for devices."""
+
+
+class Calibration(ApiModel):
+    """Data by which weights are rounded with less harm."""
+
+    dataset: Samples
+    """Where the rows come from."""
+    samples: Annotated[int, Field(ge=1, le=100_000)] = 128
+    """Rows that are used, the first ones."""
+    method: Literal["GPTQ", "AWQ", "None"] = "GPTQ"
+    """How. GPTQ rounds column by column and passes the error on; AWQ scales the channels that matter; None rounds to
+    the nearest value, as without calibration."""
+
+
+class Verification(ApiModel):
+    """Data on which each output is compared with the model that it was made from."""
+
+    dataset: Samples
+    """Where the rows come from."""
+    samples: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Rows that are used, the first ones."""
+
+
+class QuantizeGate(ApiModel):
+    """What an output must hold."""
+
+    name: DnsLabel
+    """Name of the gate, unique among the gates."""
+    output: DnsLabel | None = None
+    """The output that is judged. Unset: each of them."""
+    max_perplexity_increase_percent: Number
+    """How much higher, in percent, its perplexity may be than that of the model that it was made from."""
+
+
+def _gates_name_outputs(spec: Any) -> bool:
+    names = {output.name for output in spec.outputs}
+    return all(gate.output is None or gate.output in names for gate in spec.gates or [])
+
+
+class QuantizeJobSpec(JobSpec):
+    """What to quantize, how and where. Only suspend and lifecycle may change after creation."""
+
+    rules = (
+        Rule(
+            cel=(
+                "!has(self.compute) || (self.compute.nodes == 1 && "
+                "(!has(self.compute.accelerator) || self.compute.accelerator.perNode == 1))"
+            ),
+            message="spec.compute must have one node and at most one device: a QuantizeJob is one process",
+            check=lambda spec: spec.ranks == 1,
+        ),
+        Rule(
+            cel="!has(self.gates) || has(self.verify)",
+            message="spec.gates needs spec.verify",
+            check=lambda spec: spec.gates is None or spec.verify is not None,
+        ),
+        Rule(
+            cel="!has(self.gates) || self.gates.all(g, !has(g.output) || self.outputs.exists(o, o.name == g.output))",
+            message="the output of each of spec.gates must be one of spec.outputs",
+            check=_gates_name_outputs,
+        ),
+        *frozen("outputs", optional=("calibration", "verify", "gates")),
+    )
+
+    model: ModelSource
+    """The model to quantize."""
+    outputs: Annotated[list[QuantizedOutput], Field(min_length=1, max_length=16), Unique(("name",))]
+    """The forms that it is written in."""
+    calibration: Calibration | None = None
+    """Data by which weights are rounded with less harm. Unset: they are rounded to the nearest value."""
+    verify: Verification | None = None
+    """Data on which outputs are compared with the model. Unset: they are loaded, and not compared."""
+    gates: Annotated[list[QuantizeGate], Field(max_length=16), Unique(("name",))] | None = None
+    """What the outputs must hold. A job whose gate fails is complete; jobs that need it to pass do not begin."""
+
+
+# ------------------------------------------------------------------------------------------------------ status
+
+
+class QuantizeProgress(WorkProgress):
+    """How many tensors are done, over all outputs, as of the last report."""
+
+    phase: Annotated[str, Field(max_length=32)] | None = None
+    """What the job is at."""
+
+
+class Divergence(StatusModel):
+    """How far the answers of an output are from those of the model that it was made from."""
+
+    mean_kl: Figure | None = None
+    """Mean Kullback-Leibler divergence of the next token's distribution, in nats."""
+    top_token_agreement_percent: Figure | None = None
+    """Part of the positions at which both find the same token most likely."""
+    max_logit_difference: Figure | None = None
+    """Largest difference between two logits."""
+
+
+class MeasuredOutput(FinishedOutput):
+    """One form of the model that is written, loaded again and compared."""
+
+    scheme: Annotated[str, Field(max_length=63)] | None = None
+    """How it is quantized."""
+    source_bytes: Count | None = None
+    """Size of the model that it was made from."""
+    perplexity: Figure | None = None
+    """Its perplexity on the data of spec.verify."""
+    source_perplexity: Figure | None = None
+    """That of the model that it was made from."""
+    divergence: Divergence | None = None
+    """How far its answers are from those of that model."""
+
+
+class QuantizeGateResult(StatusModel):
+    """What became of one gate on one output."""
+
+    name: Annotated[str, Field(max_length=63)]
+    """Name of the gate."""
+    output: Annotated[str, Field(max_length=63)]
+    """The output that was judged."""
+    rule: Annotated[str, Field(max_length=256)]
+    """What was asked for, for example maxPerplexityIncreasePercent 2.0."""
+    value: Figure | None = None
+    """The value that was judged. Unset: there is none, and the gate has failed."""
+    passed: bool
+    """Whether it holds."""
+    message: Text | None = None
+    """The verdict in a sentence."""
+
+
+class QuantizeJobStatus(JobStatus):
+    """What the operator saw. Users read it; only the operator writes it."""
+
+    progress: QuantizeProgress | None = None
+    """How far the job is."""
+    outputs: Annotated[list[MeasuredOutput], Field(max_length=16), Unique(("name",))] | None = None
+    """Outputs that are written."""
+    gates: Annotated[list[QuantizeGateResult], Field(max_length=256), Unique(("name", "output"))] | None = None
+    """What became of the gates."""
+
+
+class QuantizeJob(Job):
+    """Writes a language model in smaller forms, and measures what they cost."""
+
+    rules = root_rules("QuantizeJob")
+
+    kind: Literal["QuantizeJob"]
+    """Kind of the object."""
+    spec: QuantizeJobSpec
+    """What to quantize, how and where."""
+    status: QuantizeJobStatus = Field(default_factory=QuantizeJobStatus)
+    """What the operator saw."""
+
+
+def parse_quantizejob(manifest: Mapping[str, Any]) -> QuantizeJob:
+    """Check a manifest as the API server would and return it with defaults filled in.
+
+    Raises:
+        SpecError: The manifest breaks rules; all of them are named.
+    """
+    return parse_as(QuantizeJob, manifest)

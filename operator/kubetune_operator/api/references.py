@@ -1,0 +1,57 @@
+"""Which jobs a job refers to. Pure; nothing here knows whether they exist."""
+
+from typing import NamedTuple
+
+from kubetune_operator.api.evaljob import EvalJob
+from kubetune_operator.api.finetunejob import FineTuneJob
+from kubetune_operator.api.jobs import Job
+from kubetune_operator.names import KIND_EVALJOB
+
+
+class JobKey(NamedTuple):
+    """A job of the same namespace."""
+
+    kind: str
+    name: str
+
+    @property
+    def title(self) -> str:
+        """The job as messages name it."""
+        return f"{self.kind} {self.name}"
+
+
+def key_of(job: Job) -> JobKey:
+    """What others refer to a job by."""
+    return JobKey(job.kind, job.metadata.name)
+
+
+def model_of(job: Job) -> JobKey | None:
+    """The job whose output is the model."""
+    reference = job.spec.model.job_ref
+    return JobKey(reference.kind, reference.name) if reference is not None else None
+
+
+def resumed_from(job: Job) -> JobKey | None:
+    """The job whose checkpoint a FineTuneJob begins with."""
+    if not isinstance(job, FineTuneJob) or job.spec.checkpoint is None or job.spec.checkpoint.resume_from is None:
+        return None
+    reference = job.spec.checkpoint.resume_from.job_ref
+    return JobKey(reference.kind, reference.name) if reference is not None else None
+
+
+def compared_with(job: Job) -> list[JobKey]:
+    """The EvalJobs that an EvalJob's gates compare with, each once."""
+    gates = (job.spec.gates or []) if isinstance(job, EvalJob) else []
+    return list(dict.fromkeys(JobKey(KIND_EVALJOB, gate.compared_to.name) for gate in gates if gate.compared_to))
+
+
+def used_by(job: Job) -> list[JobKey]:
+    """The jobs whose results a job uses, each once."""
+    keys = [model_of(job), resumed_from(job), *compared_with(job)]
+    return list(dict.fromkeys(key for key in keys if key is not None))
+
+
+def references_of(job: Job) -> list[JobKey]:
+    """The jobs that a job waits for, each once."""
+    after = [JobKey(item.kind, item.name) for item in job.spec.after or []]
+    return list(dict.fromkeys([*used_by(job), *after]))

@@ -1,0 +1,131 @@
+"""What each kind of job has found out when its work is done, and the verdict of its gates."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from kubetune_operator import progress as progresses
+from kubetune_operator.api.evaljob import Artifacts, EvalGateResult, EvalJob, EvalProgress, EvalResult
+from kubetune_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus, Progress
+from kubetune_operator.api.outputs import FinishedOutput
+from kubetune_operator.api.quantizejob import MeasuredOutput, QuantizeGateResult, QuantizeJob, QuantizeProgress
+from kubetune_operator.lifecycle.draft import Draft
+from kubetune_operator.lifecycle.moves import taken, taken_all
+from kubetune_operator.progress import timestamp
+from kubetune_operator.render.config import run_directory
+
+Json = dict[str, Any]
+
+SHOWN: Final = 6
+"""How many results the message of the Complete condition tells."""
+
+
+def take_results(draft: Draft, *, report: Json) -> str:
+    """Take over what rank 0 reported in its termination message; returns it in a sentence, empty if there is none."""
+    _take_progress(draft, report=report)
+    match draft.job:
+        case EvalJob():
+            return _take_evaluation(draft, report=report)
+        case QuantizeJob():
+            return _take_quantized(draft, report=report)
+        case FineTuneJob() as job:
+            outputs = taken_all(draft, FinishedOutput, report.get("outputs")) or [
+                FinishedOutput(
+                    name=output.name, type=output.type, uri=output.uri or f"{run_directory(job)}/outputs/{output.name}"
+                )
+                for output in job.spec.outputs
+            ]
+            draft.set(outputs=outputs)
+            return _located(outputs)
+    return ""
+
+
+def is_lost(draft: Draft, *, report: Json) -> bool:
+    """Whether a job ended well and what it found out cannot be read. Outputs of training are where they must be."""
+    if isinstance(draft.job, FineTuneJob):
+        return False
+    return report.get("result") != "Complete" or (bool(report.get("seeLog")) and not _log_results(draft))
+
+
+def _log_results(draft: Draft) -> list[Json]:
+    return progresses.events_named(draft.seen.log, "result") or progresses.events_named(draft.seen.log, "gate")
+
+
+def _take_progress(draft: Draft, *, report: Json) -> None:
+    told, at_the_end = report.get("progress"), {"eta_seconds": 0, "updated_at": timestamp(draft.seen.now)}
+    status = draft.status
+    if isinstance(status, FineTuneJobStatus):
+        if isinstance(told, dict):
+            fields = progresses.step_fields(told) | at_the_end
+            draft.set(progress=(status.progress or Progress()).model_copy(update=fields))
+        return
+    model = EvalProgress if isinstance(draft.job, EvalJob) else QuantizeProgress
+    before: Any = getattr(status, "progress", None)
+    fields = progresses.work_fields(told if isinstance(told, dict) else {}, model=model) | at_the_end
+    if before is not None or len(fields) > len(at_the_end):
+        draft.set(progress=(before or model()).model_copy(update=fields))
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
+
+
+def _take_evaluation(draft: Draft, *, report: Json) -> str:
+    in_log = bool(report.get("seeLog"))
+    told = progresses.events_named(draft.seen.log, "result") if in_log else report.get("results")
+    results = taken_all(draft, EvalResult, told)
+    judged = progresses.events_named(draft.seen.log, "gate") if in_log else report.get("gates")
+    gates = taken_all(draft, EvalGateResult, judged)
+    draft.set(
+        results=_last_of_each(results, "task", "metric", "filter"),
+        gates=_last_of_each(gates, "name"),
+        artifacts=taken(draft, Artifacts, report["artifacts"]) if report.get("artifacts") else None,
+    )
+    assert isinstance(draft.job, EvalJob)  # noqa: S101 (whoever calls has looked)
+    judge(draft, names=[gate.name for gate in draft.job.spec.gates or []], gates=gates)
+    shown = [f"{result.task} {result.metric} {result.value}" for result in results[:SHOWN]]
+    return "; ".join(shown) + (f" and {len(results) - SHOWN} more" if len(results) > SHOWN else "")
+
+
+# ----------------------------------------------------------------------------------------------- quantization
+
+
+def _take_quantized(draft: Draft, *, report: Json) -> str:
+    outputs = taken_all(draft, MeasuredOutput, report.get("outputs"))
+    judged = progresses.events_named(draft.seen.log, "gate") if report.get("seeLog") else report.get("gates")
+    gates = taken_all(draft, QuantizeGateResult, judged)
+    draft.set(outputs=outputs or None, gates=_last_of_each(gates, "name", "output"))
+    assert isinstance(draft.job, QuantizeJob)  # noqa: S101 (whoever calls has looked)
+    judge(draft, names=[gate.name for gate in draft.job.spec.gates or []], gates=gates)
+    return _located(outputs)
+
+
+def _located(outputs: Sequence[FinishedOutput]) -> str:
+    return "; ".join(f"{output.name}: {output.uri}" for output in outputs)
+
+
+# ------------------------------------------------------------------------------------------------------ gates
+
+
+def judge(draft: Draft, *, names: Sequence[str], gates: Sequence[EvalGateResult | QuantizeGateResult]) -> None:
+    """Say whether the gates passed. One that nothing was reported about has not."""
+    if not names:
+        return
+    reported = {gate.name for gate in gates}
+    failed = [_verdict(gate) for gate in gates if not gate.passed]
+    failed += [f"gate {name}: nothing was reported about it" for name in names if name not in reported]
+    if failed:
+        message = "; ".join(failed)
+        draft.condition("GatePassed", status="False", reason="GateFailed", message=message)
+        draft.note("GateFailed", message, warning=True)
+        return
+    message = "; ".join(_verdict(gate) for gate in gates)
+    draft.condition("GatePassed", status="True", reason="GatesPassed", message=message)
+    draft.note("GatesPassed", message)
+
+
+def _verdict(gate: EvalGateResult | QuantizeGateResult) -> str:
+    return f"gate {gate.name}: {gate.message or f'{gate.rule}, got {gate.value}'}"
+
+
+def _last_of_each(items: list[Any], *keys: str) -> list[Any] | None:
+    """The last of the items that have these fields in common; None if there are none."""
+    return list({tuple(getattr(item, key) for key in keys): item for item in items}.values()) or None
