@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from aiohttp import web
 
 from kubetune_operator.cluster import Cluster, object_path
 from kubetune_operator.errors import ClusterError
-from kubetune_operator.names import LABEL_ATTEMPT, LABEL_COMPONENT, LABEL_JOB_NAME
+from kubetune_operator.names import KINDS, LABEL_ATTEMPT, LABEL_COMPONENT, LABEL_JOB_KIND, LABEL_JOB_NAME, config_name
 from kubetune_operator.status import index_of, is_deleting, phase_of
 from tests.cluster.controlplane import ControlPlane, free_ports
 from tests.cluster.pki import Authority, Identity
@@ -73,19 +75,49 @@ COMPLETE: Json = {
 }
 
 
-def manifest(name: str, *, namespace: str, **spec: Any) -> Json:
-    """A FineTuneJob that is as small as can be; keyword arguments replace blocks of its spec."""
+EVALUATED: Json = {
+    "result": "Complete",
+    "exitCode": 0,
+    "results": [
+        {"task": "tickets", "metric": "acc", "filter": "none", "value": 0.4125, "stderr": 0.0174, "samples": 800},
+        {"task": "wikitext", "metric": "word_perplexity", "filter": "none", "value": 23.456789123, "samples": 62},
+    ],
+    "artifacts": {"results": "s3://runs/e/results.json", "samples": "s3://runs/e/samples"},
+    "progress": {"event": "progress", "done": 862, "total": 862, "tokensPerSecond": 812.34},
+}
+QUANTIZED: Json = {
+    "result": "Complete",
+    "exitCode": 0,
+    "outputs": [
+        {
+            "name": "int8", "type": "CompressedTensors", "scheme": "Int8WeightOnly", "uri": "s3://runs/q/int8",
+            "digest": "sha256:ab", "bytes": 100, "sourceBytes": 400, "perplexity": 12.3456789, "sourcePerplexity": 12,
+            "divergence": {"meanKl": 0.00123, "topTokenAgreementPercent": 98.7, "maxLogitDifference": 0.5},
+        }
+    ],
+    "progress": {"event": "progress", "done": 60, "total": 60},
+}  # fmt: skip
+REPORTS: dict[str, Json] = {"FineTuneJob": COMPLETE, "EvalJob": EVALUATED, "QuantizeJob": QUANTIZED}
+"""What rank 0 of each kind says at its end."""
+SPECS: dict[str, Json] = {
+    "FineTuneJob": {
+        "dataset": {"sources": [{"name": "tickets", "uri": {"location": "s3://data/t.jsonl"}}]},
+        "training": {"maxSteps": 30, "globalBatchSize": 4},
+        "outputs": [{"name": "merged", "type": "HuggingFace"}],
+    },
+    "EvalJob": {"tasks": [{"name": "tickets"}, {"name": "wikitext", "limit": 62}]},
+    "QuantizeJob": {"outputs": [{"name": "int8", "type": "CompressedTensors", "scheme": "Int8WeightOnly"}]},
+}
+
+
+def manifest(name: str, *, namespace: str, kind: str = KIND, **spec: Any) -> Json:
+    """A job that is as small as can be; keyword arguments replace blocks of its spec."""
     return {
         "apiVersion": "kubetune.dev/v1alpha1",
-        "kind": KIND,
+        "kind": kind,
         "metadata": {"name": name, "namespace": namespace},
-        "spec": {
-            "model": {"uri": {"location": "s3://models/tiny"}},
-            "dataset": {"sources": [{"name": "tickets", "uri": {"location": "s3://data/t.jsonl"}}]},
-            "training": {"maxSteps": 30, "globalBatchSize": 4},
-            "workspace": {"uri": "s3://runs"},
-            "outputs": [{"name": "merged", "type": "HuggingFace"}],
-        }
+        "spec": {"model": {"uri": {"location": "s3://models/tiny"}}, "workspace": {"uri": "s3://runs"}}
+        | SPECS[kind]
         | spec,
     }
 
@@ -163,6 +195,7 @@ class World:
     """What a test sees and does in its namespace."""
 
     def __init__(self, *, namespace: str, operator: OperatorProcess, control_plane: ControlPlane) -> None:
+        self.kind = KIND
         self.namespace = namespace
         self.operator = operator
         self.control_plane = control_plane
@@ -171,17 +204,23 @@ class World:
         self.logs: dict[str, str] = {}
         self.polls: list[str] = []
 
+    def of(self, kind: str) -> "World":
+        """The same world, where jobs are of another kind unless said otherwise."""
+        other = copy.copy(self)
+        other.kind = kind
+        return other
+
     # ---------------------------------------------------------------------------------------------- a person
 
     async def apply(self, name: str = "run", **spec: Any) -> Json:
-        return await self.cluster.create(manifest(name, namespace=self.namespace, **spec))
+        return await self.cluster.create(manifest(name, namespace=self.namespace, kind=self.kind, **spec))
 
     async def patch(self, name: str = "run", **spec: Any) -> None:
-        await self.cluster.patch(KIND, namespace=self.namespace, name=name, patch={"spec": spec})
+        await self.cluster.patch(self.kind, namespace=self.namespace, name=name, patch={"spec": spec})
 
     async def job(self, name: str = "run") -> Json:
-        found = await self.cluster.get(KIND, namespace=self.namespace, name=name)
-        assert found is not None, f"FineTuneJob {name} is gone"
+        found = await self.cluster.get(self.kind, namespace=self.namespace, name=name)
+        assert found is not None, f"{self.kind} {name} is gone"
         return found
 
     async def status(self, name: str = "run") -> Json:
@@ -208,7 +247,7 @@ class World:
         return sorted(job["metadata"]["name"] for job in await self.cluster.list_all("Job", namespace=self.namespace))
 
     async def pods(self, component: str, *, name: str = "run", attempt: int | None = None) -> list[Json]:
-        labels = {LABEL_JOB_NAME: name, LABEL_COMPONENT: component}
+        labels = {LABEL_JOB_NAME: name, LABEL_JOB_KIND: self.kind, LABEL_COMPONENT: component}
         if attempt is not None:
             labels[LABEL_ATTEMPT] = str(attempt)
         found = await self.cluster.list_all("Pod", namespace=self.namespace, labels=labels)
@@ -338,16 +377,45 @@ class World:
 
     async def training(self, *, name: str = "run", nodes: int = 1, attempt: int = 1) -> list[Json]:
         """Have all pods of an attempt run; returns them by index."""
-        pods = await self.live_pods("train", count=nodes, name=name, attempt=attempt)
+        pods = await self.live_pods(KINDS[self.kind].component, count=nodes, name=name, attempt=attempt)
         await self.run(*pods)
         await self.until(lambda status: status.get("state") == "Running" and status["attempt"] == attempt, name=name)
         return pods
 
-    async def complete(self, pods: list[Json], *, name: str = "run") -> Json:
-        """Have all pods end well; returns the final status."""
+    async def complete(self, pods: list[Json], *, name: str = "run", **report: Any) -> Json:
+        """Have all pods end well; keyword arguments replace parts of the report. Returns the final status."""
         for pod in pods:
-            await self.end(pod, code=0, report=COMPLETE if index_of(pod) == 0 else None)
+            await self.end(pod, code=0, report=REPORTS[self.kind] | report if index_of(pod) == 0 else None)
         return await self.state("Complete", name=name)
+
+    async def live(self, name: str = "run", **report: Any) -> Json:
+        """Have a job that was applied do all its work; returns the final status."""
+        await self.prepared(name=name)
+        return await self.complete(await self.training(name=name), name=name, **report)
+
+    async def delete(self, name: str = "run") -> None:
+        await self.cluster.delete(self.kind, namespace=self.namespace, name=name)
+        await self.gone(self.kind, name)
+
+    async def reason(self, reason: str, *, name: str = "run") -> str:
+        """Wait until the Running condition has a reason; returns its message."""
+        status = await self.until(lambda status: running_of(status).get("reason") == reason, name=name)
+        return str(running_of(status)["message"])
+
+    async def config(self, name: str = "run") -> Json:
+        found = await self.cluster.get("ConfigMap", namespace=self.namespace, name=config_name(self.kind, name))
+        assert found is not None
+        return yaml.safe_load(found["data"]["config.yaml"])
+
+
+def running_of(status: Json) -> Json:
+    """The Running condition of a status."""
+    return condition_of(status, "Running")
+
+
+def condition_of(status: Json, name: str) -> Json:
+    """A condition of a status; empty if it was never set."""
+    return next((item for item in status.get("conditions", []) if item["type"] == name), {})
 
 
 @contextlib.asynccontextmanager

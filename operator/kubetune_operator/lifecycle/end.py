@@ -91,7 +91,7 @@ def _complete(draft: Draft, *, work: Json) -> bool:
     leader = next((pod for pod in pods if index_of(pod) == 0 and phase_of(pod) == "Succeeded"), None)
     report = report_of(leader) if leader is not None else {}
     if is_lost(draft, report=report):
-        return _work_again(draft, leader=leader)
+        return _work_again(draft, leader=leader, in_log=bool(report.get("seeLog")))
     doing = KINDS[draft.job.kind].doing.lower()
     message = take_results(draft, report=report) or f"{doing} is done"
     draft.set(state="Complete", completion_time=timestamp(draft.seen.now), pods=None)
@@ -104,11 +104,11 @@ def _complete(draft: Draft, *, work: Json) -> bool:
     return True
 
 
-def _work_again(draft: Draft, *, leader: Json | None) -> bool:
+def _work_again(draft: Draft, *, leader: Json | None, in_log: bool) -> bool:
     """Another attempt where what was found out cannot be read: it takes what is in the workspace and reports anew."""
     ending = ending_of(leader) if leader is not None else None
     ended = parse_time(ending.failure.time) if ending is not None else None
-    if ended is not None and (draft.seen.now - ended).total_seconds() < LOG_SECONDS and not draft.seen.log:
+    if in_log and ended is not None and (draft.seen.now - ended).total_seconds() < LOG_SECONDS:
         draft.look_again(seconds=1.0)
         return True
     message = f"the report of attempt {draft.status.attempt} is lost"
