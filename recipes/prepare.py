@@ -1,15 +1,15 @@
-"""Prepares a run: looks at the model, tokenizes the data, estimates the memory. Needs no accelerator.
+"""Prepares a run: looks at the model, gets its data ready, estimates the memory. Needs no accelerator.
 
     python recipes/prepare.py --config CONFIG.yaml [field=value ...]
 
-Runs once before training. What it leaves in the run's folder makes every attempt train the same model on the same rows.
+Runs once before the work, whatever kind of job it is. What it leaves in the run's folder makes every attempt work with
+the same model on the same data.
 """
 
 import argparse
 from collections.abc import Sequence
 
-from kubetune_trainer.config import load_config
-from kubetune_trainer.data.prepare import prepare
+from kubetune_trainer.config import EvalConfig, FineTuneConfig, JobConfig, load_config
 from kubetune_trainer.report import report, run, write_termination_message
 
 
@@ -19,8 +19,21 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--config", required=True, help="a complete YAML file, as those in recipes/configs")
     parser.add_argument("overrides", nargs="*", help="field=value each, as in training.max_steps=10")
     options = parser.parse_args(arguments)
-    prepared = prepare(load_config(options.config, overrides=options.overrides), report=report)
-    write_termination_message("Prepared", exit_code=0, **prepared.message())
+    config = load_config(options.config, expect=JobConfig, overrides=options.overrides)
+    write_termination_message("Prepared", exit_code=0, **prepare(config))
+
+
+def prepare(config: JobConfig) -> dict[str, object]:
+    """Does what the job's kind needs; each imports its own libraries only. Returns what the status gets."""
+    if isinstance(config, FineTuneConfig):
+        from kubetune_trainer.data.prepare import prepare as prepare_finetune  # noqa: PLC0415
+
+        return prepare_finetune(config, report=report).message()
+    if isinstance(config, EvalConfig):
+        from kubetune_trainer.evaluate.prepare import prepare as prepare_evaluation  # noqa: PLC0415
+
+        return prepare_evaluation(config, report=report).message()
+    raise AssertionError(f"{config.kind} has no step of its own before its work")
 
 
 if __name__ == "__main__":

@@ -186,6 +186,29 @@ def gather_vector(values: list[float]) -> torch.Tensor:
     return everyone.view(-1, len(values))
 
 
+def gather_objects(value: _T) -> list[_T]:
+    """Every rank's value in rank order, on rank 0; empty on the others."""
+    everyone: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, everyone or None)
+    return everyone
+
+
+class SharedCounters:
+    """Numbers that any rank may raise at any time, without waiting for the others.
+
+    Args:
+        name: All ranks make them under the same name, which nothing else in the run has.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 (torch has no public way to ask)
+        self._name = name
+
+    def add(self, counter: str, amount: int) -> int:
+        """Raises a counter, which begins at 0, and returns what it is now."""
+        return int(self._store.add(f"{self._name}/{counter}", amount))
+
+
 @dataclass(frozen=True)
 class StepTotals:
     """What all ranks know of a step after their one exchange."""

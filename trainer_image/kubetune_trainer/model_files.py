@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from kubetune_trainer.config import FineTuneConfig, S3Storage
+from kubetune_trainer.config import JobConfig, S3Storage
 from kubetune_trainer.errors import DataError
+from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from kubetune_trainer.hub import HubRepo, find_repo
 from kubetune_trainer.model.config import CONFIG_FILE
 from kubetune_trainer.model.weights import INDEX_FILE, WEIGHTS_FILE
@@ -45,13 +46,13 @@ class FoundModel(BaseModel):
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def model_s3(config: FineTuneConfig) -> S3Storage | None:
+def model_s3(config: JobConfig) -> S3Storage | None:
     """Returns how to reach the S3 service of the model, where it lies in one."""
     uri = config.model.uri
     return (uri.s3 if uri else None) or config.storage.s3
 
 
-def locate_model(config: FineTuneConfig, *, report: Report) -> FoundModel:
+def locate_model(config: JobConfig, *, report: Report) -> FoundModel:
     """Finds the run's model; one of the Hub is brought into the workspace's cache first, once for all runs.
 
     Raises:
@@ -89,6 +90,25 @@ def find_model(location: str, *, s3: S3Storage | None, commit: str | None = None
         _check_weights(store, files[name])
     used = [*(path for path in files if is_small(path)), *weights]
     return FoundModel(location=location, commit=commit, etags={path: files[path].etag for path in sorted(used)})
+
+
+def find_adapter(location: str, *, s3: S3Storage | None) -> FoundModel:
+    """Looks at a PEFT folder without reading its weights.
+
+    Raises:
+        DataError: A file is missing.
+    """
+    store = open_store(location.rstrip("/"), s3=s3)
+    files = {info.path: info for info in store.list()}
+    for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE):
+        if name not in files:
+            raise DataError(
+                f"Adapter folder {location}: {name} is missing",
+                hint="It must be a PEFT folder: adapter_config.json and adapter_model.safetensors.",
+            )
+    _check_weights(store, files[ADAPTER_WEIGHTS_FILE])
+    used = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)
+    return FoundModel(location=store.uri(), etags={path: files[path].etag for path in used})
 
 
 def fetch_model(model: FoundModel, *, s3: S3Storage | None, only_small: bool = False) -> Path:

@@ -168,6 +168,18 @@ def config_map_file(reference: "ConfigMapKey") -> Path:
     return path
 
 
+def config_map_folder(name: str) -> Path:
+    """The folder of a ConfigMap that is mounted whole.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    folder = Path(os.environ.get(ENV_CONFIGMAPS_DIR, DEFAULT_CONFIGMAPS_DIR)) / name
+    if not folder.is_dir():
+        raise ConfigError(f"ConfigMap {name} must be mounted; there is no {folder}")
+    return folder
+
+
 class LocalStore:
     """A folder of the file system: file:// and pvc://."""
 

@@ -24,13 +24,20 @@ TIED_HEAD = "lm_head.weight"
 NAMES_IN_MESSAGE = 5
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu") -> Decoder:
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    adapter: str | Path | None = None,
+) -> Decoder:
     """Load a model folder into memory, on one device.
 
     Args:
         path: Folder in Hugging Face format.
         dtype: Type of all weights.
         device: Where they go.
+        adapter: A PEFT folder that is merged into the weights; unset leaves them as they are.
 
     Returns:
         The model, in evaluation mode.
@@ -40,6 +47,10 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device:
     """
     model = build_model(read_config(Path(path))).to(dtype).to_empty(device=device)
     load_weights(model, path)
+    if adapter is not None:
+        from kubetune_trainer.model.adapter import merge_adapter  # noqa: PLC0415 - it needs this module first
+
+        merge_adapter(model, Path(adapter))
     return model.eval()
 
 

@@ -1,0 +1,10 @@
+"""Evaluate a model with lm_eval's tasks and metrics on our own decoder.
+
+`trees` and `score` compute likelihoods, `work` spreads requests over ranks and keeps what is answered, `model` is what
+lm_eval sees, `tasks` finds tasks and their data, `results` and `gates` turn answers into numbers and verdicts.
+"""
+
+import os
+
+# Before anything imports tqdm: a pod's log keeps its last lines, and bars would push everything else out of it.
+os.environ.setdefault("TQDM_DISABLE", "1")

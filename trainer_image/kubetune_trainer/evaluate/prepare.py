@@ -1,0 +1,155 @@
+"""What happens once per evaluation, before an accelerator is used: find the model, the tasks and their data.
+
+`prepare` leaves `prepared.json` in the run's folder; every attempt evaluates the model that it names, or refuses.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.alias_generators import to_camel
+
+from kubetune_trainer.config import EvalConfig
+from kubetune_trainer.errors import ConfigError, DataError
+from kubetune_trainer.estimate import count_parameters
+from kubetune_trainer.evaluate.mirror import FoundDataset, fetch_dataset, find_dataset
+from kubetune_trainer.evaluate.tasks import LoadedTasks, load_tasks
+from kubetune_trainer.model.config import read_config
+from kubetune_trainer.model_files import FoundModel, fetch_model, find_adapter, locate_model, model_s3
+from kubetune_trainer.names import PREPARED_FILE
+from kubetune_trainer.report import Report
+from kubetune_trainer.storage import Store, open_store
+from kubetune_trainer.tokenizer import load_tokenizer
+
+
+class PreparedEval(BaseModel):
+    """What a run evaluates; the content of prepared.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True)
+
+    asked: str
+    """Digest of what the configuration asked for when it was prepared."""
+    model: FoundModel
+    """The model."""
+    adapter: FoundModel | None
+    """What is merged into it."""
+    datasets: tuple[FoundDataset, ...]
+    """Data of the tasks that come from the Hub."""
+    parameters: int
+    """Parameters of the model."""
+
+    def message(self) -> dict[str, Any]:
+        """Return the fields of the termination message."""
+        model = {"location": self.model.location, "commit": self.model.commit, "etag": self.model.digest}
+        sources = [{"name": found.name, "commit": found.commit} for found in self.datasets if found.commit]
+        return {
+            "model": {key: value for key, value in model.items() if value},
+            "sources": list({source["name"]: source for source in sources}.values()) or None,
+            "parameters": self.parameters,
+        }
+
+
+def prepare(config: EvalConfig, *, report: Report) -> PreparedEval:
+    """Find and check what an evaluation needs; one that was prepared before is only read again.
+
+    Raises:
+        ConfigError: There is no such model, task or dataset, or a gate asks for a task that is not among them.
+        DataError: The model, a task file or its data is not what it should be.
+    """
+    directory = open_store(config.run.directory, s3=config.storage.s3)
+    known = _read_prepared(directory, config)
+    if known is not None:
+        return known
+    report("prepare", stage="Checking the model")
+    model = locate_model(config, report=report)
+    adapter = config.model.adapter and find_adapter(
+        config.model.adapter.location, s3=config.model.adapter.s3 or config.storage.s3
+    )
+    folder = fetch_model(model, s3=model_s3(config), only_small=True)
+    shape, tokenizer = read_config(folder), load_tokenizer(folder)
+    if config.max_sequence_length is not None and config.max_sequence_length > shape.max_positions:
+        raise ConfigError(
+            f"{config.title}: max_sequence_length must be at most the model's {shape.max_positions}, "
+            f"got {config.max_sequence_length}"
+        )
+    if config.apply_chat_template and tokenizer.chat_template is None:
+        raise ConfigError(
+            f"{config.title}: apply_chat_template needs a model with a chat template, and {model.location} has none"
+        )
+    report("prepare", stage="Loading the tasks")
+    found: dict[tuple[str, str | None], FoundDataset] = {}
+
+    def find(name: str, dataset_config: str | None) -> Path:
+        if (name, dataset_config) not in found:
+            found[name, dataset_config] = find_dataset(name, dataset_config, config=config, report=report)
+        return fetch_dataset(found[name, dataset_config], config=config)
+
+    _check_gates(config, load_tasks(config, find_dataset=find))
+    prepared = PreparedEval(
+        asked=_asked(config),
+        model=model,
+        adapter=adapter,
+        datasets=tuple(found.values()),
+        parameters=count_parameters(shape),
+    )
+    directory.write_bytes(PREPARED_FILE, prepared.model_dump_json(by_alias=True, indent=2).encode())
+    report("prepare", stage="Prepared")
+    return prepared
+
+
+def fetch(prepared: PreparedEval, config: EvalConfig) -> tuple[Path, Path | None]:
+    """Bring the model, and the adapter where there is one, to this machine.
+
+    Raises:
+        DataError: A file has changed since the run was prepared.
+    """
+    adapter = config.model.adapter
+    if prepared.adapter is None or adapter is None:
+        return fetch_model(prepared.model, s3=model_s3(config)), None
+    adapter_dir = fetch_model(prepared.adapter, s3=adapter.s3 or config.storage.s3)
+    return fetch_model(prepared.model, s3=model_s3(config)), adapter_dir
+
+
+def dataset_finder(prepared: PreparedEval, config: EvalConfig) -> Callable[[str, str | None], Path]:
+    """Return what finds the datasets that `prepare` has found, and no others."""
+    found = {(dataset.name, dataset.config): dataset for dataset in prepared.datasets}
+
+    def find(name: str, dataset_config: str | None) -> Path:
+        if (name, dataset_config) not in found:
+            raise DataError(
+                f"{config.title}: dataset {name} was not there when the run was prepared",
+                hint="Start a new job, or remove prepared.json from the run's folder.",
+            )
+        return fetch_dataset(found[name, dataset_config], config=config)
+
+    return find
+
+
+def _check_gates(config: EvalConfig, loaded: LoadedTasks) -> None:
+    known = [*loaded.tasks, *loaded.groups]
+    for number, gate in enumerate(config.gates):
+        if gate.task not in known:
+            raise ConfigError(
+                f"{config.title}: gates[{number}].task must be one of {', '.join(known[:20])}, got {gate.task}"
+            )
+
+
+def _read_prepared(directory: Store, config: EvalConfig) -> PreparedEval | None:
+    """Return what was prepared before; None where that was nothing, or was for something else."""
+    if not directory.exists(PREPARED_FILE):
+        return None
+    try:
+        prepared = PreparedEval.model_validate_json(directory.read_bytes(PREPARED_FILE))
+    except ValidationError as error:
+        raise DataError(
+            f"{directory.uri(PREPARED_FILE)} cannot be read: {error}", hint="Remove the file to prepare the run again."
+        ) from error
+    return prepared if prepared.asked == _asked(config) else None
+
+
+def _asked(config: EvalConfig) -> str:
+    asked = config.model_dump(mode="json", include={"model", "tasks", "task_files", "gates"})
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
