@@ -6,6 +6,7 @@ gathered for one block at a time, activations of one micro batch, a chunk of log
 
 from typing import Final
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 from torch import nn
@@ -16,6 +17,7 @@ from kubetune_trainer.loss import CHUNK_TOKENS
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import build_model
+from kubetune_trainer.parallel import stays_gathered
 
 FP32: Final = 4
 BF16: Final = 2
@@ -69,7 +71,7 @@ def estimate_memory(config: FineTuneConfig, shape: ModelConfig) -> Estimate:
 
 
 def _gathered(model: Decoder, config: FineTuneConfig) -> int:
-    """Returns the bytes of what FSDP has gathered: blocks in flight, and always embedding and output head.
+    """Returns the bytes of what FSDP has gathered: blocks in flight, or all of a small model, and always the root's.
 
     Whole gradients of a block come on top while it goes backward, and those of all adapters until the last micro batch.
     """
@@ -77,7 +79,9 @@ def _gathered(model: Decoder, config: FineTuneConfig) -> int:
     root = _count(model) - sum(blocks)
     adapters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) if config.lora else 0
     gradients = root + max(blocks) if config.lora is None else adapters
-    return (root + GATHERED_BLOCKS * max(blocks) + gradients) * _compute_bytes(config)
+    compute = torch.float32 if config.training.precision == "FP32" else torch.bfloat16
+    held = sum(blocks) if stays_gathered(model, compute) else GATHERED_BLOCKS * max(blocks)
+    return (root + held + gradients) * _compute_bytes(config)
 
 
 def activation_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:

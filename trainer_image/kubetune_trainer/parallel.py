@@ -5,7 +5,7 @@ one group of fully_shard, with embedding, final norm and output head in the root
 only; nothing here asks which device it is but `compute_dtype`.
 """
 
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,10 @@ from kubetune_trainer.model.decoder import Decoder
 
 Precision = Literal["FP32", "BF16Mixed", "BF16"]
 ActivationCheckpointing = Literal["None", "Full"]
+
+KEEP_GATHERED_BYTES: Final = 2**30
+"""A model whose weights take no more than this stays gathered from forward to backward: half the traffic, at the price
+of the whole model in each rank's memory."""
 
 
 def parallelize(
@@ -47,13 +51,18 @@ def parallelize(
     dtype = torch.float32 if precision == "FP32" else _agreed_compute_dtype(mesh)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not stays_gathered(model, dtype))
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(enable=True)  # gloo has no other sum with a factor
     return dtype
+
+
+def stays_gathered(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the weights are gathered once per micro batch, for forward and backward together."""
+    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize <= KEEP_GATHERED_BYTES
 
 
 def compute_dtype(device: str | torch.device) -> torch.dtype:
