@@ -82,6 +82,7 @@ def _build(chosen: argparse.Namespace) -> int:
         binaries.ensure(*chosen.programs)
     else:
         local.prepare()
+        binaries.ensure("kueue")  # of no cluster, but of tests
     return 0
 
 
@@ -118,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     logs = commands.add_parser("logs", help="print the end of every log, or of those whose path contains NAME")
     logs.add_argument("name", nargs="?", default="")
     logs.add_argument("--lines", type=int, default=40)
-    build = commands.add_parser("build", help="build programs into the cache, or all that a cluster needs")
+    build = commands.add_parser("build", help="build programs into the cache, or all that a cluster and the tests need")
     build.add_argument("programs", nargs="*", metavar="program", help=f"any of {', '.join(programs)}")
     path = commands.add_parser("path", help="print where a program is, built if it has to be")
     path.add_argument("program", choices=programs)

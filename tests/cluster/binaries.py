@@ -37,6 +37,7 @@ GROUPS: Final[Mapping[str, Mapping[str, str]]] = {
     "coredns": {"coredns": "github.com/coredns/coredns"},
     "helm": {"helm": "helm.sh/helm/v4/cmd/helm"},
     "kind": {"kind": "sigs.k8s.io/kind"},
+    "kueue": {"kueue": "sigs.k8s.io/kueue/cmd/kueue"},
     "rclone": {"rclone": "github.com/rclone/rclone"},
     "pause": {"pause": "kubetune.dev/cluster/pause"},
 }
