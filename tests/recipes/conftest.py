@@ -31,9 +31,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(tiny: Path, tmp_path: Path) -> Path:
-    """A fresh folder with the model and the data."""
-    for path in tiny.iterdir():
-        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, tmp_path / path.name)
+    """A fresh folder with the model and the data, and nothing of the runs that others made in theirs."""
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    for path in tiny.glob("*.jsonl"):
+        shutil.copyfile(path, tmp_path / path.name)
     return tmp_path
 
 
