@@ -27,6 +27,13 @@ Where it may (a ClusterRole; without it, the memory of nodes counts as unknown):
 |---|---|---|
 | "" | nodes | list |
 
+In every served namespace, where jobs may stand in queues of Kueue:
+
+| group | resources | verbs |
+|---|---|---|
+| batch | jobs/status | patch |
+| kueue.x-k8s.io | workloads | list, patch |
+
 In its own namespace (a Role):
 
 | group | resources | verbs |
@@ -55,6 +62,7 @@ Json = dict[str, Any]
 API_PATHS: Final[Mapping[str, tuple[str, str]]] = {
     **{name: (f"/apis/{API_GROUP}/{API_VERSION}", kind.plural) for name, kind in KINDS.items()},
     "Job": ("/apis/batch/v1", "jobs"),
+    "Workload": ("/apis/kueue.x-k8s.io/v1beta2", "workloads"),
     "Pod": ("/api/v1", "pods"),
     "Service": ("/api/v1", "services"),
     "ConfigMap": ("/api/v1", "configmaps"),

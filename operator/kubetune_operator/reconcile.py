@@ -16,11 +16,25 @@ from kubetune_operator.api.references import JobKey, references_of
 from kubetune_operator.cluster import Cluster
 from kubetune_operator.errors import ClusterError, ConflictError, NotFoundError, RefusedError
 from kubetune_operator.lifecycle import decide
-from kubetune_operator.lifecycle.draft import Action, Create, Decision, Delete, Note, Observed, PatchJob
+from kubetune_operator.lifecycle.draft import (
+    Action,
+    Create,
+    Decision,
+    Delete,
+    Note,
+    Observed,
+    PatchJob,
+    PatchWorkload,
+    TellQueue,
+)
+from kubetune_operator.lifecycle.queueing import was_paused
 from kubetune_operator.lifecycle.upstream import adapters_base, still_waits
 from kubetune_operator.names import (
+    COMPONENT_QUEUE,
     CONFIG_FILE,
     GROUP_VERSION,
+    LABEL_COMPONENT,
+    LABEL_WORKLOAD_JOB_UID,
     TRAINER_CONTAINER,
     config_name,
     work_name,
@@ -120,9 +134,12 @@ class Reconciler:
         state = job.status.state
         if state in {"Complete", "Failed"}:
             self._polls.pop(ref, None)
-            jobs, _, _ = await self._children(job) if state == "Failed" else ([], [], [])
-            return Observed(job=job, now=now, jobs=jobs)
+            left = state == "Failed" or job.spec.queue is not None
+            jobs, _, _ = await self._children(job) if left else ([], [], [])
+            jobs, queue_job = _without_queue_job(jobs)
+            return Observed(job=job, now=now, jobs=jobs, queue_job=queue_job)
         jobs, pods, strangers = await self._children(job)
+        jobs, queue_job = _without_queue_job(jobs)
         work = _current(job, jobs)
         config = None
         upstream: dict[JobKey, Job] = {}
@@ -136,6 +153,8 @@ class Reconciler:
             job=job,
             now=now,
             jobs=jobs,
+            queue_job=queue_job,
+            workload=await self._workload(job, queue_job),
             pods=pods,
             strangers=strangers,
             config=config,
@@ -154,7 +173,7 @@ class Reconciler:
         found = await self.cluster.list_all("Job", namespace=namespace, labels=labels)
         jobs = [item for item in found if _owned_by(item, job.metadata.uid)]
         strangers = [f"Job {item['metadata']['name']}" for item in found if not _owned_by(item, job.metadata.uid)]
-        if job.status.state == "Failed":
+        if job.status.state in {"Complete", "Failed"}:
             return jobs, [], strangers
         mine = {item["metadata"]["uid"] for item in jobs}
         pods = await self.cluster.list_all("Pod", namespace=namespace, labels=labels)
@@ -204,6 +223,15 @@ class Reconciler:
         stuck = [item for item in about if (now - created_at(item)).total_seconds() >= self.settings.stuck_seconds]
         uids = [item["metadata"]["uid"] for item in stuck[:EVENTS_ABOUT]]
         return await self.cluster.events_about(namespace=active["metadata"]["namespace"], uids=uids)
+
+    async def _workload(self, job: Job, queue_job: Json | None) -> Json | None:
+        """Kueue's Workload for a job, while it is not simply admitted."""
+        if queue_job is None or not (queue_job["spec"].get("suspend") or job.spec.suspend or was_paused(job.status)):
+            return None
+        metadata = queue_job["metadata"]
+        labels = {LABEL_WORKLOAD_JOB_UID: metadata["uid"]}
+        found = await self.cluster.list_all("Workload", namespace=metadata["namespace"], labels=labels)
+        return next((workload for workload in found if not is_deleting(workload)), None)
 
     async def _nodes(self, job: Job, jobs: Sequence[Json]) -> list[Json] | None:
         """The nodes, in the one pass that compares the estimate with them."""
@@ -282,6 +310,12 @@ class Reconciler:
                     uid=action.uid,
                     foreground=action.kind == "Job",
                 )
+            case TellQueue():
+                await self._tell_queue(ref, action)
+            case PatchWorkload():
+                await self.cluster.patch(
+                    "Workload", namespace=ref.namespace, name=action.name, patch={"spec": action.spec}
+                )
             case PatchJob():
                 try:
                     await self.cluster.patch(
@@ -289,6 +323,14 @@ class Reconciler:
                     )
                 except NotFoundError:
                     return
+
+    async def _tell_queue(self, ref: JobRef, told: TellQueue) -> None:
+        """Write the status of the Job that stands in a queue. A conflict ends the pass: Kueue changed its mind."""
+        patch = {
+            "metadata": {"resourceVersion": told.version},
+            "status": {"active": told.active, "ready": told.ready},
+        }
+        await self.cluster.patch("Job", namespace=ref.namespace, name=told.name, patch=patch, subresource="status")
 
     async def _create(self, ref: JobRef, manifest: Json) -> None:
         """Create an object. That it exists is success; a refusal is shown in the status by the next pass."""
@@ -350,6 +392,12 @@ def _current(job: Job, jobs: Iterable[Json]) -> Json | None:
         return None
     name = work_name(job.kind, job.metadata.name, attempt=job.status.attempt)
     return next((item for item in jobs if item["metadata"]["name"] == name), None)
+
+
+def _without_queue_job(jobs: Sequence[Json]) -> tuple[list[Json], Json | None]:
+    """The batch Jobs that run pods, and the one that stands in a queue."""
+    standing = [item for item in jobs if item["metadata"]["labels"].get(LABEL_COMPONENT) == COMPONENT_QUEUE]
+    return [item for item in jobs if item not in standing], standing[0] if standing else None
 
 
 def _owned_by(item: Json, uid: str) -> bool:

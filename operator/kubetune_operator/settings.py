@@ -52,6 +52,8 @@ class Settings(BaseModel):
     """Memory request of prepare pods of jobs with an accelerator; other jobs use `compute.resources`."""
     memory_per_device_bytes: int = Field(default=0, ge=0)
     """Memory of one accelerator, where node labels do not tell it. 0 means unknown: nothing is refused."""
+    kueue: bool = False
+    """Whether jobs may stand in queues of Kueue (`spec.queue`); needs rights on its Workloads."""
     namespaces: Names = ()
     """Namespaces to serve, comma-separated; none means all, which needs cluster-wide rights."""
     namespace: str = "default"

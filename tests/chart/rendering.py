@@ -28,6 +28,7 @@ EVERYTHING: dict[str, Any] = {
         "memoryPerDeviceBytes": 85_899_345_920,
         "prepare": {"cpu": "2", "memory": "8Gi"},
     },
+    "kueue": {"enabled": True},
     "settings": {"logLevel": "DEBUG", "progressIntervalSeconds": 0.5, "apiQps": 20},
     "replicas": 2,
     "serviceAccount": {"annotations": {"example.com/role": "kubetune"}},

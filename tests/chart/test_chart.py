@@ -185,6 +185,13 @@ def test_the_rights_are_those_that_the_operator_documents(render: Render) -> Non
     assert granted([*role["rules"], *lease["rules"]]) == documented_rights()
 
 
+def test_kueue_takes_two_rights_more(render: Render) -> None:
+    rendered = render({"kueue": {"enabled": True}})
+    (role,) = [each for each in rendered.of("ClusterRole") if each["metadata"]["name"] == "kubetune"]
+    assert granted([*role["rules"], *rendered.one("Role")["rules"]]) == documented_rights(kueue=True)
+    assert load_settings(rendered.environment()).kueue
+
+
 def granted(rules: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
     return {
         (group, resource, verb)
@@ -195,10 +202,11 @@ def granted(rules: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
     }
 
 
-def documented_rights() -> set[tuple[str, str, str]]:
-    """The tables in the docstring of the module that talks to the API server."""
+def documented_rights(*, kueue: bool = False) -> set[tuple[str, str, str]]:
+    """The tables in the docstring of the module that talks to the API server; those for Kueue only where it is used."""
     text = (ROOT / "operator" / "kubetune_operator" / "cluster.py").read_text().split('"""')[1]
-    rows = re.findall(r"^\| (\S+) \| (\S+) \| ([\w, ]+) \|$", text, re.MULTILINE)
+    tables = [table for table in re.split(r"\n(?=In |Where )", text) if kueue or "Kueue" not in table]
+    rows = re.findall(r"^\| (\S+) \| (\S+) \| ([\w, ]+) \|$", "\n".join(tables), re.MULTILINE)
     found = [row for row in rows if row[0] != "group"]
     assert found
     return {(group.strip('"'), resource, verb) for group, resource, verbs in found for verb in verbs.split(", ")}

@@ -51,6 +51,12 @@ RIGHTS: list[Json] = [
     {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "create", "update"]},
 ]  # fmt: skip
 """What `kubetune_operator.cluster` says that it needs; every operator of these tests has exactly this."""
+RIGHTS_WITH_KUEUE: list[Json] = [
+    *RIGHTS,
+    {"apiGroups": ["batch"], "resources": ["jobs/status"], "verbs": ["patch"]},
+    {"apiGroups": ["kueue.x-k8s.io"], "resources": ["workloads"], "verbs": ["list", "patch"]},
+]
+"""The same where jobs may stand in queues."""
 PREPARED: Json = {
     "result": "Prepared",
     "model": {"location": "s3://models/tiny/", "etag": "abc"},
@@ -420,7 +426,13 @@ def condition_of(status: Json, name: str) -> Json:
 
 @contextlib.asynccontextmanager
 async def world_of(
-    control_plane: ControlPlane, *, namespace: str, log: Path, start: bool = True, **settings: str
+    control_plane: ControlPlane,
+    *,
+    namespace: str,
+    log: Path,
+    start: bool = True,
+    rights: list[Json] = RIGHTS,
+    **settings: str,
 ) -> AsyncIterator[World]:
     """Start an operator for one namespace and take it down afterwards."""
     defaults = {
@@ -429,7 +441,7 @@ async def world_of(
     }  # fmt: skip
     environment = pytest.MonkeyPatch()
     environment.setenv("KUBECONFIG", str(control_plane.kubeconfig))
-    kubeconfig = _grant(control_plane, namespace=namespace)
+    kubeconfig = _grant(control_plane, namespace=namespace, rights=rights)
     operator = OperatorProcess(kubeconfig=kubeconfig, log=log, settings=defaults | settings)
     world = World(namespace=namespace, operator=operator, control_plane=control_plane)
     node = await world.serve_logs(log.parent / "pki")
@@ -453,7 +465,7 @@ def user_of(namespace: str) -> str:
     return f"operator-of-{namespace}"
 
 
-def _grant(control_plane: ControlPlane, *, namespace: str) -> Path:
+def _grant(control_plane: ControlPlane, *, namespace: str, rights: list[Json]) -> Path:
     """Make a user with the operator's rights in one namespace; returns its kubeconfig."""
     user = user_of(namespace)
     metadata = {"name": "operator", "namespace": namespace}
@@ -461,7 +473,7 @@ def _grant(control_plane: ControlPlane, *, namespace: str) -> Path:
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "operator"}
     api = "rbac.authorization.k8s.io/v1"
     objects = [
-        {"apiVersion": api, "kind": "Role", "metadata": metadata, "rules": RIGHTS},
+        {"apiVersion": api, "kind": "Role", "metadata": metadata, "rules": rights},
         {"apiVersion": api, "kind": "RoleBinding", "metadata": metadata, "subjects": subjects, "roleRef": role},
     ]
     control_plane.kubectl("create", "-f", "-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))

@@ -88,11 +88,13 @@ NOT_REASONS = {
     # Conditions and states of ours, which are good news or stand for what comes below them.
     "Accepted", "Checkpointed", "CheckpointComplete", "Complete", "DataReady", "Failed", "Running", "Training",
     "HuggingFace",
-    "ReportNotUnderstood",
+    "ReportNotUnderstood", "Workload",
     # Words of Kubernetes that are read and not passed on.
     "BackoffLimitExceeded", "DisruptionTarget", "ErrImageNeverPull", "ErrImagePull", "FailedAttachVolume",
     "FailedMapVolume", "FailureTarget", "ImagePullBackOff", "InvalidImageName", "Job", "Normal", "PodScheduled",
     "RegistryUnavailable", "Service", "Succeeded", "SuccessCriteriaMet", "True", "False", "Unknown", "Warning",
+    # Words of Kueue.
+    "Evicted", "QuotaReserved", "Ready",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from kubetune_operator.lifecycle.begin import accept, wait_for_strangers
 from kubetune_operator.lifecycle.draft import Decision, Draft, Observed
 from kubetune_operator.lifecycle.end import finish, stay_finished, stop_at_deadline
 from kubetune_operator.lifecycle.preparing import prepare
+from kubetune_operator.lifecycle.queueing import wait_for_quota
 from kubetune_operator.lifecycle.suspension import suspend
 from kubetune_operator.lifecycle.upstream import write_config
 from kubetune_operator.lifecycle.working import work
@@ -28,6 +29,7 @@ STEPS: Final[tuple[Step, ...]] = (
     wait_for_strangers,
     write_config,
     prepare,
+    wait_for_quota,
     work,
 )
 """The steps of a pass, in order. A step that returns True ends it."""

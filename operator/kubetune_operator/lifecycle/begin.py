@@ -6,6 +6,7 @@ from kubetune_operator.api.finetunejob import FineTuneJob, batch_problem
 from kubetune_operator.api.jobs import Job
 from kubetune_operator.lifecycle.draft import Draft
 from kubetune_operator.lifecycle.moves import fail
+from kubetune_operator.lifecycle.queueing import queue_problem
 from kubetune_operator.progress import timestamp
 from kubetune_operator.render.job import compute_of, processes_per_node
 from kubetune_operator.settings import Settings
@@ -20,7 +21,10 @@ def accept(draft: Draft) -> bool:
         return False
     job, settings = draft.job, draft.settings
     ranks = compute_of(job).nodes * processes_per_node(job, cpu_processes=settings.cpu_processes)
-    if problems := spec_problems(job, ranks=ranks):
+    problems = spec_problems(job, ranks=ranks)
+    if problem := queue_problem(draft):
+        problems.append(problem)
+    if problems:
         message = "; ".join(problems)
         draft.condition("Accepted", status="False", reason="InvalidSpec", message=message)
         return fail(draft, reason="InvalidSpec", message=message)

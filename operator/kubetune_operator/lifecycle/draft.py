@@ -21,7 +21,9 @@ class Observed:
     Attributes:
         job: The custom resource.
         now: The time of the pass, in UTC.
-        jobs: Its batch Jobs.
+        jobs: Its batch Jobs, without the one that stands in a queue.
+        queue_job: The Job that stands in a queue of Kueue for it.
+        workload: Kueue's Workload for that Job; read only while Kueue may hold the job back.
         pods: Their pods.
         strangers: Names of children of an older job of the same name that are not gone yet.
         config: The rendered config as it stands in the ConfigMap, None if there is no ConfigMap.
@@ -37,6 +39,8 @@ class Observed:
     job: Job
     now: datetime
     jobs: Sequence[Json] = ()
+    queue_job: Json | None = None
+    workload: Json | None = None
     pods: Sequence[Json] = ()
     strangers: Sequence[str] = ()
     config: Json | None = None
@@ -85,7 +89,25 @@ class PatchJob:
     spec: Json
 
 
-Action = Create | Delete | PatchJob
+@dataclass(frozen=True, kw_only=True)
+class TellQueue:
+    """Say in the status of the Job that stands in a queue how many pods there are, unless it changed meanwhile."""
+
+    name: str
+    version: str
+    active: int
+    ready: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchWorkload:
+    """Change single fields of the spec of Kueue's Workload."""
+
+    name: str
+    spec: Json
+
+
+Action = Create | Delete | PatchJob | TellQueue | PatchWorkload
 
 
 @dataclass(frozen=True, kw_only=True)

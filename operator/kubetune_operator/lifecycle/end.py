@@ -7,6 +7,7 @@ from typing import Any, Final
 from kubetune_operator.api.jobs import LastFailure
 from kubetune_operator.lifecycle.draft import Delete, Draft
 from kubetune_operator.lifecycle.moves import fail, read_log, stop_live_jobs
+from kubetune_operator.lifecycle.queueing import leave
 from kubetune_operator.lifecycle.restarts import count_endings, failed_again, new_endings, next_attempt
 from kubetune_operator.lifecycle.results import is_lost, take_results
 from kubetune_operator.names import KINDS
@@ -36,6 +37,7 @@ def stay_finished(draft: Draft) -> bool:
     if status.state not in {"Complete", "Failed"}:
         return False
     draft.do(*stop_live_jobs(seen))
+    leave(draft)
     ttl = lifecycle_of(draft.job).ttl_seconds_after_finished
     finished = parse_time(status.completion_time)
     if ttl is not None and finished is not None:
@@ -126,7 +128,7 @@ def stop_at_deadline(draft: Draft) -> bool:
     """Fail a job that is active for too long."""
     deadline = lifecycle_of(draft.job).active_deadline_seconds
     started = parse_time(draft.status.start_time)
-    if deadline is None or started is None or draft.job.spec.suspend:
+    if deadline is None or started is None or draft.job.spec.suspend or draft.status.state == "Queued":
         return False
     left = (started + timedelta(seconds=deadline) - draft.seen.now).total_seconds()
     if left > 0:

@@ -4,6 +4,7 @@ from typing import Any
 
 from kubetune_operator.lifecycle.draft import Draft
 from kubetune_operator.lifecycle.moves import delete_attempt, read_log
+from kubetune_operator.lifecycle.queueing import pause
 from kubetune_operator.progress import timestamp
 from kubetune_operator.status import is_true, job_condition
 
@@ -38,4 +39,5 @@ def _suspend(draft: Draft) -> bool:
             "spec.suspend is true; pods are told to stop and save what they have" if live else "spec.suspend is true",
         )
     draft.do(*(action for job in live for action in delete_attempt(job)))
+    pause(draft)
     return True

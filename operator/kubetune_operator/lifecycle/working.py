@@ -6,6 +6,7 @@ from typing import Any, Final
 from kubetune_operator.api.jobs import AttemptPod, State
 from kubetune_operator.lifecycle.draft import Create, Draft, PatchJob
 from kubetune_operator.lifecycle.moves import blocked_by, delete_attempt, read_log
+from kubetune_operator.lifecycle.queueing import admitted_attempt
 from kubetune_operator.lifecycle.restarts import count_endings, new_endings, next_attempt
 from kubetune_operator.names import KINDS
 from kubetune_operator.render.job import backoff_limit, compute_of, render_service, render_work_job
@@ -85,7 +86,7 @@ def _start_attempt(draft: Draft, *, attempt: int) -> bool:
     manifest = render_work_job(
         draft.job, config=draft.seen.config, attempt=attempt, backoff_limit=limit, settings=draft.settings
     )
-    draft.do(Create(manifest=manifest))
+    draft.do(Create(manifest=admitted_attempt(draft, manifest)))
     return True
 
 

@@ -14,6 +14,7 @@ from kubetune_operator.render.job import (
     render_service,
     render_work_job,
 )
+from kubetune_operator.render.queue import render_queue_job
 from kubetune_operator.settings import Settings
 
 Json = dict[str, Any]
@@ -32,11 +33,13 @@ def render_all(job: Job, settings: Settings) -> list[Json]:
     )
     config = render_config(job, resolved=resolved)
     limit = backoff_limit(job, counted=0)
+    attempt = render_work_job(job, config=config, attempt=1, backoff_limit=limit, settings=settings)
     manifests = [
         render_configmap(job, config=config),
         render_prepare_job(job, config=config, settings=settings),
-        render_work_job(job, config=config, attempt=1, backoff_limit=limit, settings=settings),
     ]
+    if job.spec.queue is not None:
+        manifests.append(render_queue_job(job, attempt=attempt))
     if compute_of(job).nodes > 1:
-        manifests.insert(2, render_service(job, attempt=1))
-    return manifests
+        manifests.append(render_service(job, attempt=1))
+    return [*manifests, attempt]
