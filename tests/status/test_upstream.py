@@ -1,0 +1,204 @@
+"""What references stand for: a table of other jobs, and what a job does that refers to them."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import yaml
+
+from kubetune_operator.api.jobs import Job
+from kubetune_operator.api.kinds import parse_job
+from kubetune_operator.api.references import JobKey, key_of
+from kubetune_operator.lifecycle import decide
+from kubetune_operator.lifecycle.draft import Create, Decision, Observed
+from kubetune_operator.settings import Settings
+
+Json = dict[str, Any]
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+S3 = {"s3": {"endpoint": "https://s3"}}
+SPECS: dict[str, Json] = {
+    "FineTuneJob": {
+        "dataset": {"sources": [{"name": "a", "uri": {"location": "s3://data/a"}}]},
+        "training": {"epochs": 1},
+        "outputs": [{"name": "m", "type": "HuggingFace"}],
+    },
+    "EvalJob": {"tasks": [{"name": "t"}]},
+    "QuantizeJob": {"outputs": [{"name": "m", "type": "GGUF", "gguf": {"type": "F16"}}]},
+}
+OWN: Json = {"uri": {"location": "s3://models/m", "s3": {"region": "r"}}}
+HUB: Json = {"hub": {"repo": "a/b", "revision": "main"}}
+
+
+def job(kind: str, name: str, *, status: Json | None = None, **spec: Any) -> Job:
+    return parse_job(
+        {
+            "apiVersion": "kubetune.dev/v1alpha1",
+            "kind": kind,
+            "metadata": {"name": name, "namespace": "team", "uid": f"{name}-uid"},
+            "spec": {"model": {"hub": {"repo": "a/b"}}, "workspace": {"uri": "s3://runs"}} | SPECS[kind] | spec,
+            "status": status or {},
+        }
+    )
+
+
+def complete(kind: str, *outputs: str, **spec: Any) -> Job:
+    """A complete job with outputs of these types, each called like its type in lower case."""
+    made = [{"name": each.lower(), "type": each, "uri": f"s3://out/{each}", "digest": f"d-{each}"} for each in outputs]
+    resolved: Json = {"config": "c", "model": {"location": "s3://cache/m", "commit": "c0ffee"}}
+    return job(kind, "up", status={"state": "Complete", "outputs": made, "resolved": resolved}, **spec)
+
+
+def decided(made: Job, *upstream: Job, configs: dict[JobKey, Json] | None = None) -> Decision:
+    found = {key_of(each): each for each in upstream}
+    return decide(Observed(job=made, now=NOW, upstream=found, configs=configs or {}), settings=Settings(identity="t"))
+
+
+def config_of(decision: Decision) -> Json:
+    [create] = [action for action in decision.actions if isinstance(action, Create)]
+    assert create.manifest["kind"] == "ConfigMap", decision.status
+    return yaml.safe_load(create.manifest["data"]["config.yaml"])
+
+
+def waiting(decision: Decision) -> tuple[str, str]:
+    assert not decision.actions
+    [running] = [item for item in decision.status.conditions if item.type == "Running"]
+    assert decision.status.state == "Pending"
+    return running.reason, running.message
+
+
+def refers(kind: str, parent: str, output: str | None = None, **spec: Any) -> Job:
+    reference = {"kind": parent, "name": "up"} | ({"output": output} if output else {})
+    return job(kind, "down", model={"jobRef": reference}, **spec)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parent", "outputs", "named", "taken"),
+    [
+        ("EvalJob", "FineTuneJob", ("PEFT", "HuggingFace"), None, "HuggingFace"),
+        ("EvalJob", "FineTuneJob", ("GGUF", "CompressedTensors"), "compressedtensors", "CompressedTensors"),
+        ("EvalJob", "QuantizeJob", ("ExecuTorch", "TorchAO", "CompressedTensors"), None, "TorchAO"),
+        ("QuantizeJob", "FineTuneJob", ("HuggingFace",), "huggingface", "HuggingFace"),
+    ],
+)
+def test_the_output_that_serves_best_is_taken(
+    kind: str, parent: str, outputs: tuple[str, ...], named: str | None, taken: str
+) -> None:
+    decision = decided(refers(kind, parent, named), complete(parent, *outputs))
+    assert config_of(decision)["model"] == {"uri": {"location": f"s3://out/{taken}"}}
+    assert decision.status.resolved is not None
+    [used] = decision.status.resolved.parents or []
+    assert (used.kind, used.name, used.uid, used.output, used.digest) == (
+        parent, "up", "up-uid", taken.lower(), f"d-{taken}",
+    )  # fmt: skip
+
+
+PTE = "executorch (ExecuTorch)"
+
+
+@pytest.mark.parametrize(
+    ("kind", "parent", "output", "named", "message"),
+    [
+        ("EvalJob", "QuantizeJob", "ExecuTorch", None, f"{{}} has no output that EvalJobs can load; it has {PTE}"),
+        ("FineTuneJob", "QuantizeJob", "ExecuTorch", None, "{} has no output that FineTuneJobs can load; it has " + PTE),
+        ("EvalJob", "FineTuneJob", "ExecuTorch", "merged", f"{{}} has no output 'merged'; it has {PTE}"),
+        (
+            "QuantizeJob", "QuantizeJob", "ExecuTorch", "executorch",
+            f"output 'executorch' of {{}} is of type ExecuTorch, which QuantizeJobs cannot load; it has {PTE}",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_loaded_is_said_with_what_there_is(
+    kind: str, parent: str, output: str, named: str | None, message: str
+) -> None:
+    decision = decided(refers(kind, parent, named), complete(parent, output))
+    assert waiting(decision) == ("UpstreamNotUsable", message.format(f"{parent} up"))
+
+
+ADAPTED = JobKey("FineTuneJob", "up")
+
+
+@pytest.mark.parametrize(
+    ("base", "model"),
+    [
+        (HUB, {"hub": {"repo": "a/b", "revision": "c0ffee"}}),
+        ({"uri": {"location": "s3://models/m"}}, {"uri": {"location": "s3://models/m", "s3": S3["s3"]}}),
+        (
+            {"uri": {"location": "s3://models/m", "s3": {"region": "r"}}},
+            {"uri": {"location": "s3://models/m", "s3": {"region": "r"}}},
+        ),
+    ],
+)
+@pytest.mark.parametrize("named", [None, "peft"])
+def test_adapters_come_with_the_model_that_they_were_trained_on(base: Json, model: Json, named: str | None) -> None:
+    parent = complete("FineTuneJob", "PEFT", storage=S3)
+    decision = decided(refers("EvalJob", "FineTuneJob", named), parent, configs={ADAPTED: {"model": base}})
+    assert config_of(decision)["model"] == model | {"adapter": {"location": "s3://out/PEFT", "s3": S3["s3"]}}
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ({}, "FineTuneJob up has only adapters, and its ConfigMap, which names their base, is gone"),
+        (
+            {ADAPTED: {"model": HUB | {"adapter": {"location": "s3://x"}}}},
+            "FineTuneJob up has only adapters on a model with adapters; it needs an output of type HuggingFace",
+        ),
+    ],
+)
+def test_adapters_without_a_base_are_no_model(configs: dict[JobKey, Json], message: str) -> None:
+    decision = decided(refers("EvalJob", "FineTuneJob"), complete("FineTuneJob", "PEFT"), configs=configs)
+    assert waiting(decision) == ("UpstreamNotUsable", message)
+
+
+def judged(passed: bool) -> Json:
+    """The status of a complete job with a gate."""
+    condition = {"type": "GatePassed", "status": str(passed), "reason": "R", "message": "gate x: so"}
+    return {"state": "Complete", "conditions": [condition | {"lastTransitionTime": "2026-01-01T00:00:00Z"}]}
+
+
+FAILED = "EvalJob up has failed; delete it and make it anew, or delete this job"
+
+
+@pytest.mark.parametrize(
+    ("condition", "status", "held"),
+    [
+        ("Complete", None, ("UpstreamMissing", "EvalJob up does not exist")),
+        ("Complete", {"state": "Running"}, ("WaitingForUpstream", "EvalJob up is running")),
+        ("Complete", {"state": "Failed"}, ("UpstreamFailed", FAILED)),
+        ("Complete", judged(passed=False), None),
+        ("GatePassed", judged(passed=False), ("UpstreamGateFailed", "EvalJob up: gate x: so")),
+        ("GatePassed", judged(passed=True), None),
+        ("GatePassed", {"state": "Complete"}, ("UpstreamNotUsable", "EvalJob up has no gates that could pass")),
+    ],
+)
+@pytest.mark.parametrize("kind", list(SPECS))
+def test_a_job_begins_after_others_as_its_condition_says(
+    kind: str, condition: str, status: Json | None, held: tuple[str, str] | None
+) -> None:
+    made = job(kind, "down", after=[{"kind": "EvalJob", "name": "up", "condition": condition}])
+    decision = decided(made, *([job("EvalJob", "up", status=status)] if status is not None else []))
+    if held is None:
+        assert config_of(decision)["kind"] == kind
+        assert decision.status.resolved is not None
+        assert decision.status.resolved.parents is None, "its result is not used"
+    else:
+        assert waiting(decision) == held
+
+
+def test_a_comparison_waits_and_then_names_the_other_run_directory() -> None:
+    gate = {"name": "g", "task": "t", "metric": "acc", "comparedTo": {"name": "up", "maxIncrease": "0.5"}}
+    made = job("EvalJob", "down", gates=[gate])
+    assert waiting(decided(made)) == ("UpstreamMissing", "EvalJob up does not exist")
+    compared = config_of(decided(made, complete("EvalJob")))["gates"][0]["compared_to"]
+    assert compared == {"name": "up", "max_increase": 0.5, "directory": "s3://runs/team/up-up-uid"}
+
+
+def test_a_job_that_has_what_it_needs_is_no_part_of_a_circle() -> None:
+    after = [{"kind": "EvalJob", "name": "down"}]
+    ready = job("FineTuneJob", "up", after=after, status={"state": "Running", "resolved": {"config": "c"}})
+    assert waiting(decided(refers("EvalJob", "FineTuneJob"), ready))[0] == "WaitingForUpstream"
+    stuck = job("FineTuneJob", "up", after=after, status={"state": "Pending"})
+    assert waiting(decided(refers("EvalJob", "FineTuneJob"), stuck)) == (
+        "UpstreamCycle",
+        "EvalJob down waits for FineTuneJob up, which waits for EvalJob down; delete one of them",
+    )
