@@ -1,4 +1,7 @@
-"""The command line `kubetune`: check, render and run a manifest, look at the jobs of a cluster, copy recipes."""
+"""The command line `kubetune`.
+
+Check, render, run and sweep over a manifest, look at the jobs of a cluster and at what they made, copy recipes.
+"""
 
 import os
 import sys
@@ -10,8 +13,9 @@ import typer
 
 from kubetune_operator.api.finetunejob import batch_problem
 from kubetune_operator.api.manifest import dump_manifests
-from kubetune_operator.cli import cluster, live, local, recipes
+from kubetune_operator.cli import cluster, lineage, live, local, recipes, sweep_command, verify
 from kubetune_operator.cli.bundle import load_bundle
+from kubetune_operator.cli.chat import chat as chat_with
 from kubetune_operator.errors import OperatorError, SpecError
 from kubetune_operator.render.objects import render_all
 from kubetune_operator.settings import load_settings
@@ -101,6 +105,77 @@ def logs(
 ) -> None:
     """Print the log of a job's first pod: the training pod's, or the prepare pod's before there is one."""
     cluster.logs(name, namespace=namespace, follow=follow, raw=raw)
+
+
+@app.command()
+def sweep(  # noqa: PLR0917 (options of a command line)
+    file: File,
+    settings: Annotated[
+        list[str],
+        typer.Option(
+            "--set", metavar="FIELD=VALUE,…", help="A field of the spec and its values, for example lora.rank=8,16."
+        ),
+    ],
+    name: Name = None,
+    namespace: Namespace = None,
+    metric: Annotated[
+        str | None,
+        typer.Option("--metric", help="validationLoss, loss, tokensPerSecond or peakMemoryBytes of a job's progress."),
+    ] = None,
+    parallel: Annotated[
+        int | None, typer.Option("--parallel", min=1, metavar="N", help="At most N unfinished jobs at once.")
+    ] = None,
+    here: Annotated[bool, typer.Option("--local", help="Run the jobs on this machine, one after the other.")] = False,
+    output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="Where table and plot go.")] = Path(),
+) -> None:
+    """Make a job for every combination of values, follow them, and rank them by a metric.
+
+    Writes NAME-sweep.md and NAME-sweep.svg. Ctrl-C ends the following, not the jobs; the same command goes on.
+    """
+    raise typer.Exit(
+        sweep_command.sweep(
+            file,
+            settings=settings,
+            name=name,
+            namespace=namespace,
+            metric=metric,
+            parallel=parallel,
+            here=here,
+            folder=output,
+        )
+    )
+
+
+@app.command("lineage")
+def show_lineage(
+    target: Annotated[
+        str, typer.Argument(metavar="NAME|FOLDER|URI", help="A job (NAME or KIND/NAME), or what one wrote.")
+    ],
+    namespace: Namespace = None,
+    s3_endpoint: S3Endpoint = None,
+) -> None:
+    """Print where a model comes from: models, data and jobs, with their commits and digests."""
+    lineage.show(target, namespace=namespace, s3_endpoint=s3_endpoint)
+
+
+@app.command("verify")
+def verify_folder(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An output of a job, downloaded.")],
+    digest: Annotated[
+        str | None, typer.Option("--digest", metavar="sha256:…", help="What it has to be; default: its lineage.json.")
+    ] = None,
+) -> None:
+    """Compare a folder with the digest that the job reported for it."""
+    typer.echo(verify.verify(folder, digest=digest))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def chat(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with a model.")],
+) -> None:
+    """Talk to a model; further options are those of the recipe `generate`."""
+    chat_with(model, options=context.args)
 
 
 @recipes_app.command("ls")

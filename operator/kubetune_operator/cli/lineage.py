@@ -1,0 +1,248 @@
+"""`kubetune lineage`: where a model comes from, job by job, to the first model and data.
+
+A cluster knows it from the status of its jobs; a folder of a model, from the lineage.json that the job wrote into it.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.markup import escape
+from rich.tree import Tree
+
+from kubetune_operator.cli.cluster import Connection, asking, connect
+from kubetune_operator.errors import ClusterError, SpecError
+from kubetune_operator.names import API_GROUP, API_VERSION, ENV_PVC_DIR, KINDS
+
+Json = Mapping[str, Any]
+
+LINEAGE_FILE: Final = "lineage.json"
+
+
+@dataclass
+class Node:
+    """A job in a lineage.
+
+    Attributes:
+        title: The job, and what became of it.
+        facts: What it read and what it wrote, a line each.
+        parents: The jobs whose results it used.
+    """
+
+    title: str
+    facts: list[str] = field(default_factory=list)
+    parents: list["Node"] = field(default_factory=list)
+
+
+def show(target: str, *, namespace: str | None, s3_endpoint: str | None) -> None:
+    """Print the lineage of a job, or of a folder or URI that a job wrote.
+
+    Args:
+        target: NAME or KIND/NAME of a job in the cluster, a folder here, or a URI.
+        namespace: Where the job is; None is the kubeconfig's.
+        s3_endpoint: Where S3 is reached from this machine.
+    """
+    if "://" in target:
+        node = recorded(json.loads(_fetch(f"{target.rstrip('/')}/{LINEAGE_FILE}", s3_endpoint=s3_endpoint)))
+    elif Path(target).is_dir():
+        node = recorded(read_lineage(Path(target)))
+    else:
+        node = _of_cluster(target, namespace=namespace)
+    # A line is a fact; a pipe has no width that it should be broken at.
+    Console(soft_wrap=True).print(_tree(node), highlight=False)
+
+
+def read_lineage(folder: Path) -> Json:
+    """What the job wrote into its output about its origin.
+
+    Raises:
+        SpecError: It wrote nothing, or nothing that can be read.
+    """
+    try:
+        found = json.loads((folder / LINEAGE_FILE).read_bytes())
+    except FileNotFoundError as error:
+        raise SpecError(str(folder), problems=[f"has no {LINEAGE_FILE}: no job of kubetune wrote it"]) from error
+    except (OSError, ValueError) as error:
+        raise SpecError(str(folder / LINEAGE_FILE), problems=[f"cannot be read: {error}"]) from error
+    if not isinstance(found, dict):
+        raise SpecError(str(folder / LINEAGE_FILE), problems=["is no JSON object"])
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- from a file
+
+
+def recorded(lineage: Json) -> Node:
+    """The lineage that a lineage.json tells. A parent is whole where its own was at hand, otherwise a name."""
+    node = Node(_called(lineage))
+    if "outputs" not in lineage:
+        return node
+    node.title += f", finished {lineage['finishedAt']}" if lineage.get("finishedAt") else ""
+    node.facts += _inputs(lineage.get("model"), None)
+    node.facts += [f"adapter {_place(lineage['adapter'])}"] if lineage.get("adapter") else []
+    node.facts += _inputs(None, lineage.get("sources"))
+    if digest := lineage.get("configDigest"):
+        node.facts.append(f"config {digest}")
+    if image := lineage.get("image"):
+        node.facts.append(f"image {image}")
+    node.facts += _outputs(lineage.get("outputs"))
+    node.parents = [recorded(parent) for parent in lineage.get("parents") or []]
+    return node
+
+
+def _called(job: Json) -> str:
+    namespace = f"{job['namespace']}/" if job.get("namespace") else ""
+    return f"{job.get('kind')} {namespace}{job.get('name')}"
+
+
+def _inputs(model: Json | None, sources: Any) -> Iterator[str]:
+    if model:
+        yield f"model {_place(model)}"
+    for source in sources or []:
+        yield f"data {source.get('name')}: {_place(source)}"
+
+
+def _place(thing: Json) -> str:
+    """Where something was, and the mark by which it is the same again."""
+    mark = next((f"{key} {thing[key]}" for key in ("commit", "digest", "etag") if thing.get(key)), "")
+    return ", ".join(part for part in (str(thing.get("location") or ""), mark) if part) or "not told"
+
+
+def _outputs(outputs: Any) -> Iterator[str]:
+    for output in outputs or []:
+        digest = f", {output['digest']}" if output.get("digest") else ""
+        yield f"output {output.get('name')} ({output.get('type')}): {output.get('uri')}{digest}"
+
+
+def _fetch(uri: str, *, s3_endpoint: str | None) -> bytes:
+    """Read a file from where a URI says.
+
+    Raises:
+        SpecError: It is not there, or cannot be reached.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme == "s3":
+        return _fetch_s3(uri, bucket=parts.netloc, key=parts.path.lstrip("/"), endpoint=s3_endpoint)
+    if parts.scheme == "file":
+        path = Path(parts.path)
+    elif parts.scheme == "pvc":
+        claims = os.environ.get(ENV_PVC_DIR)
+        if not claims:
+            problem = f"pvc:// needs {ENV_PVC_DIR}, a folder that holds a folder for each claim"
+            raise SpecError(uri, problems=[problem])
+        path = Path(claims) / parts.netloc / parts.path.lstrip("/")
+    else:
+        raise SpecError(uri, problems=["must be s3://bucket/path, pvc://claim/path or file:///path"])
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SpecError(uri, problems=[f"cannot be read: {error.strerror}"]) from error
+
+
+def _fetch_s3(uri: str, *, bucket: str, key: str, endpoint: str | None) -> bytes:
+    try:
+        import boto3  # type: ignore[import-untyped]  # noqa: PLC0415 (of the extra `trainer`)
+        from botocore.exceptions import (  # type: ignore[import-untyped]  # noqa: PLC0415 (as above)
+            BotoCoreError,
+            ClientError,
+        )
+    except ImportError as error:
+        raise SpecError(uri, problems=["s3:// needs boto3: pip install 'kubetune[trainer]'"]) from error
+    try:
+        answer = boto3.client("s3", endpoint_url=endpoint).get_object(Bucket=bucket, Key=key)
+        return bytes(answer["Body"].read())
+    except (BotoCoreError, ClientError) as error:
+        raise SpecError(uri, problems=[f"cannot be read: {error}"]) from error
+
+
+# ---------------------------------------------------------------------------------------------- from a cluster
+
+
+def _of_cluster(target: str, *, namespace: str | None) -> Node:
+    cluster = connect("kubetune lineage")
+    namespace = namespace or cluster.namespace
+    kind, _, name = target.rpartition("/")
+    job = _find(cluster, kind=kind, name=name, namespace=namespace)
+    return _traced(cluster, job, seen=set())
+
+
+def _find(cluster: Connection, *, kind: str, name: str, namespace: str) -> Json:
+    """The one job of this name, of the kind that was given or of any.
+
+    Raises:
+        ClusterError: There is none.
+        SpecError: There are several, or the kind is none of ours.
+    """
+    kinds = [each for each in KINDS if kind.lower() in {"", each.lower(), KINDS[each].plural}]
+    if not kinds:
+        raise SpecError("kubetune lineage", problems=[f"there is no kind {kind}; there are {', '.join(KINDS)}"])
+    found = [job for each in kinds if (job := _read(cluster, each, name=name, namespace=namespace)) is not None]
+    if not found:
+        raise ClusterError(f"{' or '.join(kinds)} {namespace}/{name}: not found")
+    if len(found) > 1:
+        choices = " or ".join(f"{job['kind'].lower()}/{name}" for job in found)
+        raise SpecError("kubetune lineage", problems=[f"several jobs are called {name}; say {choices}"])
+    return found[0]
+
+
+def _read(cluster: Connection, kind: str, *, name: str, namespace: str) -> Json | None:
+    from kubernetes.client import ApiException  # noqa: PLC0415 (see cluster.connect)
+
+    with asking(f"{kind} {namespace}/{name}"):
+        try:
+            found: Json = cluster.custom.get_namespaced_custom_object(
+                API_GROUP, API_VERSION, namespace, KINDS[kind].plural, name
+            )
+        except ApiException as error:
+            if error.status != 404:
+                raise
+            return None
+    return found
+
+
+def _traced(cluster: Connection, job: Json, *, seen: set[str]) -> Node:
+    """A job and, by its status, the jobs before it."""
+    metadata, status = job["metadata"], job.get("status") or {}
+    seen = seen | {metadata["uid"]}
+    resolved = status.get("resolved") or {}
+    node = Node(f"{_called({'kind': job['kind'], **metadata})}: {status.get('state') or 'not seen by an operator yet'}")
+    model = {"location": _asked_model(job["spec"]["model"]), **(resolved.get("model") or {})}
+    if "jobRef" not in job["spec"]["model"] or resolved.get("model"):
+        node.facts += _inputs(model, None)
+    node.facts += _inputs(None, resolved.get("sources"))
+    if config := resolved.get("config"):
+        node.facts.append(f"config: ConfigMap {config}")
+    node.facts += _outputs(status.get("outputs"))
+    for parent in resolved.get("parents") or []:
+        found = _read(cluster, parent["kind"], name=parent["name"], namespace=metadata["namespace"])
+        node.parents.append(_parent(cluster, parent, found=found, seen=seen))
+    return node
+
+
+def _parent(cluster: Connection, parent: Json, *, found: Json | None, seen: set[str]) -> Node:
+    title = f"{parent['kind']} {parent['name']}"
+    if found is None:
+        return Node(f"{title}: deleted; its outputs may still be there")
+    if found["metadata"]["uid"] != parent["uid"]:
+        return Node(f"{title}: deleted, and made anew since")
+    return Node(title) if parent["uid"] in seen else _traced(cluster, found, seen=seen)
+
+
+def _asked_model(model: Json) -> str:
+    if hub := model.get("hub"):
+        return f"{hub['repo']} on the Hub"
+    return str((model.get("uri") or {}).get("location") or "")
+
+
+def _tree(node: Node) -> Tree:
+    tree = Tree(escape(node.title))
+    for fact in node.facts:
+        tree.add(escape(fact))
+    for parent in node.parents:
+        tree.children.append(_tree(parent))
+    return tree
