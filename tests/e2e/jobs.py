@@ -1,4 +1,4 @@
-"""What the end-to-end tests do with a FineTuneJob: apply it, follow it, strike at it, read what it printed.
+"""What the end-to-end tests do with a job: apply it, follow it, strike at it, read what it printed.
 
 Pods go with their attempt, so a `Recording` follows the log of each from its start: what it holds is what a person
 saw who watched with `kubectl logs --follow`.
@@ -22,11 +22,12 @@ TERMINAL = frozenset({"Complete", "Failed"})
 
 @dataclass(frozen=True)
 class Job:
-    """A FineTuneJob in the cluster, by name."""
+    """A job in the cluster, by kind and name."""
 
     cluster: Cluster
     namespace: str
     name: str
+    kind: str = "FineTuneJob"
 
     def kubectl(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run kubectl in the job's namespace."""
@@ -34,7 +35,7 @@ class Job:
 
     def status(self) -> dict[str, Any]:
         """`.status`, empty while there is none."""
-        shown = json.loads(self.kubectl("get", "finetunejob", self.name, "--output", "json").stdout)
+        shown = json.loads(self.kubectl("get", self.kind, self.name, "--output", "json").stdout)
         status: dict[str, Any] = shown.get("status", {})
         return status
 
@@ -66,7 +67,7 @@ class Job:
         return wait_for(look, f"{kind} of {self.name} to say {says!r}", timeout_seconds=timeout_seconds)
 
     def pods(self, component: str) -> list[dict[str, Any]]:
-        """Pods of `component` (prepare or train), finished ones included, oldest first."""
+        """Pods of `component` (prepare, train, eval or quantize), finished ones included, oldest first."""
         selector = f"kubetune.dev/job-name={self.name},kubetune.dev/component={component}"
         shown = self.kubectl("get", "pods", "--selector", selector, "--output", "json")
         pods: list[dict[str, Any]] = json.loads(shown.stdout)["items"]
@@ -86,7 +87,7 @@ class Job:
 
     def remove(self) -> None:
         """Delete the job and wait until it is gone."""
-        self.kubectl("delete", "finetunejob", self.name, "--timeout=60s")
+        self.kubectl("delete", self.kind, self.name, "--timeout=60s")
 
 
 @dataclass
@@ -146,9 +147,9 @@ class Recording:
 
 
 def apply(cluster: Cluster, manifest: dict[str, Any], *, namespace: str) -> Job:
-    """Create the FineTuneJob `manifest` in `namespace`."""
+    """Create the job `manifest` in `namespace`."""
     cluster.kubectl("apply", "--namespace", namespace, "--filename", "-", input=json.dumps(manifest))
-    return Job(cluster, namespace, manifest["metadata"]["name"])
+    return Job(cluster, namespace, manifest["metadata"]["name"], kind=manifest["kind"])
 
 
 def events(text: str) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The FineTuneJobs of the end-to-end tests. Their model and data are put into S3 by `tests/e2e/material.py`."""
+"""The jobs of the end-to-end tests. Their model and data are put into S3 by `tests/e2e/material.py`."""
 
 import copy
 from typing import Any
@@ -45,6 +45,36 @@ def small_job(name: str, **spec: Any) -> dict[str, Any]:
     manifest["metadata"] = {"name": name}
     manifest["spec"] |= spec
     return manifest
+
+
+def eval_job(name: str, **spec: Any) -> dict[str, Any]:
+    """An EvalJob of one pod on the task `sums`; `spec` adds and replaces blocks."""
+    own = {
+        "tasks": [{"name": "sums", "limit": 40}],
+        "taskFiles": [{"name": "own", "uri": {"location": "s3://material/tasks"}}],
+        "batchSize": 16,
+    }
+    return _one_pod("EvalJob", name, own | spec)
+
+
+def quantize_job(name: str, **spec: Any) -> dict[str, Any]:
+    """A QuantizeJob; `spec` adds and replaces blocks."""
+    source = {"name": "sums", "uri": {"location": "s3://material/sums.jsonl"}}
+    own = {
+        "outputs": [
+            {"name": "int8", "type": "CompressedTensors", "scheme": "Int8WeightOnly"},
+            {"name": "q8", "type": "GGUF", "gguf": {"type": "Q8_0"}},
+        ],
+        "verify": {"dataset": {"sources": [source], "maxSequenceLength": 128}, "samples": 16},
+    }
+    return _one_pod("QuantizeJob", name, own | spec)
+
+
+def _one_pod(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    shared = {key: _BASE["spec"][key] for key in ("model", "storage", "workspace", "lifecycle")}
+    compute = {**_BASE["spec"]["compute"], "nodes": 1}
+    manifest = {"apiVersion": _BASE["apiVersion"], "kind": kind, "metadata": {"name": name}}
+    return copy.deepcopy({**manifest, "spec": {**shared, "compute": compute, **spec}})
 
 
 def long_job(name: str) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def put(cluster: Cluster) -> None:
     with tempfile.TemporaryDirectory() as made:
         make_model(Path(made) / "model")
         make_data(Path(made))
+        make_tasks(Path(made))
         make_bad(Path(made))
         cluster.upload(Path(made), "s3://material")
 
@@ -77,6 +78,28 @@ def make_data(folder: Path) -> None:
     ]
     for name, records in (("sums", sums), ("capitals", capitals)):
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+
+
+def make_tasks(folder: Path) -> None:
+    """Write below `tasks/` the task `sums`: how likely the model finds the answers of sums.jsonl."""
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    shutil.copy(folder / "sums.jsonl", tasks / "sums.jsonl")
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "sums.jsonl"}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{completion}}",
+        "metric_list": [
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+        ],
+        "metadata": {"version": 1},
+    }
+    (tasks / "sums.yaml").write_text(json.dumps(task))
 
 
 def make_bad(folder: Path) -> None:
