@@ -41,7 +41,7 @@ check: env ## Format, lint, types, layers, generated files in sync, chart
 
 test: env ## Every test tier: unit, control plane, a real node
 	$(PY) -m tests.cluster build
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests --durations=25
 
 demo: env ## Fine-tune a real model on a real cluster, from nothing to the answers before and after
 	$(PY) examples/demo.py
