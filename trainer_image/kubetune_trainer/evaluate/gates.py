@@ -74,8 +74,9 @@ class Measured:
 
 
 def decimal(value: float) -> str:
-    """Return six significant digits without an exponent."""
-    return format(Decimal(f"{value:.6g}"), "f") if math.isfinite(value) else str(value)
+    """Return six significant digits, without an exponent where that stays readable."""
+    readable = math.isfinite(value) and 1e-9 < abs(value) < 1e15
+    return format(Decimal(f"{value:.6g}"), "f") if readable else f"{value:.6g}"
 
 
 def rule_of(gate: Gate) -> str:
