@@ -12,7 +12,6 @@ are the same as if nothing had happened.
 
 import argparse
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,6 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="field=value each, as in tasks.0.limit=20")
     options = parser.parse_args(arguments)
     config = load_config(options.config, expect=EvalConfig, overrides=options.overrides)
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
     stop = StopSignal(leave=lambda: end_with(PreemptedError("stopped; what is answered is stored")))
     with join_world() as world:
         evaluate(config, world, stop)
@@ -115,7 +113,7 @@ def finish(config: EvalConfig, prepared: PreparedEval, crew: Crew) -> None:
     """Rank 0's part: tasks to requests, answers to metrics, metrics to verdicts, and all of it to the workspace."""
     store = open_store(config.run.directory, s3=config.storage.s3)
     clear_results(store)
-    loaded = load_tasks(config, find_dataset=dataset_finder(prepared, config))
+    loaded = load_tasks(config, find_dataset=dataset_finder(prepared, config), report=report)
     report("start", attempt=attempt(), answered=crew.answers.load(), world_size=crew.world.size)
     report("phase", phase="Evaluating")
     found = ask(config, crew, loaded, name=prepared.model.location)

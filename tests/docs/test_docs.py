@@ -10,7 +10,9 @@ import pytest
 import typer.main
 import yaml
 
+from kubetune_operator.api.evaljob import parse_evaljob
 from kubetune_operator.api.finetunejob import parse_finetunejob
+from kubetune_operator.api.quantizejob import parse_quantizejob
 from kubetune_operator.cli import app
 from kubetune_operator.names import ExitCode
 from kubetune_trainer import errors as trainer_errors
@@ -20,6 +22,7 @@ from tests.cluster.paths import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
+PARSERS = {"FineTuneJob": parse_finetunejob, "EvalJob": parse_evaljob, "QuantizeJob": parse_quantizejob}
 OPERATOR = ROOT / "operator" / "kubetune_operator"
 
 
@@ -53,9 +56,10 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_manifest_is_valid() -> None:
     found = 0
     for block in (block for page in PAGES for block in code_blocks(page, "yaml")):
-        if "kind: FineTuneJob" in block and "apiVersion" in block:
-            parse_finetunejob(yaml.safe_load(block))
-            found += 1
+        if "apiVersion: kubetune.dev" in block:
+            for manifest in yaml.safe_load_all(block):
+                PARSERS[manifest["kind"]](manifest)
+                found += 1
     assert found
 
 

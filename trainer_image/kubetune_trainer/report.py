@@ -43,8 +43,13 @@ _GAUGES: dict[str, dict[str, tuple[str, str]]] = {
         "loss": ("loss", "Mean loss over the trained tokens of the last step"),
         "learning_rate": ("learning_rate", "Learning rate of the last step"),
         "grad_norm": ("grad_norm", "Global gradient norm of the last step, before clipping"),
-        "tokens_per_second": ("tokens_per_second", "Tokens per second of the last step, over all ranks"),
+        "tokens_per_second": ("tokens_per_second", "Tokens per second, over all ranks"),
         "peak_memory_bytes": ("peak_memory_bytes", "Peak memory of rank 0"),
+    },
+    "progress": {
+        "done": ("work_done", "Requests or tensors done"),
+        "total": ("work_total", "Requests or tensors of the whole run"),
+        "tokens_per_second": ("tokens_per_second", "Tokens per second, over all ranks"),
     },
     "validation": {"validation_loss": ("validation_loss", "Mean loss over the held-out trained tokens")},
     "checkpoint": {
@@ -84,7 +89,8 @@ class _Reporter:
 
         for gauges in _GAUGES.values():
             for name, help_text in gauges.values():
-                self._metrics[name] = Gauge(f"kubetune_trainer_{name}", help_text)
+                if name not in self._metrics:  # two kinds of work may have the same measure
+                    self._metrics[name] = Gauge(f"kubetune_trainer_{name}", help_text)
         for name, help_text in _COUNTERS.values():
             self._metrics[name] = Counter(f"kubetune_trainer_{name}", help_text)
         start_http_server(port)

@@ -87,7 +87,7 @@ def prepare(config: EvalConfig, *, report: Report) -> PreparedEval:
             found[name, dataset_config] = find_dataset(name, dataset_config, config=config, report=report)
         return fetch_dataset(found[name, dataset_config], config=config)
 
-    _check_gates(config, load_tasks(config, find_dataset=find))
+    _check_gates(config, load_tasks(config, find_dataset=find, report=report))
     prepared = PreparedEval(
         asked=_asked(config),
         model=model,

@@ -22,7 +22,7 @@ from lm_eval.tasks._index import Entry
 
 from kubetune_trainer.config import EvalConfig, TaskFiles
 from kubetune_trainer.errors import ConfigError, DataError, TrainerError
-from kubetune_trainer.report import report
+from kubetune_trainer.report import Report
 from kubetune_trainer.storage import config_map_folder, download_tree, open_store, scratch_dir
 
 FILE_READERS: Final = frozenset({"json", "csv", "parquet", "text", "arrow"})
@@ -49,12 +49,13 @@ class LoadedTasks:
         return {"tasks": dict(self.tasks), "groups": dict(self.groups)}
 
 
-def load_tasks(config: EvalConfig, *, find_dataset: FindDataset) -> LoadedTasks:
+def load_tasks(config: EvalConfig, *, find_dataset: FindDataset, report: Report) -> LoadedTasks:
     """Load all tasks of a job with their data.
 
     Args:
         config: The job.
         find_dataset: Asked for every dataset of the Hub.
+        report: Takes warnings.
 
     Raises:
         ConfigError: There is no task of that name, or it comes twice; names the nearest.
@@ -73,7 +74,7 @@ def load_tasks(config: EvalConfig, *, find_dataset: FindDataset) -> LoadedTasks:
         for name, task in found["tasks"].items():
             if name in tasks:
                 raise ConfigError(f"{place} must not bring a task again, got {asked.name}, and {name} is there already")
-            _set_fewshot(task, asked.num_fewshot, seed=config.seed)
+            _set_fewshot(task, asked.num_fewshot, seed=config.seed, report=report)
             tasks[name] = task
             if asked.limit is not None:
                 samples[name] = range(min(asked.limit, len(task.eval_docs)))
@@ -106,7 +107,7 @@ def fetch_task_files(files: TaskFiles, *, config: EvalConfig) -> Path:
     return folder
 
 
-def _set_fewshot(task: Task, num_fewshot: int | None, *, seed: int) -> None:
+def _set_fewshot(task: Task, num_fewshot: int | None, *, seed: int, report: Report) -> None:
     """As lm_eval's command line: a task that is made for no examples keeps none."""
     own = task.get_config("num_fewshot")
     if num_fewshot is not None and own == 0 != num_fewshot:

@@ -5,6 +5,7 @@ neither the ranks nor an interruption changes a bit of any answer.
 """
 
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, cast
@@ -81,8 +82,8 @@ class Batch:
 class Order:
     """What rank 0 tells the others to do."""
 
-    number: int
-    """Counts the orders."""
+    name: str
+    """Another one for each order."""
     batches: list[Batch]
     """What is to be done, all of it; each rank takes from it."""
     keys: dict[int, str]
@@ -107,7 +108,6 @@ class Crew:
         self.model, self.tokenizer = model, tokenizer
         self.answers, self.world = answers, world
         self._batch_size, self._stop = batch_size, stop
-        self._orders = 0
         self.progress = Progress()
 
     def score(self, requests: Sequence[tuple[Sequence[int], int]], *, num_requests: int | None = None) -> list[Score]:
@@ -179,15 +179,14 @@ class Crew:
             answered=num_requests * sum(key not in still_open for key in keys) // max(1, len(keys)),
             open_requests=len(open_requests),
         )
-        order = Order(number=self._orders, batches=left, keys=open_requests)
-        self._orders += 1
+        order = Order(name=uuid.uuid4().hex, batches=left, keys=open_requests)
         found = self._do(broadcast_object(order))
         by_key = {open_requests[index]: answer for index, answer in found.items()}
         return [by_key[key] if key in by_key else cast("Answer", self.answers.get(key)) for key in keys]
 
     def _do(self, order: Order) -> dict[int, Answer]:
         """Take batches until none is left or somebody is asked to stop; return, on rank 0, everybody's answers."""
-        counters = SharedCounters(f"order-{order.number}")
+        counters = SharedCounters(order.name)
         mine: dict[int, Answer] = {}
         stopped = False
         try:
@@ -207,7 +206,10 @@ class Crew:
                     raise PreemptedError("stopped; what is answered is stored")
         finally:
             self.answers.flush()
-        return {index: answer for theirs in gather_objects(mine) for index, answer in theirs.items()}
+        everyone = gather_objects(mine)
+        if order.batches:
+            self.progress.report(done=counters.add("done", 0), num_tokens=counters.add("tokens", 0), at_end=True)
+        return {index: answer for theirs in everyone for index, answer in theirs.items()}
 
     def _compute(self, batch: Batch) -> tuple[dict[int, Answer], int]:
         """Answer one batch; return the answers and how many tokens that took."""
@@ -268,15 +270,16 @@ class Progress:
         self._asked, self._answered, self._open = asked, answered, open_requests
         self._began = time.monotonic()
 
-    def report(self, *, done: int, num_tokens: int) -> None:
+    def report(self, *, done: int, num_tokens: int, at_end: bool = False) -> None:
         """Report, now and then and at an order's end, what all ranks have done of it.
 
         Args:
             done: Different requests.
             num_tokens: The tokens of these.
+            at_end: Whether that is all of the order.
         """
         now = time.monotonic()
-        if now - self._reported < PROGRESS_SECONDS and done < self._open:
+        if now - self._reported < PROGRESS_SECONDS and not at_end:
             return
         self._reported, seconds = now, max(now - self._began, 1e-6)
         here = self._answered + (self._asked - self._answered) * done // max(1, self._open)
