@@ -26,8 +26,13 @@ ABSENT = object()
 
 
 def manifest(**changes: Any) -> dict[str, Any]:
-    """The minimal manifest with fields changed by path; `__` stands for a dot, a number for a place in a list."""
-    job: dict[str, Any] = load_manifests(MINIMAL, source="MINIMAL")[0]
+    """The minimal manifest with fields changed."""
+    return changed(load_manifests(MINIMAL, source="MINIMAL")[0], **changes)
+
+
+def changed(job: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A manifest with fields changed by path; `__` stands for a dot, a number for a place in a list."""
+    job = copy.deepcopy(job)
     for path, value in changes.items():
         *parents, last = path.split("__")
         target: Any = job
