@@ -1,10 +1,12 @@
-"""FineTuneJobs to render: one as small as can be, one that uses everything."""
+"""Jobs to render: one of each kind as small as can be, one that uses everything."""
 
 from typing import Any
 
 import yaml
 
-from kubetune_operator.api.finetunejob import FineTuneJob, parse_finetunejob
+from kubetune_operator.api.finetunejob import FineTuneJob
+from kubetune_operator.api.jobs import Job
+from kubetune_operator.api.kinds import parse_job
 
 UID = "1f0c9a2b-0000-4000-8000-000000000000"
 
@@ -76,13 +78,100 @@ spec:
   outputs:
   - {name: merged, type: HuggingFace, uri: "s3://models/out", dtype: BF16}
   - {name: adapter, type: PEFT}
+  - {name: edge, type: GGUF, gguf: {type: Q8_0}}
+  - {name: phone, type: ExecuTorch, scheme: Int8DynamicActivationInt4Weight, execuTorch: {maxSequenceLength: 256}}
+  - {name: served, type: CompressedTensors, scheme: Int4WeightOnly, groupSize: 64}
   lifecycle: {maxRestarts: 5, gracePeriodSeconds: 60}
 """
 
+EVAL_SMALL = """
+apiVersion: kubetune.dev/v1alpha1
+kind: EvalJob
+metadata: {name: small, namespace: team-a}
+spec:
+  model: {hub: {repo: HuggingFaceTB/SmolLM2-135M-Instruct}}
+  tasks: [{name: hellaswag}]
+  workspace: {uri: "pvc://runs/kubetune"}
+"""
 
-def finetunejob(text: str, *, uid: str = UID, **spec: Any) -> FineTuneJob:
+EVAL_EVERYTHING = """
+apiVersion: kubetune.dev/v1alpha1
+kind: EvalJob
+metadata: {name: everything, namespace: team-a}
+spec:
+  model: {jobRef: {name: tuned}}
+  tasks:
+  - {name: hellaswag, numFewshot: 0, limit: 200}
+  - {name: tickets, numFewshot: 3}
+  taskFiles:
+  - {name: mine, configMap: {name: tasks}}
+  - {name: shared, uri: {location: "s3://data/tasks", s3: {credentialsSecret: {name: other}}}}
+  batchSize: 32
+  maxSequenceLength: 1024
+  applyChatTemplate: true
+  systemInstruction: Be brief.
+  seed: 7
+  gates:
+  - {name: floor, task: hellaswag, metric: acc_norm, atLeast: "0.40"}
+  - {name: ceiling, task: tickets, metric: word_perplexity, filter: strict-match, atMost: "1.2e1"}
+  - {name: as-good, task: hellaswag, metric: acc_norm, comparedTo: {name: base, maxDrop: "0.01"}}
+  - {name: as-low, task: tickets, metric: word_perplexity, comparedTo: {name: base, maxIncrease: "0.5"}}
+  compute: {nodes: 2, accelerator: {perNode: 4}}
+  storage: {s3: {credentialsSecret: {name: s3}, caBundle: {configMap: {name: ca, key: ca.crt}}}}
+  workspace: {uri: "s3://runs/team"}
+  after: [{kind: QuantizeJob, name: first, condition: GatePassed}]
+"""
+
+QUANTIZE_SMALL = """
+apiVersion: kubetune.dev/v1alpha1
+kind: QuantizeJob
+metadata: {name: small, namespace: team-a}
+spec:
+  model: {hub: {repo: HuggingFaceTB/SmolLM2-135M-Instruct}}
+  outputs: [{name: int8, type: CompressedTensors, scheme: Int8WeightOnly}]
+  workspace: {uri: "pvc://runs/kubetune"}
+"""
+
+QUANTIZE_EVERYTHING = """
+apiVersion: kubetune.dev/v1alpha1
+kind: QuantizeJob
+metadata: {name: everything, namespace: team-a}
+spec:
+  model: {jobRef: {name: tuned, output: merged}}
+  outputs:
+  - {name: int4, type: CompressedTensors, scheme: Int4WeightOnly, groupSize: 128}
+  - {name: ao, type: TorchAO, scheme: NF4}
+  - {name: gguf, type: GGUF, gguf: {type: Q4_0}, uri: "s3://models/gguf"}
+  - {name: pte, type: ExecuTorch}
+  calibration:
+    dataset:
+      sources: [{name: a, uri: {location: "s3://data/a.jsonl"}, weight: "2.5"}, {name: b, hub: {repo: a/b}}]
+      maxSequenceLength: 512
+      packing: None
+    samples: 16
+    method: AWQ
+  verify:
+    dataset: {sources: [{name: v, configMap: {name: held-out, key: v.jsonl}, weight: "0.5"}]}
+    samples: 8
+  gates:
+  - {name: close, maxPerplexityIncreasePercent: "2.0"}
+  - {name: closer, output: int4, maxPerplexityIncreasePercent: "1"}
+  compute: {accelerator: {perNode: 1}}
+  storage: {s3: {credentialsSecret: {name: s3}}}
+  workspace: {uri: "s3://runs/team"}
+"""
+
+
+def job(text: str, *, uid: str = UID, **spec: Any) -> Job:
     """Parse a manifest as the operator reads it from the API server; keyword arguments replace blocks of its spec."""
     manifest = yaml.safe_load(text)
     manifest["metadata"]["uid"] = uid
     manifest["spec"] |= spec
-    return parse_finetunejob(manifest)
+    return parse_job(manifest)
+
+
+def finetunejob(text: str, *, uid: str = UID, **spec: Any) -> FineTuneJob:
+    """The same, of a FineTuneJob."""
+    parsed = job(text, uid=uid, **spec)
+    assert isinstance(parsed, FineTuneJob)
+    return parsed

@@ -9,17 +9,47 @@ import pytest
 import yaml
 
 from kubetune_operator import names as operator_names
+from kubetune_operator.api import outputs as operator_outputs
+from kubetune_operator.api.evaljob import EvalJobSpec
 from kubetune_operator.render.config import Resolved, dump_config, render_config
 from kubetune_trainer import names as trainer_names
-from kubetune_trainer.config import FineTuneConfig, load_config
-from tests.render.manifests import EVERYTHING, SMALL, finetunejob
+from kubetune_trainer.config import FineTuneConfig, JobConfig, load_config
+from kubetune_trainer.config import outputs as trainer_outputs
+from kubetune_trainer.config.evaluate import EvalConfig
+from kubetune_trainer.config.quantize import QuantizeConfig
+from tests.render.manifests import (
+    EVAL_EVERYTHING,
+    EVAL_SMALL,
+    EVERYTHING,
+    QUANTIZE_EVERYTHING,
+    QUANTIZE_SMALL,
+    SMALL,
+    finetunejob,
+    job,
+)
+
+RESOLVED = Resolved(
+    processes_per_node=1,
+    model={"uri": {"location": "s3://models/base"}, "adapter": {"location": "s3://runs/adapter"}},
+    compared={"base": "s3://runs/team/team-a/base-1f0c9a2b"},
+    parents=(
+        {"kind": "FineTuneJob", "name": "tuned", "uid": "u1", "output": "adapter"},
+        {"kind": "EvalJob", "name": "base", "uid": "u2"},
+    ),
+)
+
+
+def read(text: str, *, tmp_path: Path, resolved: Resolved | None = None, **spec: Any) -> JobConfig:
+    config = render_config(job(text, **spec), resolved=resolved or Resolved(processes_per_node=8))
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    return load_config(path, expect=JobConfig)
 
 
 def loaded(text: str, *, tmp_path: Path, resolved: Resolved | None = None, **spec: Any) -> FineTuneConfig:
-    config = render_config(finetunejob(text, **spec), resolved=resolved or Resolved(processes_per_node=8))
-    path = tmp_path / "config.yaml"
-    path.write_text(dump_config(config))
-    return load_config(path)
+    config = read(text, tmp_path=tmp_path, resolved=resolved, **spec)
+    assert isinstance(config, FineTuneConfig)
+    return config
 
 
 def test_the_trainer_reads_the_smallest_job_with_the_operators_defaults(tmp_path: Path) -> None:
@@ -52,6 +82,64 @@ def test_the_trainer_reads_every_field_with_its_value(tmp_path: Path) -> None:
     assert config.model.uri.s3.credentials_secret is not None
     assert config.model.uri.s3.credentials_secret.name == "other"
     assert config.run.directory == "s3://runs/team/team-a/everything-1f0c9a2b"
+
+
+def test_the_trainer_reads_an_evaluation_with_the_operators_defaults(tmp_path: Path) -> None:
+    config, spec = read(EVAL_SMALL, tmp_path=tmp_path), job(EVAL_SMALL).spec
+    assert isinstance(config, EvalConfig)
+    assert isinstance(spec, EvalJobSpec)
+    assert (config.batch_size, config.seed) == (spec.batch_size, spec.seed)
+    assert (config.max_sequence_length, config.apply_chat_template, config.gates) == (None, False, ())
+    assert config.run.directory == "pvc://runs/kubetune/team-a/small-1f0c9a2b"
+
+
+def test_the_trainer_reads_every_field_of_an_evaluation(tmp_path: Path) -> None:
+    config = read(EVAL_EVERYTHING, tmp_path=tmp_path, resolved=RESOLVED)
+    assert isinstance(config, EvalConfig)
+    assert config.model.adapter is not None
+    assert config.model.adapter.location == "s3://runs/adapter"
+    assert [(task.name, task.num_fewshot, task.limit) for task in config.tasks] == [
+        ("hellaswag", 0, 200), ("tickets", 3, None),
+    ]  # fmt: skip
+    assert config.task_files[0].config_map is not None
+    assert config.task_files[0].config_map.name == "tasks"
+    floor, ceiling, as_good, as_low = config.gates
+    assert (floor.at_least, floor.filter, ceiling.at_most, ceiling.filter) == (0.4, "none", 12.0, "strict-match")
+    assert as_good.compared_to is not None
+    assert (as_good.compared_to.max_drop, as_good.compared_to.directory) == (0.01, RESOLVED.compared["base"])
+    assert as_low.compared_to is not None
+    assert as_low.compared_to.max_increase == 0.5
+    assert [(parent.kind, parent.output) for parent in config.run.parents] == [
+        ("FineTuneJob", "adapter"), ("EvalJob", None),
+    ]  # fmt: skip
+
+
+def test_the_trainer_reads_a_quantization(tmp_path: Path) -> None:
+    small = read(QUANTIZE_SMALL, tmp_path=tmp_path)
+    assert isinstance(small, QuantizeConfig)
+    assert (small.calibration, small.verify, small.gates, small.run.parents) == (None, None, (), ())
+    config = read(QUANTIZE_EVERYTHING, tmp_path=tmp_path, resolved=RESOLVED)
+    assert isinstance(config, QuantizeConfig)
+    assert [(output.type, output.scheme, output.group_size) for output in config.outputs] == [
+        ("CompressedTensors", "Int4WeightOnly", 128), ("TorchAO", "NF4", None), ("GGUF", None, None),
+        ("ExecuTorch", None, None),
+    ]  # fmt: skip
+    assert config.calibration is not None
+    assert [source.weight for source in config.calibration.dataset.sources] == [2.5, 1.0]
+    assert (config.calibration.samples, config.calibration.method) == (16, "AWQ")
+    assert config.calibration.dataset.packing == "None"
+    assert config.verify is not None
+    assert config.verify.dataset.sources[0].weight == 0.5
+    assert [(gate.output, gate.max_perplexity_increase_percent) for gate in config.gates] == [
+        (None, 2.0),
+        ("int4", 1.0),
+    ]
+
+
+def test_both_sides_have_one_table_of_schemes() -> None:
+    assert operator_outputs.SCHEMES == trainer_outputs.SCHEMES
+    assert operator_outputs.UNQUANTIZED == trainer_outputs.UNQUANTIZED
+    assert operator_outputs.GROUPED == trainer_outputs.GROUPED
 
 
 def test_a_fraction_and_full_tuning_are_read(tmp_path: Path) -> None:

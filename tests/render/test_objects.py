@@ -10,7 +10,16 @@ import yaml
 from kubetune_operator.render.job import render_work_job
 from kubetune_operator.render.objects import render_all
 from kubetune_operator.settings import Settings
-from tests.render.manifests import EVERYTHING, SMALL, finetunejob
+from tests.render.manifests import (
+    EVAL_EVERYTHING,
+    EVAL_SMALL,
+    EVERYTHING,
+    QUANTIZE_EVERYTHING,
+    QUANTIZE_SMALL,
+    SMALL,
+    finetunejob,
+    job,
+)
 
 Json = dict[str, Any]
 GOLDEN = Path(__file__).parent / "golden"
@@ -19,6 +28,10 @@ CASES = {
     "small": (SMALL, Settings(identity="test")),
     "everything": (EVERYTHING, Settings(identity="test", image_pull_secrets=("registry",))),
     "everything-on-cpu": (EVERYTHING, Settings(identity="test", cpu_processes=2)),
+    "eval-small": (EVAL_SMALL, Settings(identity="test")),
+    "eval-everything": (EVAL_EVERYTHING, Settings(identity="test")),
+    "quantize-small": (QUANTIZE_SMALL, Settings(identity="test")),
+    "quantize-everything": (QUANTIZE_EVERYTHING, Settings(identity="test")),
 }
 
 
@@ -34,7 +47,7 @@ _Block.add_representer(
 
 def rendered(case: str) -> list[Json]:
     text, settings = CASES[case]
-    return render_all(finetunejob(text), settings)
+    return render_all(job(text), settings)
 
 
 def pod_specs(case: str) -> list[Json]:
@@ -83,17 +96,46 @@ def test_a_gang_is_counted_by_the_operator_and_a_single_pod_by_the_job_controlle
 
 
 def test_every_attempt_is_the_same_but_for_its_number() -> None:
-    job, settings = finetunejob(EVERYTHING), Settings()
-    config = yaml.safe_load(render_all(job, settings)[0]["data"]["config.yaml"])
+    made, settings = finetunejob(EVERYTHING), Settings()
+    config = yaml.safe_load(render_all(made, settings)[0]["data"]["config.yaml"])
     first, second = (
-        yaml.safe_dump(render_work_job(job, config=config, attempt=attempt, backoff_limit=9, settings=settings))
+        yaml.safe_dump(render_work_job(made, config=config, attempt=attempt, backoff_limit=9, settings=settings))
         for attempt in (1, 2)
     )
     assert first.replace("train-1", "train-2").replace("'1'", "'2'") == second.replace("'1'", "'2'")
 
 
-def test_the_longest_name_leaves_room_for_host_names() -> None:
-    job = finetunejob(SMALL.replace("name: small,", f"name: {'n' * 40},"), compute={"nodes": 256})
-    config = yaml.safe_load(render_all(job, Settings())[0]["data"]["config.yaml"])
-    manifest = render_work_job(job, config=config, attempt=9999, backoff_limit=0, settings=Settings())
-    assert len(f"{manifest['metadata']['name']}-255") <= 63
+@pytest.mark.parametrize(("text", "nodes"), [(SMALL, 256), (EVAL_SMALL, 256), (QUANTIZE_SMALL, 1)])
+def test_the_longest_name_leaves_room_for_host_names(text: str, nodes: int) -> None:
+    made = job(text.replace("name: small,", f"name: {'n' * 40},"), compute={"nodes": nodes})
+    config, prepare, *_ = render_all(made, Settings())
+    work = render_work_job(
+        made, config=yaml.safe_load(config["data"]["config.yaml"]), attempt=9999, backoff_limit=0, settings=Settings()
+    )
+    assert len(f"{work['metadata']['name']}-255") <= 63
+    assert len(f"{prepare['metadata']['name']}-abcde") <= 63
+
+
+def test_no_job_of_one_kind_makes_what_a_job_of_another_kind_makes_too() -> None:
+    words = ("a", "a-eval", "a-config", "a-prepare", "a-eval-1", "a-quantize", "a-config-eval", "a-train-1")
+    made = [
+        (item["kind"], item["metadata"]["name"])
+        for text in (SMALL, EVAL_SMALL, QUANTIZE_SMALL)
+        for name in words
+        for item in render_all(job(text.replace("name: small,", f"name: {name},")), Settings())
+    ]
+    assert len(made) == len(set(made)) == 3 * 3 * len(words)
+
+
+def test_a_config_map_is_mounted_with_the_keys_that_are_named_or_as_a_whole() -> None:
+    [spec, _] = pod_specs("eval-everything")
+    places = {mount["name"]: mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]}
+    mounted = {
+        places[volume["name"]]: volume["configMap"].get("items")
+        for volume in spec["volumes"]
+        if volume["name"].startswith("kubetune-configmap-")
+    }
+    assert mounted == {
+        "/var/run/kubetune/configmaps/ca": [{"key": "ca.crt", "path": "ca.crt"}],
+        "/var/run/kubetune/configmaps/tasks": None,
+    }
