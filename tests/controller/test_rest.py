@@ -8,12 +8,21 @@ from pathlib import Path
 
 import pytest
 
+from kubetune_operator.names import KINDS
 from tests.cluster.controlplane import ControlPlane, audited
-from tests.controller.world import KIND, World, user_of, world_of
+from tests.controller.world import World, user_of, world_of
 
 pytestmark = pytest.mark.control_plane
 
-FINISHED, RUNNING, WINDOW_SECONDS, INTERVAL_SECONDS = 50, 5, 20, 2
+FINISHED, RUNNING, WINDOW_SECONDS, INTERVAL_SECONDS = 50, 5, 60, 2
+KIND_OF = dict(enumerate(list(KINDS) * FINISHED))
+"""Which kind the job of a number is: all three take turns."""
+EVENTS = {
+    "FineTuneJob": lambda second: {"event": "step", "step": second, "totalSteps": 99, "loss": 1.0},
+    "EvalJob": lambda second: {"event": "progress", "done": second, "total": 99, "tokensPerSecond": 1.0},
+    "QuantizeJob": lambda second: {"event": "progress", "done": second, "total": 99, "phase": "Quantizing"},
+}
+"""What each kind tells while it runs."""
 
 
 async def _finish(world: World, name: str) -> None:
@@ -25,11 +34,11 @@ async def _finish(world: World, name: str) -> None:
     status = {"state": "Complete", "observedGeneration": 1, "conditions": [condition]}
     status["completionTime"] = condition["lastTransitionTime"]
     await world.cluster.patch(
-        KIND, namespace=world.namespace, name=name, patch={"status": status}, subresource="status"
+        world.kind, namespace=world.namespace, name=name, patch={"status": status}, subresource="status"
     )
 
 
-async def _train(world: World, name: str) -> str:
+async def _start(world: World, name: str) -> str:
     await world.apply(name)
     await world.prepared(name=name)
     [pod] = await world.training(name=name)
@@ -55,24 +64,28 @@ async def test_with_finished_and_running_jobs_only_progress_and_the_lease_are_wr
     audit_log = control_plane_with_controllers.audit_log
     assert audit_log is not None
     async with world_of(control_plane_with_controllers, namespace=namespace, log=log, start=False, **settings) as world:
-        await asyncio.gather(*(_finish(world, f"done-{number}") for number in range(FINISHED)))
+        await asyncio.gather(*(_finish(world.of(KIND_OF[number]), f"done-{number}") for number in range(FINISHED)))
         world.operator.start()
-        pods = await asyncio.gather(*(_train(world, f"live-{number}") for number in range(RUNNING)))
+        pods = await asyncio.gather(*(_start(world.of(KIND_OF[number]), f"live-{number}") for number in range(RUNNING)))
         await asyncio.sleep(3)
         begin = len(audit_log.read_text().splitlines())
         for second in range(WINDOW_SECONDS):
-            for pod in pods:
-                world.logs[pod] = json.dumps({"event": "step", "step": second, "totalSteps": 99, "loss": 1.0})
+            for number, pod in enumerate(pods):
+                world.logs[pod] = json.dumps(EVENTS[KIND_OF[number]](second))
             await asyncio.sleep(1)
         writes = _writes(audit_log, user=user_of(namespace), skip=begin)
         leases = sum(count for what, count in writes.items() if what.startswith("update leases/"))
         assert 0 < leases <= WINDOW_SECONDS + 2
         patches = {what: count for what, count in writes.items() if not what.startswith("update leases/")}
-        assert set(patches) == {f"patch finetunejobs/status live-{number}" for number in range(RUNNING)}
+        assert set(patches) == {
+            f"patch {KINDS[KIND_OF[number]].plural}/status live-{number}" for number in range(RUNNING)
+        }
         assert max(patches.values()) <= WINDOW_SECONDS / INTERVAL_SECONDS + 1
         health, text = world.operator.get("/healthz", port=world.operator.health_port)
         assert (health, text) == (200, "ok")
         metrics = world.operator.metrics()
-        assert f'kubetune_jobs{{kind="FineTuneJob",state="Complete"}} {FINISHED:.1f}' in metrics
-        assert f'kubetune_jobs{{kind="FineTuneJob",state="Running"}} {RUNNING:.1f}' in metrics
+        for kind in KINDS:
+            for state, count in (("Complete", FINISHED), ("Running", RUNNING)):
+                jobs = sum(KIND_OF[number] == kind for number in range(count))
+                assert f'kubetune_jobs{{kind="{kind}",state="{state}"}} {jobs:.1f}' in metrics
         assert "kubetune_leader 1.0" in metrics

@@ -65,10 +65,10 @@ def test_every_manifest_is_valid() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_example_is_valid(path: Path) -> None:
-    jobs = [each for each in yaml.safe_load_all(path.read_text()) if each and each["kind"] == "FineTuneJob"]
+    jobs = [each for each in yaml.safe_load_all(path.read_text()) if each and each["kind"] in PARSERS]
     assert jobs
     for job in jobs:
-        parse_finetunejob(job)
+        PARSERS[job["kind"]](job)
 
 
 def test_the_config_by_hand_is_complete(tmp_path: Path) -> None:
@@ -90,9 +90,8 @@ def trainer_error_classes() -> list[type[trainer_errors.TrainerError]]:
 
 NOT_REASONS = {
     # Conditions and states of ours, which are good news or stand for what comes below them.
-    "Accepted", "Checkpointed", "CheckpointComplete", "Complete", "DataReady", "Failed", "Running", "Training",
-    "HuggingFace",
-    "ReportNotUnderstood", "Workload",
+    "Accepted", "Checkpointed", "CheckpointComplete", "Complete", "DataReady", "Failed", "GatePassed", "GatesPassed",
+    "ReportNotUnderstood", "Running", "Training", "Workload",
     # Words of Kubernetes that are read and not passed on.
     "BackoffLimitExceeded", "DisruptionTarget", "ErrImageNeverPull", "ErrImagePull", "FailedAttachVolume",
     "FailedMapVolume", "FailureTarget", "ImagePullBackOff", "InvalidImageName", "Job", "Normal", "PodScheduled",
@@ -105,7 +104,7 @@ NOT_REASONS = {
 def test_every_reason_of_a_status_is_explained() -> None:
     explained = {
         reason
-        for heading in ("## It waits", "## It has failed", "## It restarts")
+        for heading in ("## It waits", "## It is complete", "## It has failed", "## It restarts")
         for row in table_cells(DOCS / "troubleshooting.md", after=heading)
         for reason in row[0].split(", ")
     }
@@ -136,10 +135,11 @@ def test_the_tables_of_metrics_are_those_of_the_code() -> None:
 def test_the_table_of_rights_is_that_of_the_code() -> None:
     said = set()
     for resources, verbs in table_cells(DOCS / "operations.md", after="The operator may"):
-        said |= {(resources, verb) for verb in re.findall(r"\w+", verbs.partition("(")[0])}
+        for resource in resources.removesuffix(" (kubetune.dev)").split(", "):
+            said |= {(resource, verb) for verb in re.findall(r"\w+", verbs.partition("(")[0])}
     elsewhere = {"nodes", "leases"}
     assert said == {
-        (f"{resource.replace('finetunejobs', 'finetunejobs.kubetune.dev')}{'.batch' if group == 'batch' else ''}", verb)
+        (f"{resource}{'.batch' if group == 'batch' else ''}", verb)
         for group, resource, verb in documented_rights()
         if resource not in elsewhere
     }

@@ -7,6 +7,7 @@ from pydantic import Field
 from kubetune_operator.api.common import DnsLabel, Uri
 from kubetune_operator.api.jobs import Count, Digest
 from kubetune_operator.api.model import ApiModel, Rule, StatusModel
+from kubetune_operator.names import KIND_EVALJOB, KIND_FINETUNEJOB, KIND_QUANTIZEJOB
 
 SCHEMES: Final = {
     "CompressedTensors": ("Int8WeightOnly", "Int8DynamicActivation", "Int4WeightOnly"),
@@ -21,6 +22,17 @@ UNQUANTIZED: Final = ("ExecuTorch",)
 """Types with schemes that can do without one."""
 GROUPED: Final = ("Int4WeightOnly", "Int8DynamicActivationInt4Weight")
 """Schemes with a scale for each group of weights."""
+
+WHOLE: Final = "HuggingFace"
+"""The format that everything can load."""
+ADAPTERS: Final = "PEFT"
+"""The format that is loaded together with the model that it was trained on."""
+LOADABLE: Final = {
+    KIND_FINETUNEJOB: (WHOLE,),
+    KIND_QUANTIZEJOB: (WHOLE,),
+    KIND_EVALJOB: (WHOLE, "CompressedTensors", "TorchAO", "GGUF"),
+}
+"""Complete formats that each kind of job can load as its model."""
 
 Scheme = Literal[
     "Int8WeightOnly", "Int8DynamicActivation", "Int4WeightOnly", "Int8DynamicActivationInt4Weight",

@@ -7,7 +7,7 @@ from kubetune_operator.api import jobs as api
 from kubetune_operator.api.common import S3
 from kubetune_operator.api.finetunejob import FineTuneJobStatus
 from kubetune_operator.api.jobs import Job, Parent, Prerequisite
-from kubetune_operator.api.outputs import FinishedOutput
+from kubetune_operator.api.outputs import ADAPTERS, LOADABLE, WHOLE, FinishedOutput
 from kubetune_operator.api.quantizejob import QuantizeJobStatus
 from kubetune_operator.api.references import (
     JobKey,
@@ -19,7 +19,7 @@ from kubetune_operator.api.references import (
     used_by,
 )
 from kubetune_operator.lifecycle.draft import Create, Draft
-from kubetune_operator.names import KIND_EVALJOB, KIND_FINETUNEJOB, KIND_QUANTIZEJOB, config_name
+from kubetune_operator.names import config_name
 from kubetune_operator.render.config import Resolved, render_config, run_directory
 from kubetune_operator.render.job import processes_per_node, render_configmap
 from kubetune_operator.status import find_condition
@@ -28,14 +28,6 @@ Json = dict[str, Any]
 
 UPSTREAM_SECONDS: Final = 30.0
 """How often to look for another job that does not exist; one that exists wakes us up itself."""
-
-LOADABLE: Final = {
-    KIND_FINETUNEJOB: ("HuggingFace",),
-    KIND_QUANTIZEJOB: ("HuggingFace",),
-    KIND_EVALJOB: ("HuggingFace", "CompressedTensors", "TorchAO", "GGUF"),
-}
-"""Formats that each kind of job can load; adapters are loaded together with their base by all of them."""
-ADAPTERS: Final = "PEFT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +190,7 @@ def _chosen(job: Job, parent: Job) -> FinishedOutput | Waiting:
             message = f"output {name!r} of {parent.title} is of type {named.type}, which {job.kind}s cannot load; {has}"
             return Waiting(reason="UpstreamNotUsable", message=message)
         return named
-    kinds = (("HuggingFace",), loadable, (ADAPTERS,))
+    kinds = ((WHOLE,), loadable, (ADAPTERS,))
     best = next((item for types in kinds for item in written if item.type in types), None)
     if best is None:
         message = f"{parent.title} has no output that {job.kind}s can load; {has}"
@@ -214,7 +206,7 @@ def _with_adapters(draft: Draft, parent: Job, *, adapters: Json) -> Json | Waiti
         return Waiting(reason="UpstreamNotUsable", message=message)
     base = dict(config["model"])
     if "adapter" in base:
-        message = f"{parent.title} has only adapters on a model with adapters; it needs an output of type HuggingFace"
+        message = f"{parent.title} has only adapters on a model with adapters; it needs an output of type {WHOLE}"
         return Waiting(reason="UpstreamNotUsable", message=message)
     resolved = parent.status.resolved
     if "hub" in base and resolved is not None and resolved.model is not None and resolved.model.commit:
