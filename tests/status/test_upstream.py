@@ -93,13 +93,14 @@ def test_the_output_that_serves_best_is_taken(
 
 
 PTE = "executorch (ExecuTorch)"
+NOT_TRAINED = f"{{}} has no output that FineTuneJobs can load; it has {PTE}"
 
 
 @pytest.mark.parametrize(
     ("kind", "parent", "output", "named", "message"),
     [
         ("EvalJob", "QuantizeJob", "ExecuTorch", None, f"{{}} has no output that EvalJobs can load; it has {PTE}"),
-        ("FineTuneJob", "QuantizeJob", "ExecuTorch", None, "{} has no output that FineTuneJobs can load; it has " + PTE),
+        ("FineTuneJob", "QuantizeJob", "ExecuTorch", None, NOT_TRAINED),
         ("EvalJob", "FineTuneJob", "ExecuTorch", "merged", f"{{}} has no output 'merged'; it has {PTE}"),
         (
             "QuantizeJob", "QuantizeJob", "ExecuTorch", "executorch",
