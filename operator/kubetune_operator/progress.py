@@ -23,7 +23,8 @@ FORMATS: Final = {
 """How numbers stand in the status, where floats have no place."""
 
 PHASES: Final = (
-    "Downloading", "Loading", "Training", "Exporting", "Evaluating", "Calibrating", "Quantizing", "Verifying",
+    "Downloading", "Loading", "Training", "Exporting", "Evaluating", "Judging", "Calibrating", "Quantizing",
+    "Verifying",
 )  # fmt: skip
 """What a trainer may be doing; the reason of the Running condition."""
 

@@ -12,7 +12,7 @@ import yaml
 from kubetune_operator import metrics
 from kubetune_operator.api.jobs import Job
 from kubetune_operator.api.kinds import parse_job
-from kubetune_operator.api.references import JobKey, references_of
+from kubetune_operator.api.references import JobKey, references_of, still_waits
 from kubetune_operator.cluster import Cluster
 from kubetune_operator.errors import ClusterError, ConflictError, NotFoundError, RefusedError
 from kubetune_operator.lifecycle import decide
@@ -28,7 +28,7 @@ from kubetune_operator.lifecycle.draft import (
     TellQueue,
 )
 from kubetune_operator.lifecycle.queueing import was_paused
-from kubetune_operator.lifecycle.upstream import adapters_base, still_waits
+from kubetune_operator.lifecycle.upstream import adapters_base
 from kubetune_operator.names import (
     COMPONENT_QUEUE,
     CONFIG_FILE,

@@ -55,7 +55,8 @@ def test_the_operator_may_do_its_work_in_all_namespaces_and_read_no_secret(
     installed({})
     for namespace in ("team-a", "team-b"):
         assert can(cluster, "create", "jobs.batch", namespace=namespace)
-        assert can(cluster, "patch", "finetunejobs.kubetune.dev", subresource="status", namespace=namespace)
+        for plural in ("finetunejobs", "evaljobs", "quantizejobs"):
+            assert can(cluster, "patch", f"{plural}.kubetune.dev", subresource="status", namespace=namespace)
         for verb in ("get", "list", "watch"):
             assert not can(cluster, verb, "secrets", namespace=namespace)
     assert can(cluster, "update", "leases.coordination.k8s.io/kubetune", namespace="kubetune-system")

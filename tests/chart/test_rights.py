@@ -9,7 +9,7 @@ import yaml
 
 from tests.chart.rendering import render_chart
 from tests.cluster.controlplane import ControlPlane
-from tests.controller.world import OperatorProcess, World, world_of
+from tests.controller.world import EVALUATED, OperatorProcess, World, world_of
 
 pytestmark = pytest.mark.control_plane
 
@@ -43,7 +43,7 @@ def start_with_rights(world: World, *, values: dict[str, Any], home: str, log: P
 
 
 async def live_a_life(world: World) -> None:
-    """Whatever makes the operator use a right: two nodes, a restart, a suspension, a failure, the time to live."""
+    """Whatever makes the operator use a right: two nodes, a restart, a suspension, a failure, time to live, a chain."""
     await world.apply("long", compute={"nodes": 2}, lifecycle={"ttlSecondsAfterFinished": 0})
     await world.prepared(name="long")
     first = await world.training(name="long", nodes=2)
@@ -61,6 +61,17 @@ async def live_a_life(world: World) -> None:
     await world.run(pod)
     await world.end(pod, code=65, report={"result": "Failed", "exitCode": 65, "reason": "DataInvalid", "message": "no"})
     await world.state("Failed", name="bad")
+    evals, quantizes = world.of("EvalJob"), world.of("QuantizeJob")
+    gate = {"name": "g", "task": "tickets", "metric": "acc", "comparedTo": {"name": "base", "maxDrop": "0"}}
+    await evals.apply("gone", gates=[gate], lifecycle={"ttlSecondsAfterFinished": 0})
+    await evals.apply("base", after=[{"kind": "QuantizeJob", "name": "small"}])
+    await quantizes.apply("small")
+    await quantizes.live("small")
+    await evals.live("base")
+    await evals.prepared(name="gone")
+    [pod] = await evals.training(name="gone")
+    await evals.end(pod, code=0, report=EVALUATED)
+    await evals.gone("EvalJob", "gone")
 
 
 @pytest.mark.parametrize("mode", ["cluster", "namespaced"])
@@ -77,3 +88,5 @@ async def test_the_rights_of_the_chart_are_enough_for_a_whole_life(mode: str, wo
     assert "forbidden" not in world.operator.log.lower()
     events = await world.cluster.list_all("Event", namespace=world.namespace, fields="involvedObject.kind=FineTuneJob")
     assert {"Running", "Restarting", "Suspended", "Complete"} <= {event["reason"] for event in events}
+    events = await world.cluster.list_all("Event", namespace=world.namespace, fields="involvedObject.kind=EvalJob")
+    assert {"Running", "Complete", "GateFailed"} <= {event["reason"] for event in events}

@@ -1,6 +1,6 @@
 """What references stand for: a table of other jobs, and what a job does that refers to them."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -184,6 +184,21 @@ def test_a_job_begins_after_others_as_its_condition_says(
         assert decision.status.resolved.parents is None, "its result is not used"
     else:
         assert waiting(decision) == held
+
+
+def test_the_time_that_a_job_waits_for_others_does_not_count_against_its_deadline() -> None:
+    accepted = {"type": "Accepted", "status": "True", "reason": "R", "message": "m"}
+    status = {
+        "state": "Pending", "startTime": "2026-01-01T00:00:00Z",
+        "conditions": [accepted | {"lastTransitionTime": "2026-01-01T00:00:00Z"}],
+    }  # fmt: skip
+    after = [{"kind": "EvalJob", "name": "up"}]
+    made = job("QuantizeJob", "down", after=after, lifecycle={"activeDeadlineSeconds": 60}, status=status)
+    assert waiting(decided(made))[0] == "UpstreamMissing"
+    began = decided(made, complete("EvalJob")).status
+    assert (began.state, began.start_time) == ("Pending", "2026-01-01T12:00:00Z")
+    late = made.model_copy(update={"status": began, "spec": made.spec.model_copy(update={"after": None})})
+    assert decide(Observed(job=late, now=NOW + timedelta(seconds=61)), settings=Settings()).status.state == "Failed"
 
 
 def test_a_comparison_waits_and_then_names_the_other_run_directory() -> None:

@@ -486,7 +486,8 @@ class Lifecycle(ApiModel):
     grace_period_seconds: Annotated[int, Field(ge=1, le=3600)] = 120
     """Time that a pod has to write a checkpoint after it is told to stop."""
     active_deadline_seconds: Annotated[int, Field(ge=1, le=315_360_000)] | None = None
-    """The job fails when it has been active this long. Unset: no limit. May be changed while it runs."""
+    """The job fails when it has been active this long; time in which it waits for other jobs or is suspended does not
+    count. Unset: no limit. May be changed while it runs."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=315_360_000)] | None = None
     """The job is deleted this long after it finished. Unset: never. May be changed at any time."""
 

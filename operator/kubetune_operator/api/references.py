@@ -51,6 +51,13 @@ def used_by(job: Job) -> list[JobKey]:
     return list(dict.fromkeys(key for key in keys if key is not None))
 
 
+def still_waits(job: Job) -> bool:
+    """Whether a job has yet to find what it refers to; one that has is not held up by it any more."""
+    resolved = job.status.resolved
+    unfinished = job.status.state not in {"Complete", "Failed"}
+    return unfinished and (resolved is None or resolved.config is None) and bool(references_of(job))
+
+
 def references_of(job: Job) -> list[JobKey]:
     """The jobs that a job waits for, each once."""
     after = [JobKey(item.kind, item.name) for item in job.spec.after or []]

@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from kubetune_operator.api.jobs import LastFailure
+from kubetune_operator.api.references import still_waits
 from kubetune_operator.lifecycle.draft import Delete, Draft
 from kubetune_operator.lifecycle.moves import fail, read_log, stop_live_jobs
 from kubetune_operator.lifecycle.queueing import leave
@@ -128,7 +129,8 @@ def stop_at_deadline(draft: Draft) -> bool:
     """Fail a job that is active for too long."""
     deadline = lifecycle_of(draft.job).active_deadline_seconds
     started = parse_time(draft.status.start_time)
-    if deadline is None or started is None or draft.job.spec.suspend or draft.status.state == "Queued":
+    waits = draft.job.spec.suspend or draft.status.state == "Queued" or still_waits(draft.job)
+    if deadline is None or started is None or waits:
         return False
     left = (started + timedelta(seconds=deadline) - draft.seen.now).total_seconds()
     if left > 0:

@@ -16,10 +16,12 @@ from kubetune_operator.api.references import (
     model_of,
     references_of,
     resumed_from,
+    still_waits,
     used_by,
 )
 from kubetune_operator.lifecycle.draft import Create, Draft
 from kubetune_operator.names import config_name
+from kubetune_operator.progress import timestamp
 from kubetune_operator.render.config import Resolved, render_config, run_directory
 from kubetune_operator.render.job import processes_per_node, render_configmap
 from kubetune_operator.status import find_condition
@@ -68,17 +70,13 @@ def write_config(draft: Draft) -> bool:
         compared=found.compared,
         parents=tuple(parent.model_dump(exclude_none=True, exclude={"digest"}) for parent in parents),
     )
+    if still_waits(draft.job):
+        draft.set(start_time=timestamp(draft.seen.now))
     draft.set(resolved=status)
     draft.waiting("Pending", reason="Preparing", message="the model and the data are about to be prepared")
     draft.do(Create(manifest=render_configmap(draft.job, config=render_config(draft.job, resolved=resolved))))
     draft.look_again(seconds=0)
     return True
-
-
-def still_waits(job: Job) -> bool:
-    """Whether a job has yet to find what it refers to; one that has is not held up by it any more."""
-    resolved = job.status.resolved
-    return job.status.state not in {"Complete", "Failed"} and (resolved is None or resolved.config is None)
 
 
 def adapters_base(job: Job, *, upstream: dict[JobKey, Job]) -> JobKey | None:
