@@ -17,6 +17,7 @@ from kubetune_trainer.config import FineTuneConfig, JobConfig, load_config
 from kubetune_trainer.config import outputs as trainer_outputs
 from kubetune_trainer.config.evaluate import EvalConfig
 from kubetune_trainer.config.quantize import QuantizeConfig
+from kubetune_trainer.model.config import QUANTIZATION_METHODS
 from tests.render.manifests import (
     EVAL_EVERYTHING,
     EVAL_SMALL,
@@ -140,6 +141,11 @@ def test_both_sides_have_one_table_of_schemes() -> None:
     assert operator_outputs.SCHEMES == trainer_outputs.SCHEMES
     assert operator_outputs.UNQUANTIZED == trainer_outputs.UNQUANTIZED
     assert operator_outputs.GROUPED == trainer_outputs.GROUPED
+
+
+def test_evaluations_are_given_the_formats_that_the_trainer_loads() -> None:
+    formats = {name.replace("-", "") for name in QUANTIZATION_METHODS}
+    assert {name.lower() for name in operator_outputs.LOADABLE["EvalJob"]} - {"huggingface"} == formats
 
 
 def test_a_fraction_and_full_tuning_are_read(tmp_path: Path) -> None:
