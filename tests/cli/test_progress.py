@@ -37,6 +37,18 @@ STEP = {
             {"event": "output", "name": "a", "type": "PEFT", "uri": "s3://a", "bytes": 9},
             "output a (PEFT): s3://a, 9 bytes",
         ),
+        (
+            {"event": "progress", "done": 120, "total": 800, "tokensPerSecond": 95.2, "etaSeconds": 41},
+            "120/800  95.2 tokens/s  ETA 41s",
+        ),
+        ({"event": "progress", "done": 3, "total": 9}, "3/9"),
+        (
+            {"event": "result", "task": "arc", "metric": "acc", "filter": "none", "value": 0.41, "stderr": 0.01,
+             "samples": 200},
+            "arc acc: 0.41 ± 0.01 on 200 samples",
+        ),
+        ({"event": "gate", "name": "better", "passed": False, "message": "it fell"}, "gate better failed: it fell"),
+        ({"event": "gate", "name": "close", "passed": True}, "gate close passed"),
         ({"event": "warning", "message": "3 samples are cut"}, "warning: 3 samples are cut"),
         ({"event": "phase", "phase": "Downloading"}, "downloading"),
         ({"event": "done", "step": 90}, "done after step 90"),

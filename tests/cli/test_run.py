@@ -17,6 +17,7 @@ from kubetune_operator.api.manifest import dump_manifests
 from kubetune_operator.cli import local
 from kubetune_operator.cli.bundle import load_bundle
 from kubetune_operator.errors import SpecError
+from tests.api.test_eval_and_quantize import MINIMAL
 from tests.api.test_finetunejob import manifest
 
 LAUNCHER = """
@@ -226,6 +227,71 @@ def test_a_job_reference_means_an_earlier_local_run(tmp_path: Path) -> None:
     path.write_text(dump_manifests([second]))
     with pytest.raises(SpecError, match=r"jobRef\.output: Required value"):
         local.local_config(load_bundle(path), processes=1)
+
+
+def other(kind: str, name: str = "run7", **spec: Any) -> dict[str, Any]:
+    """A job of another kind."""
+    found: dict[str, Any] = yaml.safe_load(MINIMAL[kind])
+    return found | {"metadata": {"name": name}, "spec": found["spec"] | spec}
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [("EvalJob", "eval_model"), ("QuantizeJob", "quantize")])
+def test_other_kinds_run_their_own_recipe_in_a_folder_of_their_own(
+    kubetune: Any, trainer: Trainer, tmp_path: Path, kind: str, recipe: str
+) -> None:
+    path = tmp_path / "jobs.yaml"
+    path.write_text(dump_manifests([manifest(), other(kind)]))
+    assert kubetune("run", path).err == (
+        f"error: {path}: holds finetunejob/run7, {kind.lower()}/run7; say which one with --name\n"
+    )
+    ran = kubetune("run", path, "--name", f"{kind}/run7")
+    assert (ran.code, ran.out.splitlines()[-1]) == (0, f"{kind} default/run7 is complete")
+    assert [call["recipe"] for call in trainer.calls] == ["prepare", recipe]
+    config = yaml.safe_load(trainer.calls[1]["config"])
+    assert config["kind"] == kind
+    assert config["run"]["directory"] != "s3://team/runs/default/run7-local"
+
+
+def test_a_chain_in_one_file_runs_job_by_job(tmp_path: Path) -> None:
+    quantized = {"kind": "QuantizeJob", "name": "small"}
+    gate = {"name": "near", "task": "arc", "metric": "acc", "comparedTo": {"name": "before", "maxDrop": "0.01"}}
+    path = tmp_path / "jobs.yaml"
+    path.write_text(
+        dump_manifests(
+            [
+                manifest(
+                    metadata__name="bot", spec__outputs=[{"name": "m", "type": "HuggingFace", "uri": "s3://models/bot"}]
+                ),
+                other("QuantizeJob", "small", model={"jobRef": {"name": "bot"}}),
+                other("EvalJob", "after", model={"jobRef": quantized}, gates=[gate]),
+            ]
+        )
+    )
+    small = local.local_config(load_bundle(path, name="small"), processes=1)
+    assert small["model"] == {"uri": {"location": "s3://models/bot"}}
+    after = local.local_config(load_bundle(path, name="after"), processes=1)
+    assert after["model"]["uri"]["location"] == f"{small['run']['directory']}/outputs/int8"
+    before = local.local_config(load_bundle(write_other(tmp_path, "before")), processes=1)
+    assert after["gates"][0]["compared_to"]["directory"] == before["run"]["directory"]
+
+
+def write_other(folder: Path, name: str) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(dump_manifests([other("EvalJob", name)]))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["EvalJob", "QuantizeJob"])
+def test_other_kinds_are_checked_and_rendered(kubetune: Any, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(dump_manifests([other(kind)]))
+    assert kubetune("validate", path).out == f"{kind} default/run7 is valid\n"
+    objects = [each["kind"] for each in yaml.safe_load_all(kubetune("render", path).out)]
+    assert objects == ["ConfigMap", "Job", "Job"]
+    path.write_text(dump_manifests([other(kind, queue={"name": "team-a"})]))
+    queued = list(yaml.safe_load_all(kubetune("render", path).out))[2]
+    assert queued["spec"]["managedBy"] == "kubetune.dev/operator"
+    assert queued["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
 
 
 def test_without_the_trainer_it_says_what_to_install(

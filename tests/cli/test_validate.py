@@ -63,8 +63,8 @@ def test_a_local_path_is_valid_and_noted(kubetune: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no FineTuneJob of kubetune.dev"),
-        ("kind: Pod\napiVersion: v1\n", "holds no FineTuneJob of kubetune.dev"),
+        ("", "holds no job of kubetune.dev"),
+        ("kind: Pod\napiVersion: v1\n", "holds no job of kubetune.dev"),
         ("kind: FineTuneJob\napiVersion: kubetune.dev/v9\n", 'apiVersion: Unsupported value: "kubetune.dev/v9"'),
         ("kind: TuneJob\napiVersion: kubetune.dev/v1alpha1\n", 'kind: Unsupported value: "TuneJob"'),
         ("a: [\n", "while parsing"),
@@ -83,11 +83,12 @@ def test_a_file_that_is_not_there_is_one_line(kubetune: Any, tmp_path: Path) -> 
     assert (ran.code, ran.err) == (1, f"error: {tmp_path}/none.yaml: cannot be read: No such file or directory\n")
 
 
-def test_of_several_jobs_one_is_named(kubetune: Any, tmp_path: Path) -> None:
+def test_of_several_jobs_each_is_checked_or_one_is_named(kubetune: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "jobs.yaml", manifest(metadata__name="a"), manifest(metadata__name="b"))
-    assert "holds a, b; say which one with --name" in kubetune("validate", path).err
+    assert kubetune("validate", path).out == "FineTuneJob default/a is valid\nFineTuneJob default/b is valid\n"
+    assert "holds a, b; say which one with --name" in kubetune("run", path).err
     assert kubetune("validate", path, "--name", "b").out == "FineTuneJob default/b is valid\n"
-    assert "holds no FineTuneJob c, only a, b" in kubetune("validate", path, "--name", "c").err
+    assert "holds no job c, only a, b" in kubetune("validate", path, "--name", "c").err
 
 
 @pytest.mark.parametrize(

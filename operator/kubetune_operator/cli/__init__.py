@@ -11,12 +11,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from kubetune_operator.api.finetunejob import batch_problem
 from kubetune_operator.api.manifest import dump_manifests
 from kubetune_operator.cli import cluster, lineage, live, local, recipes, sweep_command, verify
-from kubetune_operator.cli.bundle import load_bundle
+from kubetune_operator.cli.bundle import load_bundle, load_bundles
 from kubetune_operator.cli.chat import chat as chat_with
-from kubetune_operator.errors import OperatorError, SpecError
+from kubetune_operator.errors import OperatorError
 from kubetune_operator.render.objects import render_all
 from kubetune_operator.settings import load_settings
 
@@ -32,8 +31,10 @@ recipes_app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes")
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="Manifest of a FineTuneJob; - reads standard input.")]
-Name = Annotated[str | None, typer.Option("--name", help="Which FineTuneJob, where the file holds several.")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="Manifest of a job; - reads standard input.")]
+Name = Annotated[
+    str | None, typer.Option("--name", help="Which job (NAME or KIND/NAME), where the file holds several.")
+]
 S3Endpoint = Annotated[
     str | None,
     typer.Option(
@@ -53,21 +54,22 @@ def validate(
     s3_endpoint: S3Endpoint = None,
 ) -> None:
     """Check a manifest as the API server and the operator would, without a cluster."""
-    bundle = load_bundle(file, name=name, s3_endpoint=s3_endpoint)
-    if problem := batch_problem(bundle.job.spec, ranks=bundle.job.spec.ranks):
-        raise SpecError(bundle.title, problems=[problem])
-    for note in bundle.notes():
-        typer.echo(f"note: {note}", err=True)
-    if live_too:
-        live.check(bundle, say=typer.echo)
-    typer.echo(f"{bundle.title} is valid")
+    one = [load_bundle(file, name=name, s3_endpoint=s3_endpoint)] if name else None
+    for bundle in one or load_bundles(file, s3_endpoint=s3_endpoint):
+        local.check_batch(bundle)
+        for note in bundle.notes():
+            typer.echo(f"note: {note}", err=True)
+        if live_too:
+            live.check(bundle, say=typer.echo)
+        typer.echo(f"{bundle.title} is valid")
 
 
 @app.command()
 def render(file: File, name: Name = None) -> None:
     """Print every object that the operator would create. Its settings come from KUBETUNE_OPERATOR_… variables."""
-    bundle = load_bundle(file, name=name)
-    typer.echo(dump_manifests(render_all(bundle.job, load_settings(os.environ))), nl=False)
+    bundles = [load_bundle(file, name=name)] if name else load_bundles(file)
+    settings = load_settings(os.environ)
+    typer.echo(dump_manifests([item for bundle in bundles for item in render_all(bundle.job, settings)]), nl=False)
 
 
 @app.command()
@@ -90,21 +92,22 @@ def run(
 
 @app.command()
 def get(
-    name: Annotated[str | None, typer.Argument(help="Show this job in full.")] = None, namespace: Namespace = None
+    job: Annotated[str | None, typer.Argument(metavar="[NAME|KIND/NAME]", help="Show this job in full.")] = None,
+    namespace: Namespace = None,
 ) -> None:
-    """List the FineTuneJobs of a namespace, or show one."""
-    cluster.get(name, namespace=namespace)
+    """List the jobs of a namespace, or show one."""
+    cluster.get(job, namespace=namespace)
 
 
 @app.command()
 def logs(
-    name: Annotated[str, typer.Argument(help="Name of the FineTuneJob.")],
+    job: Annotated[str, typer.Argument(metavar="NAME|KIND/NAME", help="The job.")],
     namespace: Namespace = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay and print what comes.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Print the lines as the trainer wrote them.")] = False,
 ) -> None:
-    """Print the log of a job's first pod: the training pod's, or the prepare pod's before there is one."""
-    cluster.logs(name, namespace=namespace, follow=follow, raw=raw)
+    """Print the log of a job's first pod: the one that does the work, or prepares it before there is one."""
+    cluster.logs(job, namespace=namespace, follow=follow, raw=raw)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""A manifest file of the command line: one FineTuneJob, and the Secrets and ConfigMaps that stand beside it."""
+"""A manifest file of the command line: one job that is meant, and the Secrets, ConfigMaps and jobs beside it."""
 
 import base64
 import binascii
@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from kubetune_operator.api.common import S3
-from kubetune_operator.api.finetunejob import FineTuneJob, parse_finetunejob
+from kubetune_operator.api.evaljob import EvalJob
+from kubetune_operator.api.finetunejob import FineTuneJob
+from kubetune_operator.api.jobs import Job
+from kubetune_operator.api.kinds import parse_job
 from kubetune_operator.api.manifest import load_manifests
+from kubetune_operator.api.quantizejob import QuantizeJob
+from kubetune_operator.api.references import JobKey, key_of
 from kubetune_operator.errors import SpecError
-from kubetune_operator.names import API_GROUP, KIND_FINETUNEJOB, S3_ACCESS_KEY, S3_SECRET_KEY
+from kubetune_operator.names import API_GROUP, S3_ACCESS_KEY, S3_SECRET_KEY
 
 Objects = dict[str, dict[str, bytes]]
 """Data of Secrets or ConfigMaps: by the object's name, by key."""
@@ -41,23 +46,23 @@ class Bundle:
     """What a manifest file holds.
 
     Attributes:
-        job: The FineTuneJob, checked, with defaults.
+        job: The job that is meant, checked, with defaults.
         manifest: The same as it stands in the file.
         secrets: Data of the file's Secrets.
         config_maps: Data of the file's ConfigMaps.
-        others: The file's other FineTuneJobs, by name: a jobRef may mean one of them.
+        others: The file's other jobs: a jobRef may mean one of them.
     """
 
-    job: FineTuneJob
+    job: Job
     manifest: dict[str, Any]
     secrets: Objects = field(default_factory=dict)
     config_maps: Objects = field(default_factory=dict)
-    others: dict[str, FineTuneJob] = field(default_factory=dict)
+    others: dict[JobKey, Job] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
         """The job as messages name it."""
-        return f"{KIND_FINETUNEJOB} {self.job.metadata.namespace}/{self.job.metadata.name}"
+        return f"{self.job.kind} {self.job.metadata.namespace}/{self.job.metadata.name}"
 
     def notes(self) -> Iterator[str]:
         """What is allowed and yet worth saying."""
@@ -66,37 +71,73 @@ class Bundle:
 
 
 def load_bundle(file: Path, *, name: str | None = None, s3_endpoint: str | None = None) -> Bundle:
-    """Read and check a manifest file.
+    """Read and check a manifest file of which one job is meant.
 
     Args:
         file: Its path; `-` is standard input.
-        name: Which FineTuneJob, where there are several.
+        name: Which job, where there are several: NAME or KIND/NAME.
         s3_endpoint: Replaces `spec.storage.s3.endpoint`, for a service that has another address from here.
 
     Raises:
         SpecError: The file cannot be read, is no YAML, has no such job, or an object breaks rules.
     """
+    bundles = {key_of(bundle.job): bundle for bundle in load_bundles(file, s3_endpoint=s3_endpoint)}
+    return bundles[_chosen(list(bundles), name=name, source=str(file))]
+
+
+def load_bundles(file: Path, *, s3_endpoint: str | None = None) -> list[Bundle]:
+    """Read and check a manifest file; returns it once for each of its jobs.
+
+    Args:
+        file: Its path; `-` is standard input.
+        s3_endpoint: As for `load_bundle`.
+
+    Raises:
+        SpecError: The file cannot be read, is no YAML, has no job, or an object breaks rules.
+    """
     manifests = load_manifests(_read(file), source=str(file))
     mine = [manifest for manifest in manifests if str(manifest.get("apiVersion", "")).partition("/")[0] == API_GROUP]
     jobs = {
-        job.metadata.name: (job, manifest)
+        key_of(job): (job, manifest)
         for manifest in (_reached_at(each, s3_endpoint) for each in mine)
-        for job in [parse_finetunejob(manifest)]
+        for job in [parse_job(manifest)]
     }
     if not jobs:
-        raise SpecError(str(file), problems=[f"holds no {KIND_FINETUNEJOB} of {API_GROUP}"])
-    if name is None and len(jobs) > 1:
-        raise SpecError(str(file), problems=[f"holds {', '.join(jobs)}; say which one with --name"])
-    if name is not None and name not in jobs:
-        raise SpecError(str(file), problems=[f"holds no {KIND_FINETUNEJOB} {name}, only {', '.join(jobs)}"])
-    job, manifest = jobs.pop(name or next(iter(jobs)))
-    return Bundle(
-        job=job,
-        manifest=manifest,
-        secrets={_name(each): _secret(each) for each in manifests if each.get("kind") == "Secret"},
-        config_maps={_name(each): _config_map(each) for each in manifests if each.get("kind") == "ConfigMap"},
-        others={other: each for other, (each, _) in jobs.items()},
-    )
+        raise SpecError(str(file), problems=[f"holds no job of {API_GROUP}"])
+    secrets = {_name(each): _secret(each) for each in manifests if each.get("kind") == "Secret"}
+    config_maps = {_name(each): _config_map(each) for each in manifests if each.get("kind") == "ConfigMap"}
+    return [
+        Bundle(
+            job=job,
+            manifest=manifest,
+            secrets=secrets,
+            config_maps=config_maps,
+            others={other: each for other, (each, _) in jobs.items() if other != key},
+        )
+        for key, (job, manifest) in jobs.items()
+    ]
+
+
+def _chosen(keys: list[JobKey], *, name: str | None, source: str) -> JobKey:
+    """The job that is meant.
+
+    Raises:
+        SpecError: There is no such job, or there are several.
+    """
+    kind, _, short = (name or "").rpartition("/")
+    fitting = [key for key in keys if short in {"", key.name} and kind.lower() in {"", key.kind.lower()}]
+    if not fitting:
+        raise SpecError(source, problems=[f"holds no job {name}, only {_listed(keys)}"])
+    if len(fitting) > 1:
+        raise SpecError(source, problems=[f"holds {_listed(fitting)}; say which one with --name"])
+    return fitting[0]
+
+
+def _listed(keys: list[JobKey]) -> str:
+    """Jobs by name, or where a name is not enough, by kind and name."""
+    names = [key.name for key in keys]
+    alike = len(set(names)) < len(names)
+    return ", ".join(f"{key.kind.lower()}/{key.name}" if alike else key.name for key in keys)
 
 
 def _reached_at(manifest: dict[str, Any], s3_endpoint: str | None) -> dict[str, Any]:
@@ -111,7 +152,7 @@ def _reached_at(manifest: dict[str, Any], s3_endpoint: str | None) -> dict[str, 
     return {**manifest, "spec": {**spec, "storage": {**storage, "s3": s3}}}
 
 
-def uris(job: FineTuneJob) -> Iterator[tuple[str, str]]:
+def uris(job: Job) -> Iterator[tuple[str, str]]:
     """Every URI of a job with the field that holds it."""
     spec = job.spec
     if spec.model.uri:
@@ -120,14 +161,18 @@ def uris(job: FineTuneJob) -> Iterator[tuple[str, str]]:
         if source.uri:
             yield f"{path}.uri.location", source.uri.location
     yield "spec.workspace.uri", spec.workspace.uri
-    if spec.checkpoint and spec.checkpoint.resume_from and spec.checkpoint.resume_from.uri:
-        yield "spec.checkpoint.resumeFrom.uri", spec.checkpoint.resume_from.uri
-    for index, output in enumerate(spec.outputs):
-        if output.uri:
-            yield f"spec.outputs[{index}].uri", output.uri
+    if isinstance(job, FineTuneJob) and (resume := job.spec.checkpoint and job.spec.checkpoint.resume_from):
+        yield from [("spec.checkpoint.resumeFrom.uri", resume.uri)] if resume.uri else []
+    if isinstance(job, EvalJob):
+        for index, files in enumerate(job.spec.task_files or []):
+            yield from [(f"spec.taskFiles[{index}].uri.location", files.uri.location)] if files.uri else []
+    if isinstance(job, FineTuneJob | QuantizeJob):
+        for index, output in enumerate(job.spec.outputs):
+            if output.uri:
+                yield f"spec.outputs[{index}].uri", output.uri
 
 
-def references(job: FineTuneJob) -> Iterator[Reference]:
+def references(job: Job) -> Iterator[Reference]:
     """Every Secret and ConfigMap that a job names."""
     spec = job.spec
     if spec.model.hub and spec.model.hub.token_secret:
@@ -144,12 +189,23 @@ def references(job: FineTuneJob) -> Iterator[Reference]:
         if source.config_map:
             where = source.config_map
             yield Reference(kind="ConfigMap", name=where.name, keys=(where.key,), path=f"{path}.configMap")
+    if isinstance(job, EvalJob):
+        yield from _task_references(job)
     if spec.storage:
         yield from _s3_references(spec.storage.s3, path="spec.storage.s3")
     yield from _compute_references(job)
 
 
-def _compute_references(job: FineTuneJob) -> Iterator[Reference]:
+def _task_references(job: EvalJob) -> Iterator[Reference]:
+    for index, files in enumerate(job.spec.task_files or []):
+        path = f"spec.taskFiles[{index}]"
+        if files.config_map:
+            yield Reference(kind="ConfigMap", name=files.config_map.name, keys=(), path=f"{path}.configMap")
+        if files.uri:
+            yield from _s3_references(files.uri.s3, path=f"{path}.uri.s3")
+
+
+def _compute_references(job: Job) -> Iterator[Reference]:
     compute = job.spec.compute
     for index, variable in enumerate(compute.env or [] if compute else []):
         if variable.secret_key_ref:
@@ -174,12 +230,18 @@ def _s3_references(s3: S3 | None, *, path: str) -> Iterator[Reference]:
         yield Reference(kind="ConfigMap", name=where.name, keys=(where.key,), path=f"{path}.caBundle.configMap")
 
 
-def _sources(job: FineTuneJob) -> Iterator[tuple[str, Any]]:
-    dataset = job.spec.dataset
-    for index, source in enumerate(dataset.sources):
-        yield f"spec.dataset.sources[{index}]", source
-    for index, source in enumerate((dataset.validation.sources if dataset.validation else None) or []):
-        yield f"spec.dataset.validation.sources[{index}]", source
+def _sources(job: Job) -> Iterator[tuple[str, Any]]:
+    """Every source of data with its field."""
+    lists: list[tuple[str, Any]] = []
+    if isinstance(job, FineTuneJob):
+        validation = job.spec.dataset.validation
+        lists = [("dataset", job.spec.dataset.sources)]
+        lists += [("dataset.validation", validation.sources)] if validation and validation.sources else []
+    elif isinstance(job, QuantizeJob):
+        blocks = {"calibration": job.spec.calibration, "verify": job.spec.verify}
+        lists = [(f"{name}.dataset", block.dataset.sources) for name, block in blocks.items() if block is not None]
+    for path, sources in lists:
+        yield from ((f"spec.{path}.sources[{index}]", source) for index, source in enumerate(sources))
 
 
 def _read(file: Path) -> str:

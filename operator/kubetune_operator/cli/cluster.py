@@ -10,14 +10,16 @@ from typing import Any
 
 import typer
 
-from kubetune_operator.api.finetunejob import FineTuneJob, parse_finetunejob
+from kubetune_operator.api.jobs import Job
+from kubetune_operator.api.kinds import MODELS, parse_job
 from kubetune_operator.cli.progress import describe, parse_event
+from kubetune_operator.cli.summary import summary
 from kubetune_operator.errors import ClusterError, SpecError
 from kubetune_operator.names import (
     ANNOTATION_COMPLETION_INDEX,
     API_GROUP,
     API_VERSION,
-    KIND_FINETUNEJOB,
+    COMPONENT_PREPARE,
     KINDS,
     LABEL_ATTEMPT,
     LABEL_COMPONENT,
@@ -26,7 +28,8 @@ from kubetune_operator.names import (
     TRAINER_CONTAINER,
 )
 
-PLURAL = "finetunejobs"
+Json = dict[str, Any]
+
 FINISHED = {"Complete", "Failed"}
 _TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"
 _POLL_SECONDS = 2.0
@@ -105,35 +108,90 @@ def message_of(error: Any) -> str:
         return f"{error.status} {error.reason}"
 
 
-def get(name: str | None, *, namespace: str | None) -> None:
-    """Print the jobs of a namespace as kubectl does, or one job in full."""
+def find(cluster: Connection, target: str, *, namespace: str, purpose: str) -> Json:
+    """The job that is meant by NAME, or by KIND/NAME where jobs of several kinds have the name.
+
+    Args:
+        cluster: Where to look.
+        target: What the user typed. A kind may be written as kubectl takes it.
+        namespace: Where the job is.
+        purpose: The command, for messages.
+
+    Raises:
+        SpecError: Several jobs have the name, or the kind is none of ours.
+        ClusterError: There is none, or the API server does not answer.
+    """
+    kind, _, name = target.rpartition("/")
+    kinds = [each for each in KINDS if kind.lower() in {"", *_names_of(each)}]
+    if not kinds:
+        raise SpecError(purpose, problems=[f"there is no kind {kind}; there are {', '.join(KINDS)}"])
+    found = [job for each in kinds if (job := read(cluster, each, name=name, namespace=namespace)) is not None]
+    if not found:
+        raise ClusterError(f"{' or '.join(kinds)} {namespace}/{name}: not found")
+    if len(found) > 1:
+        choices = " or ".join(f"{job['kind'].lower()}/{name}" for job in found)
+        raise SpecError(purpose, problems=[f"several jobs are called {name}; say {choices}"])
+    return found[0]
+
+
+def _names_of(kind: str) -> set[str]:
+    return {kind.lower(), KINDS[kind].plural, MODELS[kind].short_name}
+
+
+def read(cluster: Connection, kind: str, *, name: str, namespace: str) -> Json | None:
+    """Read a job, None if it is not there."""
+    from kubernetes.client import ApiException  # noqa: PLC0415 (see connect)
+
+    with asking(f"{kind} {namespace}/{name}"):
+        try:
+            found: Json = cluster.custom.get_namespaced_custom_object(
+                API_GROUP, API_VERSION, namespace, KINDS[kind].plural, name
+            )
+        except ApiException as error:
+            if error.status != 404:
+                raise
+            return None
+    return found
+
+
+def get(target: str | None, *, namespace: str | None) -> None:
+    """Print the jobs of a namespace as kubectl does, a table for each kind, or one job in full."""
     cluster = connect("kubetune get")
     namespace = namespace or cluster.namespace
-    if name is not None:
-        typer.echo("\n".join(summary(_read(cluster, name, namespace=namespace))))
+    if target is not None:
+        job = parse_job(find(cluster, target, namespace=namespace, purpose="kubetune get"))
+        typer.echo("\n".join(summary(job)))
         return
-    with asking(f"{PLURAL} in {namespace}"):
-        table = _table(cluster, namespace=namespace)
+    tables = [lines for kind in KINDS if (lines := _table(cluster, kind, namespace=namespace))]
+    if not tables:
+        typer.echo(f"no jobs in namespace {namespace}")
+    typer.echo("\n\n".join("\n".join(lines) for lines in tables), nl=bool(tables))
+
+
+def _table(cluster: Connection, kind: str, *, namespace: str) -> list[str]:
+    """The jobs of a kind as the API server lays them out for kubectl, with the CRD's columns; empty without jobs."""
+    with asking(f"{KINDS[kind].plural} in {namespace}"):
+        table = cluster.custom.list_namespaced_custom_object(
+            API_GROUP, API_VERSION, namespace, KINDS[kind].plural, _headers={"Accept": _TABLE}
+        )
     if not table["rows"]:
-        typer.echo(f"no {KIND_FINETUNEJOB} in namespace {namespace}")
-        return
+        return []
     shown = [index for index, column in enumerate(table["columnDefinitions"]) if not column.get("priority")]
     lines = [[table["columnDefinitions"][index]["name"].upper() for index in shown]]
     lines += [
         ["" if row["cells"][index] is None else str(row["cells"][index]) for index in shown] for row in table["rows"]
     ]
     widths = [max(len(line[column]) for line in lines) for column in range(len(shown))]
-    for line in lines:
-        typer.echo("   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return ["   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
-def logs(name: str, *, namespace: str | None, follow: bool, raw: bool) -> None:
+def logs(target: str, *, namespace: str | None, follow: bool, raw: bool) -> None:
     """Print the log of a job's first pod; with `follow`, of each such pod until the job has finished."""
     cluster = connect("kubetune logs")
     namespace = namespace or cluster.namespace
     seen: set[str] = set()
     while True:
-        job = _read(cluster, name, namespace=namespace)
+        job = parse_job(find(cluster, target, namespace=namespace, purpose="kubetune logs"))
         pod = _first_pod(cluster, job)
         if pod is not None and pod.metadata.uid not in seen and _has_begun(pod):
             seen.add(pod.metadata.uid)
@@ -141,56 +199,15 @@ def logs(name: str, *, namespace: str | None, follow: bool, raw: bool) -> None:
                 event = None if raw else parse_event(line)
                 typer.echo(describe(event) if event else line)
         elif not follow:
-            raise ClusterError(f"{KIND_FINETUNEJOB} {namespace}/{name} has no log yet: {_why(job)}")
+            raise ClusterError(f"{job.kind} {namespace}/{job.metadata.name} has no log yet: {_why(job)}")
         if not follow or job.status.state in FINISHED:
             return
         time.sleep(_POLL_SECONDS)
 
 
-def summary(job: FineTuneJob) -> list[str]:
-    """One job in full, a line per thing."""
-    status, progress = job.status, job.status.progress
-    state = status.state or "not seen by an operator yet"
-    lines = [f"{KIND_FINETUNEJOB} {job.metadata.namespace}/{job.metadata.name}: {state}"]
-    if progress:
-        told = [f"step {progress.steps}", f"loss {progress.loss}" if progress.loss else ""]
-        told += [f"{progress.tokens_per_second} tokens/s" if progress.tokens_per_second else ""]
-        told += [f"ETA {progress.eta}" if progress.eta else ""]
-        lines.append("  " + ", ".join(part for part in told if part))
-    if status.restarts:
-        lines.append(f"  restarts: {status.restarts}")
-    if status.checkpoint:
-        lines.append(f"  checkpoint: step {status.checkpoint.step}, {status.checkpoint.uri}")
-    width = max((len(condition.type) for condition in status.conditions), default=0)
-    lines += [
-        f"  {each.type.ljust(width)}  {each.status:7}  {each.reason}: {each.message}" for each in status.conditions
-    ]
-    if failure := status.last_failure:
-        lines.append(
-            f"  last failure: pod {failure.pod}, exit code {failure.exit_code}, {failure.reason}: {failure.message}"
-        )
-        lines += [f"  hint: {failure.hint}"] if failure.hint else []
-    lines += [f"  output {each.name} ({each.type}): {each.uri}" for each in status.outputs or []]
-    return lines
-
-
-def _read(cluster: Connection, name: str, *, namespace: str) -> FineTuneJob:
-    with asking(f"{KIND_FINETUNEJOB} {namespace}/{name}"):
-        return parse_finetunejob(
-            cluster.custom.get_namespaced_custom_object(API_GROUP, API_VERSION, namespace, PLURAL, name)
-        )
-
-
-def _table(cluster: Connection, *, namespace: str) -> Any:
-    """The jobs as the API server lays them out for kubectl, with the CRD's columns."""
-    return cluster.custom.list_namespaced_custom_object(
-        API_GROUP, API_VERSION, namespace, PLURAL, _headers={"Accept": _TABLE}
-    )
-
-
-def _first_pod(cluster: Connection, job: FineTuneJob) -> Any:
+def _first_pod(cluster: Connection, job: Job) -> Any:
     """The pod of rank 0 in the last attempt, or of prepare before there is one."""
-    selector = f"{LABEL_JOB_NAME}={job.metadata.name},{LABEL_JOB_KIND}={KIND_FINETUNEJOB}"
+    selector = f"{LABEL_JOB_NAME}={job.metadata.name},{LABEL_JOB_KIND}={job.kind}"
     with asking(f"pods in {job.metadata.namespace}"):
         pods = cluster.core.list_namespaced_pod(job.metadata.namespace, label_selector=selector).items
     leaders = [pod for pod in pods if (pod.metadata.annotations or {}).get(ANNOTATION_COMPLETION_INDEX, "0") == "0"]
@@ -200,11 +217,7 @@ def _first_pod(cluster: Connection, job: FineTuneJob) -> Any:
 def _recency(pod: Any) -> tuple[bool, int, float]:
     labels = pod.metadata.labels or {}
     attempt = int(labels.get(LABEL_ATTEMPT, "0"))
-    return (
-        labels.get(LABEL_COMPONENT) == KINDS[KIND_FINETUNEJOB].component,
-        attempt,
-        pod.metadata.creation_timestamp.timestamp(),
-    )
+    return labels.get(LABEL_COMPONENT) != COMPONENT_PREPARE, attempt, pod.metadata.creation_timestamp.timestamp()
 
 
 def _has_begun(pod: Any) -> bool:
@@ -228,7 +241,7 @@ def _lines(cluster: Connection, pod: Any, *, follow: bool) -> Iterator[str]:
             yield rest.decode("utf-8", "replace")
 
 
-def _why(job: FineTuneJob) -> str:
+def _why(job: Job) -> str:
     """The message of the condition that stands in the way, as far as there is one."""
     waiting = [
         condition.message for condition in job.status.conditions if condition.status == "False" and condition.message

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
 
-from kubetune_operator.cli.cluster import Connection, asking, connect
-from kubetune_operator.errors import ClusterError, SpecError
-from kubetune_operator.names import API_GROUP, API_VERSION, ENV_PVC_DIR, KINDS
+from kubetune_operator.cli.cluster import Connection, connect, find, read
+from kubetune_operator.errors import SpecError
+from kubetune_operator.names import ENV_PVC_DIR
 
 Json = Mapping[str, Any]
 
@@ -166,43 +166,8 @@ def _fetch_s3(uri: str, *, bucket: str, key: str, endpoint: str | None) -> bytes
 def _of_cluster(target: str, *, namespace: str | None) -> Node:
     cluster = connect("kubetune lineage")
     namespace = namespace or cluster.namespace
-    kind, _, name = target.rpartition("/")
-    job = _find(cluster, kind=kind, name=name, namespace=namespace)
+    job = find(cluster, target, namespace=namespace, purpose="kubetune lineage")
     return _traced(cluster, job, seen=set())
-
-
-def _find(cluster: Connection, *, kind: str, name: str, namespace: str) -> Json:
-    """The one job of this name, of the kind that was given or of any.
-
-    Raises:
-        ClusterError: There is none.
-        SpecError: There are several, or the kind is none of ours.
-    """
-    kinds = [each for each in KINDS if kind.lower() in {"", each.lower(), KINDS[each].plural}]
-    if not kinds:
-        raise SpecError("kubetune lineage", problems=[f"there is no kind {kind}; there are {', '.join(KINDS)}"])
-    found = [job for each in kinds if (job := _read(cluster, each, name=name, namespace=namespace)) is not None]
-    if not found:
-        raise ClusterError(f"{' or '.join(kinds)} {namespace}/{name}: not found")
-    if len(found) > 1:
-        choices = " or ".join(f"{job['kind'].lower()}/{name}" for job in found)
-        raise SpecError("kubetune lineage", problems=[f"several jobs are called {name}; say {choices}"])
-    return found[0]
-
-
-def _read(cluster: Connection, kind: str, *, name: str, namespace: str) -> Json | None:
-    from kubernetes.client import ApiException  # noqa: PLC0415 (see cluster.connect)
-
-    with asking(f"{kind} {namespace}/{name}"):
-        try:
-            found: Json = cluster.custom.get_namespaced_custom_object(
-                API_GROUP, API_VERSION, namespace, KINDS[kind].plural, name
-            )
-        except ApiException as error:
-            if error.status != 404:
-                raise
-            return None
-    return found
 
 
 def _traced(cluster: Connection, job: Json, *, seen: set[str]) -> Node:
@@ -219,7 +184,7 @@ def _traced(cluster: Connection, job: Json, *, seen: set[str]) -> Node:
         node.facts.append(f"config: ConfigMap {config}")
     node.facts += _outputs(status.get("outputs"))
     for parent in resolved.get("parents") or []:
-        found = _read(cluster, parent["kind"], name=parent["name"], namespace=metadata["namespace"])
+        found = read(cluster, parent["kind"], name=parent["name"], namespace=metadata["namespace"])
         node.parents.append(_parent(cluster, parent, found=found, seen=seen))
     return node
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kubetune_operator.cli.bundle import Bundle, Objects, Reference, references
-from kubetune_operator.cli.cluster import PLURAL, Connection, asking, connect, message_of
+from kubetune_operator.cli.cluster import Connection, asking, connect, message_of
 from kubetune_operator.cli.local import local_config, local_environment, require_trainer
 from kubetune_operator.errors import SpecError
-from kubetune_operator.names import API_GROUP, API_VERSION
+from kubetune_operator.names import API_GROUP, API_VERSION, KINDS
 from kubetune_operator.render.config import dump_config
 
 Say = Callable[[str], None]
@@ -56,7 +56,7 @@ def _verdict(cluster: Connection, bundle: Bundle) -> Iterator[str]:
     """What the API server says to the manifest, without storing it."""
     from kubernetes.client import ApiException  # noqa: PLC0415 (see cluster.connect)
 
-    where = (API_GROUP, API_VERSION, bundle.job.metadata.namespace, PLURAL)
+    where = (API_GROUP, API_VERSION, bundle.job.metadata.namespace, KINDS[bundle.job.kind].plural)
     with asking("the API server's verdict"):
         try:
             cluster.custom.create_namespaced_custom_object(*where, bundle.manifest, **_DRY_RUN)

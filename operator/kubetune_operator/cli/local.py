@@ -19,6 +19,9 @@ from rich.console import Console
 
 from kubetune_operator.api.common import Compute
 from kubetune_operator.api.finetunejob import FineTuneJob, batch_problem
+from kubetune_operator.api.jobs import Job
+from kubetune_operator.api.quantizejob import QuantizeJob
+from kubetune_operator.api.references import JobKey, compared_with, model_of, resumed_from
 from kubetune_operator.cli.bundle import Bundle, Objects, Reference, references, uris
 from kubetune_operator.cli.progress import Display
 from kubetune_operator.errors import SpecError
@@ -33,6 +36,8 @@ from kubetune_operator.names import (
     ENV_PVC_DIR,
     ENV_SECRETS_DIR,
     ENV_TERMINATION_LOG,
+    KIND_FINETUNEJOB,
+    KINDS,
     ExitCode,
 )
 from kubetune_operator.render.config import Resolved, dump_config, render_config
@@ -56,7 +61,7 @@ class Outcome:
 
 
 def run(bundle: Bundle, *, fresh: bool, verbose: bool) -> int:
-    """Prepare and train, showing progress; returns the trainer's exit code.
+    """Prepare and do the work, showing progress; returns the trainer's exit code.
 
     Raises:
         SpecError: The trainer is not installed, or the manifest needs what only a cluster has.
@@ -65,14 +70,13 @@ def run(bundle: Bundle, *, fresh: bool, verbose: bool) -> int:
 
 
 def outcome_of(bundle: Bundle, *, fresh: bool = False, verbose: bool = False) -> Outcome:
-    """Prepare and train, showing progress.
+    """Prepare and do the work, showing progress.
 
     Raises:
         SpecError: The trainer is not installed, or the manifest needs what only a cluster has.
     """
     require_trainer("kubetune run")
-    if problem := batch_problem(bundle.job.spec, ranks=bundle.job.spec.ranks):
-        raise SpecError(bundle.title, problems=[problem])
+    check_batch(bundle)
     console = Console()
     processes = processes_for(bundle.job, limit=devices())
     with tempfile.TemporaryDirectory(prefix="kubetune-run-") as folder, Display(console) as display:
@@ -82,7 +86,7 @@ def outcome_of(bundle: Bundle, *, fresh: bool = False, verbose: bool = False) ->
         config.write_text(dump_config(local_config(bundle, processes=processes)), encoding="utf-8")
         environment = os.environ | local_environment(bundle, os.environ, folder=Path(folder))
         outcome = _claim(config, environment, fresh=fresh)
-        for recipe, ranks in (("prepare", 1), ("finetune", processes)):
+        for recipe, ranks in (("prepare", 1), (KINDS[bundle.job.kind].recipe, processes)):
             if outcome.code:
                 break
             outcome = _stage(
@@ -112,9 +116,22 @@ def devices() -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*"))) or len(os.sched_getaffinity(0))
 
 
-def processes_for(job: FineTuneJob, *, limit: int) -> int:
+def check_batch(bundle: Bundle) -> None:
+    """Make sure that the ranks of a manifest can share its batch.
+
+    Raises:
+        SpecError: They cannot.
+    """
+    job = bundle.job
+    if isinstance(job, FineTuneJob) and (problem := batch_problem(job.spec, ranks=job.spec.ranks)):
+        raise SpecError(bundle.title, problems=[problem])
+
+
+def processes_for(job: Job, *, limit: int) -> int:
     """The most processes, up to the manifest's number and the limit, that share the global batch out evenly."""
     most = max(1, min(job.spec.ranks, limit))
+    if not isinstance(job, FineTuneJob):
+        return most
     return next(number for number in range(most, 0, -1) if batch_problem(job.spec, ranks=number) is None)
 
 
@@ -126,14 +143,20 @@ def local_config(bundle: Bundle, *, processes: int) -> dict[str, Any]:
     """
     job = bundle.job
     compute = (job.spec.compute or Compute()).model_copy(update={"nodes": 1})
-    one_node = job.model_copy(update={"spec": job.spec.model_copy(update={"compute": compute})})
-    resume = job.spec.checkpoint.resume_from if job.spec.checkpoint else None
+    here = job.model_copy(
+        update={
+            "spec": job.spec.model_copy(update={"compute": compute}),
+            "metadata": job.metadata.model_copy(update={"uid": _mark(job.kind)}),
+        }
+    )
+    resumed = resumed_from(job)
     resolved = Resolved(
         processes_per_node=processes,
         model={"uri": {"location": _referenced_output(bundle)}} if job.spec.model.job_ref else None,
-        resume_from=f"{_former_run(job, resume.job_ref.name)}/checkpoints" if resume and resume.job_ref else None,
+        resume_from=f"{_former_run(job, resumed)}/checkpoints" if resumed else None,
+        compared={other.name: _former_run(job, other) for other in compared_with(job)},
     )
-    return render_config(one_node, resolved=resolved)
+    return render_config(here, resolved=resolved)
 
 
 def local_environment(bundle: Bundle, environment: Mapping[str, str], *, folder: Path) -> dict[str, str]:
@@ -184,25 +207,38 @@ def _write(objects: Objects, *, folder: Path) -> Path:
 
 def _referenced_output(bundle: Bundle) -> str:
     """The output of an earlier local run that model.jobRef means."""
-    reference = bundle.job.spec.model.job_ref
-    assert reference is not None  # noqa: S101 (the caller's own condition)
-    name = reference.output
-    if name is None and reference.name in bundle.others:
-        outputs = bundle.others[reference.name].spec.outputs
-        name = next((output.name for output in outputs if output.type == "HuggingFace"), None)
+    reference, parent = bundle.job.spec.model.job_ref, model_of(bundle.job)
+    assert reference is not None and parent is not None  # noqa: S101, PT018 (the caller's own condition)
+    outputs = _outputs_of(bundle.others.get(parent))
+    name = reference.output or next(iter(outputs), None)
     if name is None:
         problem = (
             f"spec.model.jobRef.output: Required value: `kubetune run` needs the name of the output of {reference.name}"
         )
         raise SpecError(bundle.title, problems=[problem])
-    return f"{_former_run(bundle.job, reference.name)}/outputs/{name}"
+    return outputs.get(name) or f"{_former_run(bundle.job, parent)}/outputs/{name}"
 
 
-def _former_run(job: FineTuneJob, name: str) -> str:
-    return f"{job.spec.workspace.uri.rstrip('/')}/{job.metadata.namespace}/{name}-local"
+def _outputs_of(parent: Job | None) -> dict[str, str | None]:
+    """The outputs of a job of the same file that are complete models, with the URIs that it gives them."""
+    if isinstance(parent, FineTuneJob):
+        return {output.name: output.uri for output in parent.spec.outputs if output.type == "HuggingFace"}
+    if isinstance(parent, QuantizeJob):
+        return {output.name: output.uri for output in parent.spec.outputs}
+    return {}
 
 
-def _about_processes(job: FineTuneJob, processes: int) -> str:
+def _former_run(job: Job, key: JobKey) -> str:
+    """The folder of an earlier run on this machine."""
+    return f"{job.spec.workspace.uri.rstrip('/')}/{job.metadata.namespace}/{key.name}-{_mark(key.kind)}"
+
+
+def _mark(kind: str) -> str:
+    """What stands for a job's identity on this machine: jobs of two kinds may have one name."""
+    return "local" if kind == KIND_FINETUNEJOB else KINDS[kind].component
+
+
+def _about_processes(job: Job, processes: int) -> str:
     compute = job.spec.compute or Compute()
     asked = f"{compute.nodes} node{'s' if compute.nodes > 1 else ''}"
     if compute.accelerator:

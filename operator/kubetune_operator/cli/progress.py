@@ -45,6 +45,26 @@ def _step(event: Event) -> str:
     return "  ".join(parts)
 
 
+def _progress(event: Event) -> str:
+    """How far an evaluation or a quantization is."""
+    parts = [f"{event.get('done')}/{event.get('total')}"]
+    parts += [f"{_number(speed)} tokens/s"] if (speed := event.get("tokensPerSecond")) is not None else []
+    parts += [f"ETA {duration(int(eta))}"] if (eta := event.get("etaSeconds")) is not None else []
+    return "  ".join(parts)
+
+
+def _result(event: Event) -> str:
+    error = f" ± {_number(event['stderr'])}" if event.get("stderr") is not None else ""
+    samples = f" on {event['samples']} samples" if event.get("samples") is not None else ""
+    return f"{event.get('task')} {event.get('metric')}: {_number(event.get('value'))}{error}{samples}"
+
+
+def _gate(event: Event) -> str:
+    verdict = "passed" if event.get("passed") else "failed"
+    message = f": {event['message']}" if event.get("message") else ""
+    return f"gate {event.get('name')} {verdict}{message}"
+
+
 def _prepare(event: Event) -> str:
     """What prepare is at; at its end, what the data turned out to be."""
     told = (f"{value} {_words(key)}" for key, value in event.items() if key not in {"event", "time", "stage"})
@@ -72,6 +92,9 @@ def _size(value: Any) -> str:
 
 _SENTENCES: dict[str, Callable[[Event], str]] = {
     "step": _step,
+    "progress": _progress,
+    "result": _result,
+    "gate": _gate,
     "validation": lambda event: (
         f"validation after step {event.get('step')}: loss {_number(event.get('validationLoss'))}"
     ),
@@ -143,9 +166,9 @@ class Display:
             self.last_checkpoint = str(event.get("uri"))
         if kind == "step":
             self.step = int(event.get("step", self.step))
-            if self.console.is_terminal:
-                self._advance(event)
-                return
+        if kind in {"step", "progress"} and self.console.is_terminal:
+            self._advance(event)
+            return
         self.say(describe(event))
 
     def say(self, text: str) -> None:
@@ -153,8 +176,11 @@ class Display:
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
     def _advance(self, event: Event) -> None:
-        total = int(event.get("totalSteps") or 0)
+        training = event["event"] == "step"
+        done, total = (
+            int(event.get(name) or 0) for name in (("step", "totalSteps") if training else ("done", "total"))
+        )
         if self._task is None:
-            self._task = self._bar.add_task("training", total=total, detail="")
+            self._task = self._bar.add_task("training" if training else "working", total=total, detail="")
         detail = describe(event).partition("  ")[2]
-        self._bar.update(self._task, completed=self.step, total=total, detail=escape(detail))
+        self._bar.update(self._task, completed=done, total=total, detail=escape(detail))

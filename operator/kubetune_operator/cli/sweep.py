@@ -51,6 +51,8 @@ def plan(bundle: Bundle, *, settings: Sequence[str]) -> list[Run]:
     Raises:
         SpecError: A setting or a job that it makes breaks rules.
     """
+    if not isinstance(bundle.job, FineTuneJob):
+        raise SpecError(bundle.title, problems=["is no FineTuneJob, and only these are swept"])
     choices: dict[str, list[Any]] = {}
     for setting in settings:
         path, texts = parse_setting(setting)
