@@ -120,12 +120,12 @@ def finish(config: EvalConfig, prepared: PreparedEval, crew: Crew) -> None:
     crew.release()
     report("phase", phase="Judging")
     results = result_rows(found.record)
+    verdicts = [judge(gate, found, config=config) for gate in config.gates]
+    save_evaluation(store, found, verdicts=verdicts)
     for result in results:
         report("result", **result.model_dump())
-    verdicts = [judge(gate, found, config=config) for gate in config.gates]
     for verdict in verdicts:
         report("gate", **verdict.model_dump())
-    save_evaluation(store, found)
     report("done")
     write_termination_message("Complete", exit_code=0, **final_message(store, results, verdicts))
 

@@ -15,6 +15,8 @@ PRELOADED = (
     "torch._dynamo",  # what an optimizer's first step imports
     "kubetune_trainer.checkpoint",
     "kubetune_trainer.data.prepare",
+    "kubetune_trainer.evaluate.prepare",
+    "kubetune_trainer.evaluate.run",
     "kubetune_trainer.export",
     "kubetune_trainer.parallel",
     "kubetune_trainer.tokenizer",

@@ -75,12 +75,13 @@ def result_rows(record: Mapping[str, Any]) -> list[Result]:
     return rows
 
 
-def save_evaluation(store: Store, found: Evaluation) -> None:
-    """Write the samples of each task, and then the record: it stands for a finished evaluation."""
+def save_evaluation(store: Store, found: Evaluation, *, verdicts: Sequence[Verdict]) -> None:
+    """Write the samples of each task, and then the record, with the gates: it stands for a finished evaluation."""
     for task, logged in found.samples.items():
         lines = "".join(_json(sample) + "\n" for sample in logged)
         store.write_bytes(f"{SAMPLES_DIR}/{task}.jsonl", lines.encode())
-    store.write_bytes(RESULTS_FILE, (_json(found.record, indent=2) + "\n").encode())
+    record = {**found.record, "gates": [verdict.told() for verdict in verdicts]}
+    store.write_bytes(RESULTS_FILE, (_json(record, indent=2) + "\n").encode())
 
 
 def clear_results(store: Store) -> None:

@@ -1,0 +1,345 @@
+"""An evaluation gives lm_eval's own numbers, on any number of ranks, however often it is interrupted."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from tests.recipes.evaluation import TASKS, by_lm_eval, write_eval_config, write_material
+from tests.recipes.gang import Gang, Zygote
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_material(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture
+def place(material: Path, tmp_path: Path) -> Path:
+    """A fresh folder with the model and the tasks."""
+    for name in ("model", "tasks"):
+        shutil.copytree(material / name, tmp_path / name)
+    return tmp_path
+
+
+def start(zygote: Zygote, folder: Path, config: Path, *overrides: str, ranks: int = 1, **more: Any) -> Gang:
+    return Gang.start(zygote, folder, config, *overrides, ranks=ranks, recipe="eval_model", **more)
+
+
+def results_of(place: Path, run: str = "run") -> dict[str, Any]:
+    return json.loads((place / "runs" / run / "results.json").read_bytes())
+
+
+def samples_of(place: Path, task: str, run: str = "run") -> list[dict[str, Any]]:
+    lines = (place / "runs" / run / "samples" / f"{task}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"tasks": list(TASKS)},
+    "fewshot": {"tasks": ["choice", "write", "letters"], "num_fewshot": 3, "limit": 20},
+    "chat": {
+        "tasks": ["choice", "write"], "num_fewshot": 2, "limit": 15, "apply_chat_template": True,
+        "system_instruction": "Answer well.",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_numbers_are_those_of_lm_evals_own_backend(zygote: Zygote, place: Path, case: str) -> None:
+    asked = dict(CASES[case])
+    theirs = by_lm_eval(place, **asked)
+    per_task = {key: asked.pop(key) for key in ("num_fewshot", "limit") if key in asked}
+    tasks = [{"name": name, **per_task} for name in asked.pop("tasks")]
+    start(zygote, place / "ranks", write_eval_config(place / "run.yaml", tasks=tasks, **asked), ranks=2).succeed()
+    ours = results_of(place)
+
+    assert ours["results"].keys() == theirs["results"].keys()
+    for task, metrics in theirs["results"].items():
+        assert ours["results"][task].keys() == metrics.keys()
+        for name, value in metrics.items():
+            wanted = value if isinstance(value, str) else pytest.approx(value, rel=1e-4)
+            assert ours["results"][task][name] == wanted, (task, name)
+        samples = samples_of(place, task)
+        assert len(samples) == len(theirs["samples"][task])
+        for mine, reference in zip(samples, theirs["samples"][task], strict=True):
+            same_sample(mine, reference)
+    for key in ("n-shot", "versions", "higher_is_better", "n-samples"):
+        assert ours[key] == theirs[key]
+
+
+def same_sample(mine: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
+    for key in ("doc_id", "doc", "filter", "doc_hash", "prompt_hash", "target_hash", "metrics"):
+        assert mine[key] == reference[key], key
+    assert [list(arguments) for arguments in reference["arguments"]] == mine["arguments"]
+    for answers, expected in zip(mine["resps"], reference["resps"], strict=True):
+        for answer, wanted in zip(answers, expected, strict=True):
+            if isinstance(wanted, tuple):
+                assert answer[0] == pytest.approx(wanted[0], abs=1e-4)
+                assert answer[1] == wanted[1]
+            else:
+                assert answer == (pytest.approx(wanted, rel=1e-5) if isinstance(wanted, float) else wanted)
+
+
+def numbers(place: Path, run: str = "run") -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """All that an evaluation found, without where and when."""
+    results = results_of(place, run)
+    return results["results"], {task: samples_of(place, task, run) for task in results["configs"]}
+
+
+def test_the_number_of_ranks_changes_no_bit(zygote: Zygote, place: Path) -> None:
+    config = write_eval_config(place / "run.yaml")
+    for ranks in (1, 3):
+        start(zygote, place / f"ranks-{ranks}", config, f"run.name=on-{ranks}", ranks=ranks).succeed()
+    assert numbers(place, "on-1") == numbers(place, "on-3")
+
+
+MANY_BATCHES = {"tasks": [{"name": "choice"}, {"name": "pages"}, {"name": "write", "limit": 25}], "batch_size": 1}
+
+
+@pytest.fixture(scope="module")
+def peaceful(zygote: Zygote, material: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What an evaluation finds that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("peaceful")
+    for name in ("model", "tasks"):
+        shutil.copytree(material / name, folder / name)
+    start(zygote, folder / "ranks", write_eval_config(folder / "run.yaml", **MANY_BATCHES)).succeed()
+    return numbers(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_numbers(
+    zygote: Zygote, place: Path, peaceful: Any, number: signal.Signals
+) -> None:
+    config = write_eval_config(place / "run.yaml", **MANY_BATCHES)
+    first = start(zygote, place / "first", config, ranks=2)
+    first.wait_for(lambda event: event["event"] == "progress")
+    first.kill(0, number)
+    first.kill(1, number)
+    codes = [75, 75] if number == signal.SIGTERM else [-9, -9]
+    assert first.wait() == codes, first.stderr()
+    assert not (place / "runs" / "run" / "results.json").exists()
+    if number == signal.SIGTERM:
+        assert first.message()["result"] == "Preempted"
+
+    second = start(zygote, place / "second", config, ranks=2).succeed()
+    answered = second.events("start")[0]["answered"]
+    progress = second.events("progress")
+    assert answered > 0
+    assert progress[0]["done"] > 1, "what was answered before counts"
+    assert progress[-1]["done"] == progress[-1]["total"] == first.events("progress")[0]["total"]
+    assert numbers(place) == peaceful
+
+
+def test_what_is_answered_is_not_asked_again(zygote: Zygote, place: Path) -> None:
+    config = write_eval_config(place / "run.yaml", tasks=[{"name": "letters"}, {"name": "write", "limit": 5}])
+    second = start(zygote, place / "second", config).succeed()
+    third = start(zygote, place / "third", config).succeed()
+    assert third.events("progress") == [], "everything is answered"
+    assert third.events("result") == [
+        {**event, "time": told["time"]}
+        for event, told in zip(second.events("result"), third.events("result"), strict=True)
+    ]
+    more = start(zygote, place / "more", config, "tasks.1.limit=8").succeed()
+    assert more.events("progress")[-1]["done"] == 160 + 8
+    assert more.events("start")[0]["answered"] == 160 + 5
+
+
+def test_the_course_and_the_end_of_a_run_are_reported(zygote: Zygote, place: Path) -> None:
+    gates = [
+        {"name": "reached", "task": "choice", "metric": "acc", "at_least": 0.0},
+        {"name": "missed", "task": "pages", "metric": "bits_per_byte", "at_most": 0.5},
+        {"name": "unknown", "task": "choice", "metric": "acc", "filter": "nonsense", "at_most": 0.5},
+    ]
+    tasks = [{"name": "choice", "limit": 7}, {"name": "pages"}, {"name": "write", "limit": 500}]
+    gang = start(zygote, place / "ranks", write_eval_config(place / "run.yaml", tasks=tasks, gates=gates)).succeed()
+    assert [event["phase"] for event in gang.events("phase")] == ["Downloading", "Loading", "Evaluating", "Judging"]
+    last = gang.events("progress")[-1]
+    assert last["done"] == last["total"] == 7 * 8 + 6 + 40
+    assert last["etaSeconds"] == 0
+
+    told = {(event["task"], event["metric"], event["filter"]): event for event in gang.events("result")}
+    assert told["choice", "acc", "none"]["samples"] == 7
+    assert told["write", "exact_match", "word"]["samples"] == 40
+    message = gang.message()
+    assert (message["result"], message["exitCode"]) == ("Complete", 0)
+    rows = {(row["task"], row["metric"], row["filter"]): row for row in message["results"]}
+    assert rows.keys() == told.keys()
+    assert float(rows["pages", "bits_per_byte", "none"]["value"]) == pytest.approx(
+        told["pages", "bits_per_byte", "none"]["value"], rel=1e-5
+    )
+    assert "stderr" not in rows["pages", "bits_per_byte", "none"]
+    assert {row["name"]: row["passed"] for row in message["gates"]} == {
+        "reached": True, "missed": False, "unknown": False,
+    }  # fmt: skip
+    assert gang.events("gate")[2]["message"].startswith("there is no acc of choice with filter nonsense")
+    assert message["artifacts"]["results"] == f"file://{place}/runs/run/results.json"
+    assert sorted(path.name for path in (place / "runs" / "run" / "samples").iterdir()) == [
+        "choice.jsonl", "pages.jsonl", "write.jsonl",
+    ]  # fmt: skip
+    assert len(samples_of(place, "write")) == 80, "once for each filter"
+
+
+def test_results_that_do_not_fit_into_the_message_are_left_to_the_log(zygote: Zygote, place: Path) -> None:
+    gates = [
+        {"name": f"gate-{number}", "task": "choice", "metric": "acc", "at_least": 0.0} for number in range(30)
+    ]  # fmt: skip
+    tasks = [{"name": "choice", "limit": 2}]
+    gang = start(zygote, place / "ranks", write_eval_config(place / "run.yaml", tasks=tasks, gates=gates)).succeed()
+    message = gang.message()
+    assert (message["result"], message["seeLog"]) == ("Complete", True)
+    assert not {"results", "gates"} & message.keys()
+    assert len(gang.events("gate")) == 30
+
+
+def test_another_evaluation_is_compared_sample_by_sample(zygote: Zygote, place: Path) -> None:
+    tasks = [{"name": "choice"}, {"name": "pages"}]
+    start(zygote, place / "base", write_eval_config(place / "base.yaml", tasks=tasks)).succeed()
+    weights = load_file(place / "model" / "model.safetensors")
+    save_file({name: weight * 0.97 for name, weight in weights.items()}, place / "model" / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+
+    def against_base(name: str, metric: str, task: str = "choice", **rule: float) -> dict[str, Any]:
+        other = {"name": "base", "directory": f"file://{place}/runs/base", **rule}
+        return {"name": name, "task": task, "metric": metric, "compared_to": other}
+
+    gates = [
+        against_base("loose", "acc", max_drop=1.0),
+        against_base("strict", "bits_per_byte", "pages", max_increase=0.0),
+        against_base("wide", "bits_per_byte", "pages", max_increase=5.0),
+    ]
+    config = write_eval_config(place / "tuned.yaml", tasks=tasks, gates=gates)
+    verdicts = {row["name"]: row for row in start(zygote, place / "tuned", config).succeed().events("gate")}
+    mine, theirs = (
+        [sample["acc"] for sample in samples_of(place, "choice", run) if sample["filter"] == "none"]
+        for run in ("tuned", "base")
+    )
+    pairs = [one - other for one, other in zip(mine, theirs, strict=True)]
+    assert verdicts["loose"]["passed"]
+    assert verdicts["loose"]["difference"] == pytest.approx(statistics.mean(pairs))
+    assert verdicts["loose"]["stderr"] == pytest.approx(statistics.stdev(pairs) / math.sqrt(len(pairs)))
+    difference = verdicts["wide"]["difference"]
+    assert verdicts["wide"]["passed"]
+    assert verdicts["strict"]["passed"] == (difference <= 0)
+    assert 0 < verdicts["wide"]["stderr"] < 1
+
+    fewer = start(zygote, place / "fewer", config, "run.name=fewer", "tasks.0.limit=10", "tasks.1.num_fewshot=0")
+    verdict = fewer.succeed().events("gate")[0]
+    assert not verdict["passed"]
+    assert verdict["message"] == (
+        "acc of choice cannot be compared with EvalJob base: there are 10 samples here and 40 there"
+    )
+    missing = start(zygote, place / "gone", config, "run.name=gone", f"gates.0.compared_to.directory=file://{place}/no")
+    verdict = missing.succeed().events("gate")[0]
+    assert (verdict["passed"], verdict["message"]) == (False, f"EvalJob base has no results in file://{place}/no")
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "words"),
+    [
+        ("tasks.0.name=choise", 64, "tasks[0].name must be a task of lm_eval or of task_files, got choise"),
+        ("tasks.1.name=both", 64, "tasks[1].name must not bring a task again, got both, and choice is there already"),
+        ("tasks.0.limit=0", 64, "tasks[0].limit must be greater than or equal to 1, got 0"),
+        ("tasks.0.fewshot=1", 64, "tasks[0].fewshot is not a field"),
+        ("max_sequence_length=4096", 64, "max_sequence_length must be at most the model's 512, got 4096"),
+        (
+            "gates=[{name: g, task: pages, metric: acc, at_least: 1}]",
+            64,
+            "gates[0].task must be one of choice, letters",
+        ),
+        ("gates=[{name: g, task: choice, metric: acc}]", 64, "takes exactly one of at_least, at_most, compared_to"),
+        ("task_files.0.uri.location=file:///nowhere", 65, "task_files mine has no .yaml files"),
+        ("model.uri.location=file:///nowhere", 65, "Model folder file:///nowhere: there is no such folder"),
+        ("model.adapter={location: 'file:///nowhere'}", 65, "Adapter folder file:///nowhere: adapter_config.json"),
+    ],
+)
+def test_bad_input_names_object_field_rule_and_value(
+    zygote: Zygote, place: Path, override: str, code: int, words: str
+) -> None:
+    config = write_eval_config(place / "run.yaml", tasks=[{"name": "choice"}, {"name": "letters"}])
+    gang = start(zygote, place / "ranks", config, override)
+    assert gang.wait() == [code], gang.stderr()
+    message = gang.message()
+    assert words in message["message"]
+    if code == 64:
+        assert message["message"].startswith("EvalJob local/run")
+    if "choise" in override:
+        assert message["hint"].startswith("Did you mean choice")
+
+
+def test_a_broken_task_names_the_task_and_the_file(zygote: Zygote, place: Path) -> None:
+    (place / "tasks" / "questions.jsonl").unlink()
+    config = write_eval_config(place / "run.yaml", tasks=[{"name": "choice"}])
+    gang = start(zygote, place / "ranks", config)
+    assert gang.wait() == [65], gang.stderr()
+    assert (
+        "task choice: dataset_kwargs.data_files names questions.jsonl, which is not next to its YAML"
+        in (gang.message()["message"])
+    )
+
+
+def test_an_adapter_is_merged_into_its_base(zygote: Zygote, place: Path) -> None:
+    base = LlamaForCausalLM.from_pretrained(place / "model")
+    torch.manual_seed(1)
+    tuned = get_peft_model(base, LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    tuned.save_pretrained(place / "adapter")
+    shutil.copytree(place / "model", place / "merged")
+    tuned.merge_and_unload().save_pretrained(place / "merged")
+    tasks = [{"name": "choice"}, {"name": "pages"}]
+    adapted = write_eval_config(
+        place / "adapted.yaml", tasks=tasks,
+        model={"uri": {"location": f"file://{place}/model"}, "adapter": {"location": f"file://{place}/adapter"}},
+    )  # fmt: skip
+    merged = write_eval_config(
+        place / "merged.yaml", tasks=tasks, model={"uri": {"location": f"file://{place}/merged"}}
+    )
+    for config in (adapted, merged):
+        start(zygote, place / f"ranks-{config.stem}", config).succeed()
+    ours, theirs = results_of(place, "adapted")["results"], results_of(place, "merged")["results"]
+    assert ours["pages"]["bits_per_byte,none"] == pytest.approx(theirs["pages"]["bits_per_byte,none"], rel=1e-5)
+    assert ours["choice"]["acc,none"] == theirs["choice"]["acc,none"]
+
+
+def test_a_group_of_tasks_is_one_more_result(zygote: Zygote, place: Path) -> None:
+    config = write_eval_config(place / "run.yaml", tasks=[{"name": "both", "limit": 10}])
+    told = start(zygote, place / "ranks", config).succeed().events("result")
+    values = {event["task"]: event for event in told if event["metric"] == "acc"}
+    assert values.keys() == {"both", "choice", "letters"}
+    assert values["both"]["value"] == pytest.approx((values["choice"]["value"] + values["letters"]["value"]) / 2)
+    assert values["both"]["samples"] == 20
+
+
+def test_the_launcher_prepares_and_evaluates(place: Path) -> None:
+    config = write_eval_config(place / "run.yaml", tasks=[{"name": "letters", "limit": 5}])
+    environment = {
+        **os.environ, "PET_NPROC_PER_NODE": "2", "KUBETUNE_TERMINATION_LOG": str(place / "log"), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    for recipe, result in (("prepare", "Prepared"), ("eval_model", "Complete")):
+        ranks = {"PET_NPROC_PER_NODE": "1"} if recipe == "prepare" else {}
+        done = subprocess.run(
+            [sys.executable, "-m", "kubetune_trainer.launch", recipe, "--config", str(config)],
+            env=environment | ranks, cwd=place, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        message = json.loads((place / "log").read_bytes())
+        assert message["result"] == result
+    assert [row["metric"] for row in message["results"]] == ["acc", "brier_score"]
