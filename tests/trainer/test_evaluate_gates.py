@@ -88,6 +88,8 @@ def test_the_error_of_a_difference_is_that_of_pairs() -> None:
     assert paired_error(ours, theirs) == pytest.approx(0.5 / math.sqrt(4))
     assert paired_error(measured(TENS), measured(TENS)) == 0.0, "the same answers, however uncertain each value is"
     assert paired_error(measured([1]), measured([0])) is None
+    pairs = Measured(value=0.5, settings=SETTINGS, samples={(n, "d", "t"): (n, 2) for n in range(3)}, aggregate=None)
+    assert paired_error(pairs, pairs) is None, "nobody knows how these make a value"
 
 
 def test_the_error_of_what_is_no_mean_comes_from_drawing_samples_again() -> None:

@@ -153,7 +153,7 @@ def differences(ours: Measured, theirs: Measured) -> list[str]:
 
 
 def paired_error(ours: Measured, theirs: Measured) -> float | None:
-    """Return the standard error of the difference between two metrics of the same samples; None for fewer than two.
+    """Return the standard error of the difference between two metrics of the same samples; None where it is unknown.
 
     Of means it is that of the mean of the samples' differences; of anything else it is found by drawing samples again
     (Efron 1979), the same ones for both.
@@ -163,7 +163,10 @@ def paired_error(ours: Measured, theirs: Measured) -> float | None:
         return None
     pairs = [(ours.samples[key], theirs.samples[key]) for key in keys]
     if ours.aggregate is None or theirs.aggregate is None:
-        return statistics.stdev(float(one) - float(other) for one, other in pairs) / math.sqrt(len(pairs))
+        try:
+            return statistics.stdev(float(one) - float(other) for one, other in pairs) / math.sqrt(len(pairs))
+        except TypeError:  # values of a task's own aggregation, of which the record has the source alone
+            return None
     generator = random.Random(0)  # noqa: S311 (statistics)
     found = []
     for _ in range(DRAWS):

@@ -69,7 +69,7 @@ def prepare(config: EvalConfig, *, report: Report) -> PreparedEval:
         config.model.adapter.location, s3=config.model.adapter.s3 or config.storage.s3
     )
     folder = fetch_model(model, s3=model_s3(config), only_small=True)
-    shape, tokenizer = read_config(folder), load_tokenizer(folder)
+    shape, tokenizer = read_config(folder, allow_quantized=True), load_tokenizer(folder)
     if config.max_sequence_length is not None and config.max_sequence_length > shape.max_positions:
         raise ConfigError(
             f"{config.title}: max_sequence_length must be at most the model's {shape.max_positions}, "
