@@ -1,6 +1,6 @@
 """Kueue: where a job waits for quota, keeps it through all of its attempts, and gives it back when its pods are gone.
 
-In the Job that stands in the queue (`render.queue`) both sides say what is. Kueue un-suspends it when there is quota,
+In the Job that stands in the queue (`render.kueue`) both sides say what is. Kueue un-suspends it when there is quota,
 and suspends it to take the quota back; we say in its status how many pods are active. While any is, the quota is ours.
 """
 
@@ -12,7 +12,7 @@ from kubetune_operator.lifecycle.moves import delete_attempt, fail, read_log
 from kubetune_operator.names import QUEUE_JOB_MANAGER
 from kubetune_operator.progress import timestamp
 from kubetune_operator.render.job import backoff_limit, compute_of, render_work_job
-from kubetune_operator.render.queue import as_admitted, render_queue_job
+from kubetune_operator.render.kueue import as_admitted, render_queue_job
 from kubetune_operator.status import (
     attempt_of,
     find_condition,

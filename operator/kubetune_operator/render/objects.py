@@ -14,7 +14,7 @@ from kubetune_operator.render.job import (
     render_service,
     render_work_job,
 )
-from kubetune_operator.render.queue import render_queue_job
+from kubetune_operator.render.kueue import render_queue_job
 from kubetune_operator.settings import Settings
 
 Json = dict[str, Any]
