@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from kubetune_trainer.config import FineTuneConfig, HubSource, S3Storage, Source
+from kubetune_trainer.config import HubSource, JobConfig, S3Storage, Source
 from kubetune_trainer.data.read import Record, choose_files, read_records
 from kubetune_trainer.data.splits import Split, split_files
 from kubetune_trainer.errors import DataError
@@ -69,7 +69,7 @@ class OpenSource:
                 local.unlink()
 
 
-def open_source(source: Source, *, config: FineTuneConfig) -> OpenSource:
+def open_source(source: Source, *, config: JobConfig) -> OpenSource:
     """Finds the files of a dataset.
 
     Raises:

@@ -14,6 +14,8 @@ from kubetune_trainer.errors import DataError
 from kubetune_trainer.model.rope import Rope
 
 CONFIG_FILE = "config.json"
+QUANTIZATION_METHODS = ("compressed-tensors", "torchao")
+"""Formats of quantized weights that `load_model` reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +68,26 @@ class ModelConfig:
         return _llama(config)
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path, *, allow_quantized: bool = False) -> ModelConfig:
     """Read `config.json` of a model folder.
+
+    Args:
+        folder: Folder in Hugging Face format.
+        allow_quantized: Whether the weights may be quantized in one of the formats that `load_model` reads.
 
     Raises:
         DataError: The file is missing, is not JSON, or describes a model that is not supported.
     """
-    return ModelConfig.from_hf(read_json(folder / CONFIG_FILE))
+    config = read_json(folder / CONFIG_FILE)
+    if allow_quantized and quantization_method(folder) in QUANTIZATION_METHODS:
+        del config["quantization_config"]
+    return ModelConfig.from_hf(config)
+
+
+def quantization_method(folder: Path) -> str | None:
+    """Return how a model folder's weights are quantized, by the name that transformers gives it; None: not at all."""
+    quantization = read_json(folder / CONFIG_FILE).get("quantization_config")
+    return quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else None
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -15,7 +15,13 @@ from torch.overrides import TorchFunctionMode
 
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.lora import is_adapter
-from kubetune_trainer.model.config import ModelConfig, read_config, read_json
+from kubetune_trainer.model.config import (
+    QUANTIZATION_METHODS,
+    ModelConfig,
+    quantization_method,
+    read_config,
+    read_json,
+)
 from kubetune_trainer.model.decoder import Decoder
 
 WEIGHTS_FILE = "model.safetensors"
@@ -34,8 +40,8 @@ def load_model(
     """Load a model folder into memory, on one device.
 
     Args:
-        path: Folder in Hugging Face format.
-        dtype: Type of all weights.
+        path: Folder in Hugging Face format; its weights may be quantized, and stay so in memory.
+        dtype: Type of all weights that are not quantized.
         device: Where they go.
         adapter: A PEFT folder that is merged into the weights; unset leaves them as they are.
 
@@ -45,6 +51,12 @@ def load_model(
     Raises:
         DataError: The folder is incomplete, damaged, or describes a model that is not supported.
     """
+    if quantization_method(Path(path)) in QUANTIZATION_METHODS:
+        from kubetune_trainer.quantize.load import load_quantized  # noqa: PLC0415 - it needs this module first
+
+        if adapter is not None:
+            raise DataError(f"Model folder {path} is quantized: no adapter can be merged into it")
+        return load_quantized(Path(path), dtype=dtype, device=device)
     model = build_model(read_config(Path(path))).to(dtype).to_empty(device=device)
     load_weights(model, path)
     if adapter is not None:
@@ -150,7 +162,7 @@ class WeightFiles:
                 more = f" and {len(names) - NAMES_IN_MESSAGE} more" if len(names) > NAMES_IN_MESSAGE else ""
                 raise DataError(f"Model folder {self.folder} {what} tensors: {shown}{more}")
         for name, shape in shapes.items():
-            found = tuple(self._slice(name).get_shape())
+            found = self.shape(name)
             if found != shape:
                 raise DataError(
                     f"Model folder {self.folder}: {name} in {self._file_of[name]} must have the shape {shape} "
@@ -160,6 +172,10 @@ class WeightFiles:
     def dtype(self, name: str) -> torch.dtype:
         """Return the stored type of a tensor."""
         return self._slice(name)[0:0].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, *, rows: slice) -> Tensor:
         """Read some rows of a tensor, in their stored type."""

@@ -43,7 +43,8 @@ def symmetric_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Te
         group_size: Weights of a row that share a scale; None means all of them.
 
     Returns:
-        fp32 (O, G); a group of zeros has the scale 1, so that nothing divides by zero.
+        fp32 (O, G), numbers that the weight's own type can hold, so that storing them in it loses nothing; a group of
+        zeros has the scale 1, so that nothing divides by zero.
 
     Raises:
         ValueError: The rows are not a whole number of groups.
@@ -53,7 +54,8 @@ def symmetric_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Te
         raise ValueError(f"a weight with {columns} inputs cannot be cut into groups of {group_size}")
     groups_OGg = weight.float().reshape(len(weight), columns // (group_size or columns), -1)
     largest_OG = groups_OGg.abs().amax(dim=-1)
-    return torch.where(largest_OG > 0, largest_OG / integer_range(bits)[1], 1.0)
+    scales_OG = (largest_OG / integer_range(bits)[1]).to(weight.dtype).float()
+    return torch.where(scales_OG > 0, scales_OG, 1.0)
 
 
 def round_to_nearest(weight: Tensor, *, bits: int, group_size: int | None) -> Rounded:
