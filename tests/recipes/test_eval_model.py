@@ -12,14 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from tests.recipes.evaluation import TASKS, by_lm_eval, write_eval_config, write_material
 from tests.recipes.gang import Gang, Zygote
+from tests.s3 import endpoint_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
@@ -340,6 +343,34 @@ def test_the_launcher_prepares_and_evaluates(place: Path) -> None:
             env=environment | ranks, cwd=place, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        assert "it/s" not in done.stderr, "bars would fill a pod's log"
         message = json.loads((place / "log").read_bytes())
         assert message["result"] == result
     assert [row["metric"] for row in message["results"]] == ["acc", "brier_score"]
+
+
+def test_everything_may_lie_in_s3(zygote: Zygote, place: Path, s3_server: ThreadedMotoServer) -> None:
+    endpoint = endpoint_of(s3_server)
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    client.create_bucket(Bucket="team")
+    for path in (*(place / "model").iterdir(), *(place / "tasks").iterdir()):
+        client.upload_file(str(path), "team", path.relative_to(place).as_posix())
+    tasks = [{"name": "choice", "limit": 5}, {"name": "pages"}]
+    local = write_eval_config(place / "local.yaml", tasks=tasks)
+    stored = write_eval_config(
+        place / "stored.yaml",
+        tasks=tasks,
+        model={"uri": {"location": "s3://team/model"}},
+        task_files=[{"name": "mine", "uri": {"location": "s3://team/tasks"}}],
+        storage={"s3": {"endpoint": endpoint, "region": "us-east-1"}},
+        workspace={"uri": "s3://team/runs"},
+    )
+    start(zygote, place / "ranks-local", local).succeed()
+    message = start(zygote, place / "ranks-stored", stored, ranks=2).succeed().message()
+    assert message["artifacts"]["samples"] == "s3://team/runs/stored/samples"
+    keys = {entry["Key"] for entry in client.list_objects_v2(Bucket="team", Prefix="runs/stored/")["Contents"]}
+    assert {"results.json", "samples/choice.jsonl", "samples/pages.jsonl", "logs/attempt-1.jsonl", "prepared.json"} == {
+        key.removeprefix("runs/stored/") for key in keys if "/answers/" not in key
+    }
+    found = json.loads(client.get_object(Bucket="team", Key="runs/stored/results.json")["Body"].read())
+    assert found["results"] == results_of(place, "local")["results"]

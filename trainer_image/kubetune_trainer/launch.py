@@ -175,6 +175,7 @@ def node_environment(gang: Gang, environment: Mapping[str, str], *, scratch: Pat
     wanted = {
         "OMP_NUM_THREADS": str(max(1, cpus // gang.processes_per_node)),
         ENV_SCRATCH: str(scratch / "scratch"),
+        "TQDM_DISABLE": "1",  # bars of libraries would push everything else out of the log's tail
     }
     interface = default_route_interface()
     if gang.num_nodes > 1 and interface:

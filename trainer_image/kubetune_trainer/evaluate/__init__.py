@@ -5,9 +5,6 @@ lm_eval sees, `tasks` finds tasks and their data, `results` and `gates` turn ans
 """
 
 import logging
-import os
 
-# Before anything imports tqdm: a pod's log keeps its last lines, and bars would push everything else out of it.
-os.environ.setdefault("TQDM_DISABLE", "1")
 # lm_eval warns of every default that a task relies on.
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
