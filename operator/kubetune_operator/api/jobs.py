@@ -175,8 +175,8 @@ class ResolvedModel(StatusModel):
 class ResolvedSource(StatusModel):
     """The exact data that all attempts use."""
 
-    name: Annotated[str, Field(max_length=63)]
-    """Name of the source."""
+    name: Annotated[str, Field(max_length=253)]
+    """Name of the source, or the repository of a task's dataset."""
     commit: Digest | None = None
     """Commit on the Hub."""
     etag: Digest | None = None

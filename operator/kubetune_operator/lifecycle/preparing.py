@@ -1,6 +1,6 @@
 """The prepare Job, and what it found out."""
 
-from typing import Any
+from typing import Any, Final
 
 from kubetune_operator import estimate as estimates
 from kubetune_operator.api import jobs as api
@@ -9,7 +9,7 @@ from kubetune_operator.api.finetunejob import DataStatistics, FineTuneJobStatus,
 from kubetune_operator.api.jobs import LastFailure, ResolvedSource
 from kubetune_operator.api.quantizejob import QuantizeProgress
 from kubetune_operator.lifecycle.draft import Create, Draft
-from kubetune_operator.lifecycle.moves import blocked_by, delete_attempt, fail, taken
+from kubetune_operator.lifecycle.moves import blocked_by, delete_attempt, fail, taken, taken_all
 from kubetune_operator.names import KINDS
 from kubetune_operator.progress import timestamp
 from kubetune_operator.render.job import compute_of, processes_per_node, render_prepare_job
@@ -25,6 +25,9 @@ from kubetune_operator.status import (
 )
 
 Json = dict[str, Any]
+
+SOURCES: Final = 64
+"""How many sources the status has room for."""
 
 
 def prepare(draft: Draft) -> bool:
@@ -142,7 +145,7 @@ def _resolved(draft: Draft, *, report: Json) -> api.Resolved:
     adapter = ((draft.seen.config or {}).get("model") or {}).get("adapter")
     said = (report.get("model") or {}) | ({"adapter": adapter["location"]} if adapter else {})
     model = taken(draft, api.ResolvedModel, said)
-    sources = [taken(draft, ResolvedSource, item) for item in report.get("sources") or []]
+    sources = {source.name: source for source in taken_all(draft, ResolvedSource, report.get("sources"))}
     return (draft.status.resolved or api.Resolved()).model_copy(
-        update={"model": model, "sources": [source for source in sources if source is not None]}
+        update={"model": model, "sources": list(sources.values())[:SOURCES]}
     )

@@ -15,6 +15,10 @@ from kubetune_operator.render.config import run_directory
 
 Json = dict[str, Any]
 
+RESULTS: Final = 1024
+"""How many results the status has room for; all of them are in the artifacts."""
+IN_LOG: Final = {"result": "results", "gate": "gates", "output": "outputs"}
+"""Events of the log, and the part of the termination message that each is in where there is room."""
 SHOWN: Final = 6
 """How many results the message of the Complete condition tells."""
 
@@ -43,11 +47,15 @@ def is_lost(draft: Draft, *, report: Json) -> bool:
     """Whether a job ended well and what it found out cannot be read. Outputs of training are where they must be."""
     if isinstance(draft.job, FineTuneJob):
         return False
-    return report.get("result") != "Complete" or (bool(report.get("seeLog")) and not _log_results(draft))
+    if report.get("result") != "Complete":
+        return True
+    return bool(report.get("seeLog")) and not any(_told(draft, name, report=report) for name in IN_LOG)
 
 
-def _log_results(draft: Draft) -> list[Json]:
-    return progresses.events_named(draft.seen.log, "result") or progresses.events_named(draft.seen.log, "gate")
+def _told(draft: Draft, name: str, *, report: Json) -> Any:
+    """Results, gates or outputs: from the termination message, otherwise from the log that it refers to."""
+    told = report.get(IN_LOG[name])
+    return progresses.events_named(draft.seen.log, name) if told is None and report.get("seeLog") else told
 
 
 def _take_progress(draft: Draft, *, report: Json) -> None:
@@ -69,13 +77,10 @@ def _take_progress(draft: Draft, *, report: Json) -> None:
 
 
 def _take_evaluation(draft: Draft, *, report: Json) -> str:
-    in_log = bool(report.get("seeLog"))
-    told = progresses.events_named(draft.seen.log, "result") if in_log else report.get("results")
-    results = taken_all(draft, EvalResult, told)
-    judged = progresses.events_named(draft.seen.log, "gate") if in_log else report.get("gates")
-    gates = taken_all(draft, EvalGateResult, judged)
+    results = taken_all(draft, EvalResult, _told(draft, "result", report=report))
+    gates = taken_all(draft, EvalGateResult, _told(draft, "gate", report=report))
     draft.set(
-        results=_last_of_each(results, "task", "metric", "filter"),
+        results=(_last_of_each(results, "task", "metric", "filter") or [])[:RESULTS] or None,
         gates=_last_of_each(gates, "name"),
         artifacts=taken(draft, Artifacts, report["artifacts"]) if report.get("artifacts") else None,
     )
@@ -89,9 +94,8 @@ def _take_evaluation(draft: Draft, *, report: Json) -> str:
 
 
 def _take_quantized(draft: Draft, *, report: Json) -> str:
-    outputs = taken_all(draft, MeasuredOutput, report.get("outputs"))
-    judged = progresses.events_named(draft.seen.log, "gate") if report.get("seeLog") else report.get("gates")
-    gates = taken_all(draft, QuantizeGateResult, judged)
+    outputs = _last_of_each(taken_all(draft, MeasuredOutput, _told(draft, "output", report=report)), "name") or []
+    gates = taken_all(draft, QuantizeGateResult, _told(draft, "gate", report=report))
     draft.set(outputs=outputs or None, gates=_last_of_each(gates, "name", "output"))
     assert isinstance(draft.job, QuantizeJob)  # noqa: S101 (whoever calls has looked)
     judge(draft, names=[gate.name for gate in draft.job.spec.gates or []], gates=gates)
