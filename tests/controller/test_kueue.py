@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kubetune_operator.names import LABEL_COMPONENT, LABEL_JOB_NAME
+from kubetune_operator.names import LABEL_COMPONENT, LABEL_JOB_KIND, LABEL_JOB_NAME
 from tests.cluster.controlplane import ControlPlane
 from tests.cluster.kueue import Kueue
 from tests.controller.world import RIGHTS_WITH_KUEUE, World, world_of
@@ -89,11 +89,12 @@ def queue_for(namespace: str) -> list[Json]:
 
 
 async def watch_for_two(world: World) -> None:
-    """Raise as soon as training pods of two jobs are there at once, those that are ending included."""
+    """Raise as soon as working pods of two jobs are there at once, those that are ending included."""
     while True:
-        pods = await world.cluster.list_all("Pod", namespace=world.namespace, labels=f"{LABEL_COMPONENT}=train")
+        working = f"{LABEL_COMPONENT} in (train, eval)"
+        pods = await world.cluster.list_all("Pod", namespace=world.namespace, labels=working)
         jobs = {
-            pod["metadata"]["labels"][LABEL_JOB_NAME]
+            (pod["metadata"]["labels"][LABEL_JOB_KIND], pod["metadata"]["labels"][LABEL_JOB_NAME])
             for pod in pods
             if pod["status"]["phase"] not in {"Succeeded", "Failed"}
         }
@@ -265,8 +266,29 @@ async def test_a_queue_that_does_not_exist_is_named(world: World) -> None:
     assert "LocalQueue nobody" in admitted(status)["message"]
 
 
+async def test_a_job_whose_place_in_the_queue_is_deleted_stands_in_it_again(world: World) -> None:
+    await run_first(world)
+    await queue_second(world)
+    await world.cluster.delete("Job", namespace=world.namespace, name="first-queue")
+    second = await world.training(name="second")
+    status = await world.until(lambda status: admitted(status)["reason"] == "WaitingForQuota", name="first")
+    assert (status["restarts"], status["preemptions"]) == (1, 1)
+    await world.complete(second, name="second")
+    await world.training(name="first", attempt=2)
+
+
 @pytest.mark.usefixtures("one_at_a_time")
-async def test_two_queues_of_one_team_do_not_share_quota_with_a_job_without_a_queue(world: World) -> None:
+async def test_an_evaluation_stands_in_the_same_queue(world: World) -> None:
+    [pod] = await run_first(world)
+    evaluation = world.of("EvalJob")
+    await evaluation.apply("first", queue=QUEUE, compute=ONE_CPU)
+    await evaluation.prepared(name="first")
+    await evaluation.until(lambda status: admitted(status)["reason"] == "WaitingForQuota", name="first")
+    await world.complete([pod], name="first")
+    await evaluation.complete(await evaluation.training(name="first"), name="first")
+
+
+async def test_a_job_without_a_queue_asks_for_no_quota(world: World) -> None:
     await world.apply("free", compute=ONE_CPU)
     await world.prepared(name="free")
     await world.complete(await world.training(name="free"), name="free")
