@@ -97,7 +97,9 @@ class ShardWriter:
         assert (tensor.dtype, tuple(tensor.shape)) == (planned.dtype, planned.shape), f"{name}: {tensor} for {planned}"
         file, offset = self._places.pop(name)
         file.seek(offset)
-        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        dense = tensor.detach().cpu().contiguous()
+        # Of one element any stride counts as contiguous, but not as one that can be looked at as bytes.
+        file.write(dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data)
 
     def _lay_out(self, tensors: Sequence[Planned], file: IO[bytes], *, metadata: Mapping[str, str]) -> None:
         """Give each tensor its place: wide types first, so that every one begins at a multiple of its width."""

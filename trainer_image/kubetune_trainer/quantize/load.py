@@ -33,7 +33,7 @@ def load_quantized(folder: Path, *, dtype: torch.dtype, device: str | torch.devi
     if quantization_method(folder) == "torchao":
         from kubetune_trainer.export.torchao import load_torchao  # noqa: PLC0415 - slow, and only where it is asked for
 
-        return load_torchao(model, folder, device=device).eval()
+        return load_torchao(model, folder, dtype=dtype, device=device).eval()
     scheme = _scheme(folder)
     with WeightFiles(folder, tied_embeddings=model.config.tied_embeddings) as files:
         for name, layer in linear_layers(model.config).items():
