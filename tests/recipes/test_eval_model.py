@@ -366,7 +366,9 @@ def test_everything_may_lie_in_s3(zygote: Zygote, place: Path, s3_server: Thread
         workspace={"uri": "s3://team/runs"},
     )
     start(zygote, place / "ranks-local", local).succeed()
-    message = start(zygote, place / "ranks-stored", stored, ranks=2).succeed().message()
+    keys_of_s3 = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    gang = start(zygote, place / "ranks-stored", stored, ranks=2, environment=keys_of_s3).succeed()
+    message = gang.message()
     assert message["artifacts"]["samples"] == "s3://team/runs/stored/samples"
     keys = {entry["Key"] for entry in client.list_objects_v2(Bucket="team", Prefix="runs/stored/")["Contents"]}
     assert {"results.json", "samples/choice.jsonl", "samples/pages.jsonl", "logs/attempt-1.jsonl", "prepared.json"} == {
