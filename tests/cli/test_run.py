@@ -41,6 +41,7 @@ with (here / "calls.jsonl").open("a") as calls: calls.write(json.dumps(call) + "
 sys.stderr.write("a line of the log\\n")
 if recipe == "finetune":
     say(event="step", step=1, totalSteps=2, loss=1.5, tokensPerSecond=10.0, etaSeconds=1)
+    if wanted.get("validates"): say(event="validation", step=1, validationLoss=1.25)
     if wanted.get("hang"): time.sleep(60)
 end(wanted.get(recipe, 0), **wanted.get("record", {}))
 """
@@ -227,6 +228,12 @@ def test_a_job_reference_means_an_earlier_local_run(tmp_path: Path) -> None:
     path.write_text(dump_manifests([second]))
     with pytest.raises(SpecError, match=r"jobRef\.output: Required value"):
         local.local_config(load_bundle(path), processes=1)
+
+
+def test_what_was_measured_is_known_at_the_end(trainer: Trainer, tmp_path: Path) -> None:
+    trainer.behaves(validates=True)
+    measured = local.outcome_of(load_bundle(write(tmp_path))).measured
+    assert (measured["loss"], measured["validationLoss"], measured["tokensPerSecond"]) == (1.5, 1.25, 10.0)
 
 
 def other(kind: str, name: str = "run7", **spec: Any) -> dict[str, Any]:

@@ -244,8 +244,9 @@ def test_a_local_sweep_goes_on_where_it_was_interrupted(
     def outcome_of(bundle: Any) -> Any:
         name = bundle.job.metadata.name
         calls.append(name)
-        record = {"progress": {"loss": len(calls)}, "outputs": [{"uri": f"file:///{name}"}]}
-        return sweep_follow.local.Outcome(code=codes.get(name, 0), record=record, tail="")
+        record = {"progress": {"step": 4}, "outputs": [{"uri": f"file:///{name}"}]}
+        measured = {"loss": len(calls)}
+        return sweep_follow.local.Outcome(code=codes.get(name, 0), record=record, tail="", measured=measured)
 
     monkeypatch.setattr(sweep_follow.local, "outcome_of", outcome_of)
     command = ("sweep", write(tmp_path), "--set", "lora.rank=4,8,16", "--local", "--output", tmp_path)

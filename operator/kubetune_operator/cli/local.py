@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,11 +53,13 @@ class Outcome:
         code: The launcher's exit code.
         record: Its termination message; empty if it wrote none.
         tail: The last lines of its log.
+        measured: What it measured last, as in `Display`.
     """
 
     code: int
     record: Mapping[str, Any]
     tail: str
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(bundle: Bundle, *, fresh: bool, verbose: bool) -> int:
@@ -96,7 +98,7 @@ def outcome_of(bundle: Bundle, *, fresh: bool = False, verbose: bool = False) ->
             _report(outcome, bundle, display=display)
         else:
             display.say(f"{bundle.title} is complete")
-    return outcome
+    return replace(outcome, measured=display.measured)
 
 
 def require_trainer(purpose: str) -> None:

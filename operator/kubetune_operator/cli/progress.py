@@ -124,12 +124,14 @@ class Display:
     Attributes:
         last_checkpoint: URI of the last checkpoint that was complete, None before the first.
         step: The last step that was done.
+        measured: What was measured last, by the names that `status.progress` has.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.last_checkpoint: str | None = None
         self.step = 0
+        self.measured: dict[str, Any] = {}
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -166,6 +168,8 @@ class Display:
             self.last_checkpoint = str(event.get("uri"))
         if kind == "step":
             self.step = int(event.get("step", self.step))
+        if kind in {"step", "validation"}:
+            self.measured |= {key: value for key, value in event.items() if key not in {"event", "time", "attempt"}}
         if kind in {"step", "progress"} and self.console.is_terminal:
             self._advance(event)
             return

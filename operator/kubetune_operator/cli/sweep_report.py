@@ -66,9 +66,13 @@ def ranked(results: Sequence[Result], *, metric: str) -> list[Result]:
 
 def cells(result: Result, *, metric: str, fields: Sequence[str]) -> list[str]:
     """A job as a row: its name, its values, its state, the metric."""
-    value = result.progress.get(metric)
     values = [str(result.run.values[field]) for field in fields]
-    return [result.run.name, *values, result.state or "waiting", "" if value is None else str(value)]
+    return [result.run.name, *values, result.state or "waiting", _shown(result.progress.get(metric))]
+
+
+def _shown(value: Any) -> str:
+    """A metric as people read it."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value if value is not None else "")
 
 
 def page(results: Sequence[Result], *, metric: str) -> str:
@@ -80,7 +84,7 @@ def page(results: Sequence[Result], *, metric: str) -> str:
     best = ranked(results, metric=metric)[0]
     title = f"# Sweep of {', '.join(fields)}"
     found = (
-        f"Best {metric}: {best.progress[metric]}, by {best.run.name} ({told(best.run.values)})."
+        f"Best {metric}: {_shown(best.progress[metric])}, by {best.run.name} ({told(best.run.values)})."
         if best.state == "Complete" and best.value(metric) is not None
         else f"No job is complete with a {metric}."
     )
