@@ -218,7 +218,7 @@ def _run_here(run: Run, bundle: Bundle) -> Result:
     return Result(
         run=run,
         state="Failed" if outcome.code else "Complete",
-        progress=(outcome.record.get("progress") or {}) | outcome.measured,
+        progress={**(outcome.record.get("progress") or {}), **outcome.measured},
         message=str(outcome.record.get("message") or ""),
         output=str(outputs[0].get("uri") or ""),
     )
