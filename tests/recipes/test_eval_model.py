@@ -20,6 +20,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from kubetune_trainer.export.compressed_tensors import save_compressed_tensors
+from kubetune_trainer.export.torchao import save_torchao
 from tests.recipes.evaluation import TASKS, by_lm_eval, write_eval_config, write_material
 from tests.recipes.gang import Gang, Zygote
 from tests.s3 import endpoint_of
@@ -376,3 +378,16 @@ def test_everything_may_lie_in_s3(zygote: Zygote, place: Path, s3_server: Thread
     }
     found = json.loads(client.get_object(Bucket="team", Key="runs/stored/results.json")["Body"].read())
     assert found["results"] == results_of(place, "local")["results"]
+
+
+def test_a_quantized_model_is_evaluated_as_it_is(zygote: Zygote, place: Path) -> None:
+    save_torchao(place / "model", place / "torchao", scheme="Int8WeightOnly", group_size=32)
+    save_compressed_tensors(place / "model", place / "compressed", scheme="Int4WeightOnly", group_size=16)
+    config = write_eval_config(place / "run.yaml", tasks=[{"name": "pages"}])
+    found = {}
+    for name in ("model", "torchao", "compressed"):
+        overrides = f"run.name={name}", f"model.uri.location=file://{place}/{name}"
+        start(zygote, place / f"ranks-{name}", config, *overrides).succeed()
+        found[name] = results_of(place, name)["results"]["pages"]["bits_per_byte,none"]
+    assert found["torchao"] != found["model"] == pytest.approx(found["torchao"], rel=0.01)
+    assert found["compressed"] != found["model"] == pytest.approx(found["compressed"], rel=0.1)
