@@ -6,9 +6,11 @@ In a cluster each job has a folder of its own and its spec cannot change; by han
 """
 
 import argparse
+import hashlib
+import json
 import sys
 
-from kubetune_trainer.config import FineTuneConfig, load_config
+from kubetune_trainer.config import FineTuneConfig, JobConfig, load_config
 from kubetune_trainer.errors import ConfigError, TrainerError
 from kubetune_trainer.storage import open_store
 
@@ -22,14 +24,14 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="delete what the folder holds")
     options = parser.parse_args()
     try:
-        claim(load_config(options.config), fresh=options.fresh)
+        claim(load_config(options.config, expect=JobConfig), fresh=options.fresh)
     except TrainerError as error:
         sys.stderr.write(f"{error}\n{error.hint}\n")
         return error.exit_code
     return 0
 
 
-def claim(config: FineTuneConfig, *, fresh: bool = False) -> None:
+def claim(config: JobConfig, *, fresh: bool = False) -> None:
     """Takes the run's folder.
 
     Args:
@@ -42,7 +44,7 @@ def claim(config: FineTuneConfig, *, fresh: bool = False) -> None:
     store = open_store(config.run.directory, s3=config.storage.s3)
     if fresh:
         store.delete_tree("")
-    digest = config.training_digest()
+    digest = config.training_digest() if isinstance(config, FineTuneConfig) else _digest(config)
     if not store.exists(CLAIM_FILE):
         store.write_bytes(CLAIM_FILE, digest.encode())
     elif store.read_bytes(CLAIM_FILE).decode() != digest:
@@ -50,6 +52,12 @@ def claim(config: FineTuneConfig, *, fresh: bool = False) -> None:
             f"{config.title}: {store.uri()} holds a run of another model, dataset, tuning or training",
             hint="Give the job another name, or start anew with --fresh.",
         )
+
+
+def _digest(config: JobConfig) -> str:
+    """Everything that another kind of job is told, but not where it runs."""
+    told = config.model_dump(mode="json", exclude={"run"})
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 if __name__ == "__main__":
