@@ -8,7 +8,7 @@ Engines expect packed weights where activations are not rounded. See https://git
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +25,7 @@ from kubetune_trainer.quantize.rounding import Rounded, integer_range, round_to_
 
 PACKED: Final = "pack-quantized"
 WORD_BITS: Final = 32
-CHUNK_ELEMENTS: Final = 1 << 20
+CHUNK_ELEMENTS: Final = 1 << 19
 """Weights that are rounded at once, so that no whole matrix has to be in memory in fp32."""
 
 
@@ -98,9 +98,12 @@ def save_compressed_tensors(
                     writer.write(name, files.read(name, rows=slice(None)))
                 else:
                     given = rounded.get(layer) if rounded else None
-                    values = given or _round(files, name, bits=chosen.bits, group_size=size)
-                    for stored, tensor in _stored(layer, values, scheme=chosen, scale_dtype=files.dtype(name)):
-                        writer.write(stored, tensor)
+                    parts = _parts(given) if given else _round(files, name, bits=chosen.bits, group_size=size)
+                    for first_row, part in parts:
+                        for stored, tensor in _stored(layer, part, scheme=chosen, scale_dtype=files.dtype(name)):
+                            writer.write(stored, tensor, first_row=first_row)
+                    if chosen.format == PACKED:
+                        writer.write(f"{layer}.weight_shape", torch.tensor(files.shape(name)))
                 done()
     _copy_companions(source, target, quantization=_describe(chosen, group_size=size))
 
@@ -108,10 +111,10 @@ def save_compressed_tensors(
 def pack(values: Tensor, *, bits: int) -> Tensor:
     """Pack integers, (O, I) int8, into int32 (O, ceil(I · bits / 32)); what is left of the last one is zero."""
     per_word = WORD_BITS // bits
-    unsigned = functional.pad(values.to(torch.int64) - integer_range(bits)[0], (0, -values.shape[1] % per_word))
-    shifts = torch.arange(0, WORD_BITS, bits)
-    # The sum of disjoint bits is their union; it is taken in 64 bits, since the highest bit is the int32's sign.
-    return (unsigned.reshape(len(values), -1, per_word) << shifts).sum(-1).to(torch.int32)
+    unsigned = functional.pad(values.to(torch.int32) - integer_range(bits)[0], (0, -values.shape[1] % per_word))
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32)
+    # The sum of disjoint bits is their union; one that reaches the int32's sign wraps around to the right bits.
+    return (unsigned.reshape(len(values), -1, per_word) << shifts).sum(-1, dtype=torch.int32)
 
 
 def unpack(packed: Tensor, *, bits: int, columns: int) -> Tensor:
@@ -148,31 +151,30 @@ def _plan(
     yield Planned(f"{layer}.weight_scale", dtype, (outputs, inputs // (group_size or inputs)))
 
 
+def _round(files: WeightFiles, name: str, *, bits: int, group_size: int | None) -> Iterator[tuple[int, Rounded]]:
+    """Round a stored weight, some rows at a time; yields the first row with each part."""
+    for rows in _row_slices(*files.shape(name)):
+        yield rows.start, round_to_nearest(files.read(name, rows=rows), bits=bits, group_size=group_size)
+
+
+def _parts(rounded: Rounded) -> Iterator[tuple[int, Rounded]]:
+    """Cut what is rounded already in the same way."""
+    for rows in _row_slices(*rounded.values.shape):
+        yield rows.start, replace(rounded, values=rounded.values[rows], scales=rounded.scales[rows])
+
+
+def _row_slices(num_rows: int, columns: int) -> Iterator[slice]:
+    at_once = max(1, CHUNK_ELEMENTS // columns)
+    for first in range(0, num_rows, at_once):
+        yield slice(first, min(first + at_once, num_rows))
+
+
 def _stored(layer: str, rounded: Rounded, *, scheme: Scheme, scale_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    if scheme.format != PACKED:
-        yield f"{layer}.weight", rounded.values
+    if scheme.format == PACKED:
+        yield f"{layer}.weight_packed", pack(rounded.values, bits=rounded.bits)
     else:
-        rows = max(1, CHUNK_ELEMENTS // rounded.values.shape[1])
-        parts = [pack(part, bits=rounded.bits) for part in rounded.values.split(rows)]
-        yield f"{layer}.weight_packed", torch.cat(parts)
-        yield f"{layer}.weight_shape", torch.tensor(rounded.values.shape)
+        yield f"{layer}.weight", rounded.values
     yield f"{layer}.weight_scale", rounded.scales.to(scale_dtype)
-
-
-def _round(files: WeightFiles, name: str, *, bits: int, group_size: int | None) -> Rounded:
-    """Round a stored weight, some rows at a time."""
-    outputs, inputs = files.shape(name)
-    rows = max(1, CHUNK_ELEMENTS // inputs)
-    parts = [
-        round_to_nearest(files.read(name, rows=slice(first, first + rows)), bits=bits, group_size=group_size)
-        for first in range(0, outputs, rows)
-    ]
-    return Rounded(
-        values=torch.cat([part.values for part in parts]),
-        scales=torch.cat([part.scales for part in parts]),
-        group_size=group_size,
-        bits=bits,
-    )
 
 
 def _describe(scheme: Scheme, *, group_size: int | None) -> dict[str, Any]:

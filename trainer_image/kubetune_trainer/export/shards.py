@@ -69,6 +69,7 @@ class ShardWriter:
         shards = _divide(planned, max_shard_bytes=max_shard_bytes)
         self._planned = {tensor.name: tensor for tensor in planned}
         self._places: dict[str, tuple[IO[bytes], int]] = {}
+        self._left_bytes = {tensor.name: tensor.nbytes for tensor in planned}
         self._files: list[IO[bytes]] = []
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards):
@@ -89,17 +90,21 @@ class ShardWriter:
     ) -> None:
         for file in self._files:
             file.close()
-        assert error is not None or not self._places, f"planned and never written: {sorted(self._places)}"
+        missing = sorted(name for name, left in self._left_bytes.items() if left)
+        assert error is not None or not missing, f"planned and not wholly written: {missing}"
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put one planned tensor where it belongs."""
-        planned = self._planned[name]
-        assert (tensor.dtype, tuple(tensor.shape)) == (planned.dtype, planned.shape), f"{name}: {tensor} for {planned}"
-        file, offset = self._places.pop(name)
-        file.seek(offset)
+    def write(self, name: str, tensor: Tensor, *, first_row: int = 0) -> None:
+        """Put a planned tensor, or some rows of it, where it belongs."""
+        planned, (file, offset) = self._planned[name], self._places[name]
+        assert (tensor.dtype, tuple(tensor.shape[1:])) == (planned.dtype, planned.shape[1:]), (
+            f"{name} must be {planned}"
+        )
         dense = tensor.detach().cpu().contiguous()
+        row_bytes = dense.nbytes // len(dense)
+        file.seek(offset + first_row * row_bytes)
         # Of one element any stride counts as contiguous, but not as one that can be looked at as bytes.
         file.write(dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data)
+        self._left_bytes[name] -= dense.nbytes
 
     def _lay_out(self, tensors: Sequence[Planned], file: IO[bytes], *, metadata: Mapping[str, str]) -> None:
         """Give each tensor its place: wide types first, so that every one begins at a multiple of its width."""
