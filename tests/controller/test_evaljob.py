@@ -92,8 +92,14 @@ async def test_a_job_is_complete_whatever_its_gates_say(passed: bool, reason: st
     assert "gate ceiling: 23.4568 is above 20" in condition["message"]
     assert [gate["passed"] for gate in status["gates"]] == [True, passed]
     assert (status["gates"][1]["value"], status["gates"][1]["rule"]) == ("23.4568", "atMost 20")
+    async with asyncio.timeout(10):  # Events come after the status
+        while reason not in await event_reasons(evals):
+            await asyncio.sleep(0.1)
+
+
+async def event_reasons(evals: World) -> set[str]:
     about = await evals.cluster.list_all("Event", namespace=evals.namespace, fields="involvedObject.kind=EvalJob")
-    assert reason in {event["reason"] for event in about}
+    return {event["reason"] for event in about}
 
 
 async def test_a_gate_that_nothing_is_reported_about_has_not_passed(evals: World) -> None:
