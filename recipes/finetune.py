@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import math
 import resource
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +27,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from kubetune_trainer.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
-from kubetune_trainer.config import FineTuneConfig, Output, load_config
-from kubetune_trainer.data.prepare import fetch, prepare
+from kubetune_trainer.config import FineTuneConfig, load_config
+from kubetune_trainer.data.prepare import Local, Prepared, fetch, prepare
 from kubetune_trainer.data.sampler import Batch, collate, rows_for_step, total_steps
-from kubetune_trainer.data.store import DataStore
 from kubetune_trainer.distributed import (
     StepTotals,
     StopSignal,
@@ -41,7 +41,11 @@ from kubetune_trainer.distributed import (
     join_world,
 )
 from kubetune_trainer.errors import ConfigError, NonFiniteLossError, PreemptedError, TrainerError
-from kubetune_trainer.export import complete_weights, folder_digest, save_huggingface, save_peft, trained_weights
+from kubetune_trainer.export import complete_weights, save_huggingface, save_peft, trained_weights
+from kubetune_trainer.export.convert import convert
+from kubetune_trainer.export.huggingface import OutputDtype
+from kubetune_trainer.export.store import StoredOutput, store_output
+from kubetune_trainer.lineage import lineage_sources, record_lineage
 from kubetune_trainer.lora import apply_lora, init_lora, lora_scale, lora_state_dict
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model.decoder import Decoder
@@ -59,7 +63,7 @@ from kubetune_trainer.report import (
     serve_metrics,
     write_termination_message,
 )
-from kubetune_trainer.storage import open_store, scratch_dir, upload_tree
+from kubetune_trainer.storage import open_store, scratch_dir
 from kubetune_trainer.tokenizer import load_tokenizer
 
 
@@ -82,12 +86,11 @@ class Job:
     config: FineTuneConfig
     world: World
     stop: StopSignal
-    model_dir: Path
+    prepared: Prepared
+    local: Local
     model: Decoder
     optimizer: torch.optim.Optimizer
     checkpointer: Checkpointer
-    train_data: DataStore
-    validation_data: DataStore | None
     pad_id: int
     total_steps: int
 
@@ -144,7 +147,8 @@ def set_up(config: FineTuneConfig, world: World, stop: StopSignal) -> Job:
         config=config,
         world=world,
         stop=stop,
-        model_dir=local.model_dir,
+        prepared=prepared,
+        local=local,
         model=model,
         optimizer=build_optimizer(model, training),
         checkpointer=Checkpointer(
@@ -154,8 +158,6 @@ def set_up(config: FineTuneConfig, world: World, stop: StopSignal) -> Job:
             scratch=scratch_dir() / f"rank-{world.rank}",
             record={"seed": training.seed, "configDigest": config.training_digest(), "worldSize": world.size},
         ),
-        train_data=local.train_data,
-        validation_data=local.validation_data,
         pad_id=load_tokenizer(local.model_dir).pad_id,
         total_steps=total_steps(
             len(local.train_data),
@@ -257,12 +259,12 @@ def micro_batches(job: Job, step: int) -> list[Batch]:
     """This rank's rows of a step. Which rows a step has does not depend on the number of ranks."""
     training, world = job.config.training, job.world
     rows = rows_for_step(
-        step - 1, num_rows=len(job.train_data), global_batch_size=training.global_batch_size, seed=training.seed
+        step - 1, num_rows=len(job.local.train_data), global_batch_size=training.global_batch_size, seed=training.seed
     )
     mine = rows[world.rank :: world.size]
     size = training.micro_batch_size
     return [
-        collate([job.train_data[row] for row in mine[start : start + size]], pad_id=job.pad_id)
+        collate([job.local.train_data[row] for row in mine[start : start + size]], pad_id=job.pad_id)
         for start in range(0, len(mine), size)
     ]
 
@@ -292,7 +294,7 @@ def set_learning_rate(job: Job, step: int) -> None:
 @torch.no_grad()
 def validate(job: Job, step: int) -> None:
     """Reports the mean loss over the held-out tokens; every rank takes part in every forward pass."""
-    data, world, size = job.validation_data, job.world, job.config.training.micro_batch_size
+    data, world, size = job.local.validation_data, job.world, job.config.training.micro_batch_size
     if data is None:
         return
     job.model.eval()
@@ -312,39 +314,54 @@ def validate(job: Job, step: int) -> None:
 def export(job: Job) -> list[dict[str, Any]]:
     """Writes the outputs: all ranks gather the weights, rank 0 stores them; returns what it stored."""
     report("phase", phase="Exporting")
-    stored = []
+    stored: list[StoredOutput] = []
+    complete = scratch_dir() / "complete"
+    if any(output.type not in {"HuggingFace", "PEFT"} for output in job.config.outputs):
+        gather_model(job, complete)
     for output in job.config.outputs:
         folder = scratch_dir() / OUTPUTS_DIR / output.name
-        gather_output(job, output, folder)
+        if output.type == "PEFT":
+            gather_adapters(job, folder)
+        elif output.type == "HuggingFace":
+            gather_model(job, folder, dtype=output.dtype)
+        elif job.world.is_first:
+            convert(output, complete, folder)
         if job.world.is_first:
-            store = open_store(
-                output.uri or f"{job.config.run.directory}/{OUTPUTS_DIR}/{output.name}", s3=job.config.storage.s3
-            )
-            upload_tree(store, folder, "")
-            digest, size = folder_digest(folder)
-            told = {"name": output.name, "type": output.type, "uri": store.uri(), "digest": digest, "bytes": size}
-            report("output", **told)
-            stored.append(told)
-    barrier()  # no rank is done before the outputs are stored
-    return stored
-
-
-def gather_output(job: Job, output: Output, folder: Path) -> None:
-    """Puts one output's files into a folder of rank 0; the other ranks only give their parts."""
-    config, source_dir = job.config, job.model_dir
-    if output.type == "PEFT":
-        adapters = lora_state_dict(job.model)
-        if job.world.is_first and config.lora is not None:
-            source = config.model.hub.repo if config.model.hub else config.model.uri.location
-            save_peft(adapters, target_dir=folder, lora=config.lora, base_model=source)
-        return
-    weights = trained_weights(job.model)
+            stored.append(store_output(output, folder, config=job.config))
+            report("output", **stored[-1].told())
+            shutil.rmtree(folder)
     if job.world.is_first:
-        scale = lora_scale(job.model) if config.lora is not None else None
+        local = job.local
+        record_lineage(
+            job.config,
+            model=job.prepared.model,
+            model_dir=local.base_dir,
+            adapter=job.prepared.adapter,
+            adapter_dir=local.adapter_dir,
+            sources=lineage_sources(job.config.dataset.sources, job.prepared.sources),
+            outputs=stored,
+        )
+    barrier()  # no rank is done before the outputs are stored
+    return [output.told() for output in stored]
+
+
+def gather_model(job: Job, folder: Path, *, dtype: OutputDtype = "Source") -> None:
+    """Puts the complete model, with adapters merged, into a folder of rank 0; the other ranks only give their parts."""
+    source_dir, weights = job.local.model_dir, trained_weights(job.model)
+    if job.world.is_first:
+        scale = lora_scale(job.model) if job.config.lora is not None else None
         complete = complete_weights(weights, source_dir=source_dir, lora_scale=scale)
-        save_huggingface(complete, source_dir=source_dir, target_dir=folder, dtype=output.dtype)
+        save_huggingface(complete, source_dir=source_dir, target_dir=folder, dtype=dtype)
     for _ in weights:
         pass
+
+
+def gather_adapters(job: Job, folder: Path) -> None:
+    """Puts the adapters into a folder of rank 0; the other ranks only give their parts."""
+    adapters, model, lora = lora_state_dict(job.model), job.config.model, job.config.lora
+    if job.world.is_first and lora is not None:
+        base = model.hub.repo if model.hub else model.uri.location
+        save_peft(adapters, target_dir=folder, lora=lora, base_model=base)
 
 
 class Progress:
@@ -364,7 +381,7 @@ class Progress:
             attempt=attempt(),
             step=step,
             total_steps=job.total_steps,
-            epoch=round(step * job.config.training.global_batch_size / len(job.train_data), 4),
+            epoch=round(step * job.config.training.global_batch_size / len(job.local.train_data), 4),
             loss=totals.loss,
             learning_rate=job.optimizer.param_groups[0]["lr"],
             grad_norm=grad_norm,

@@ -13,6 +13,7 @@ from kubetune_trainer.config import JobConfig, S3Storage
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from kubetune_trainer.hub import HubRepo, find_repo
+from kubetune_trainer.model.adapter import save_merged
 from kubetune_trainer.model.config import CONFIG_FILE
 from kubetune_trainer.model.weights import INDEX_FILE, WEIGHTS_FILE
 from kubetune_trainer.names import COMPLETE_MARKER
@@ -92,6 +93,16 @@ def find_model(location: str, *, s3: S3Storage | None, commit: str | None = None
     return FoundModel(location=location, commit=commit, etags={path: files[path].etag for path in sorted(used)})
 
 
+def locate_adapter(config: JobConfig) -> FoundModel | None:
+    """Finds the adapter that belongs to the run's model; None where there is none.
+
+    Raises:
+        DataError: A file is missing.
+    """
+    adapter = config.model.adapter
+    return find_adapter(adapter.location, s3=adapter.s3 or config.storage.s3) if adapter else None
+
+
 def find_adapter(location: str, *, s3: S3Storage | None) -> FoundModel:
     """Looks at a PEFT folder without reading its weights.
 
@@ -135,6 +146,28 @@ def fetch_model(model: FoundModel, *, s3: S3Storage | None, only_small: bool = F
                 store.download(path, folder / path, etag=etag)
         (folder / COMPLETE_MARKER).touch()
     return folder
+
+
+def fetch_merged(model: FoundModel, adapter: FoundModel | None, *, config: JobConfig) -> tuple[Path, Path | None, Path]:
+    """Brings a model and its adapter to this machine and merges them, once per node.
+
+    Returns:
+        The folders of the model, of the adapter, and of the two as one; the first and the last are the same without an
+        adapter.
+
+    Raises:
+        DataError: A file has changed since the model was found, or the adapter does not fit the model.
+    """
+    base_dir = fetch_model(model, s3=model_s3(config))
+    if adapter is None or config.model.adapter is None:
+        return base_dir, None, base_dir
+    adapter_dir = fetch_model(adapter, s3=config.model.adapter.s3 or config.storage.s3)
+    merged_dir = scratch_dir() / "models" / f"{model.digest}-{adapter.digest}"
+    if not (merged_dir / COMPLETE_MARKER).exists():
+        shutil.rmtree(merged_dir, ignore_errors=True)
+        save_merged(base_dir, adapter_dir, merged_dir)
+        (merged_dir / COMPLETE_MARKER).touch()
+    return base_dir, adapter_dir, merged_dir
 
 
 def is_small(path: str) -> bool:

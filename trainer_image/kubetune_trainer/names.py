@@ -31,6 +31,7 @@ ENV_ATTEMPT: Final = "KUBETUNE_ATTEMPT"
 ENV_CPUS: Final = "KUBETUNE_CPUS"
 ENV_METRICS_PORT: Final = "KUBETUNE_METRICS_PORT"
 ENV_TERMINATION_LOG: Final = "KUBETUNE_TERMINATION_LOG"
+ENV_IMAGE: Final = "KUBETUNE_IMAGE"
 
 # Where those stand in a pod when the variable is not set.
 DEFAULT_SECRETS_DIR: Final = "/var/run/kubetune/secrets"
@@ -44,6 +45,7 @@ PREPARED_FILE: Final = "prepared.json"
 CHECKPOINTS_DIR: Final = "checkpoints"
 OUTPUTS_DIR: Final = "outputs"
 LOGS_DIR: Final = "logs"
+LINEAGE_FILE: Final = "lineage.json"
 COMPLETE_MARKER: Final = "COMPLETE"
 """Written last into a checkpoint or a cache entry; without it the folder does not exist."""
 

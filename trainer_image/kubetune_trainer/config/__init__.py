@@ -12,6 +12,7 @@ from kubetune_trainer.config.blocks import (
     HubSource,
     JobConfig,
     Model,
+    Parent,
     Run,
     S3Storage,
     SecretKey,
@@ -34,23 +35,33 @@ from kubetune_trainer.config.finetune import (
 from kubetune_trainer.config.load import (
     load_config,
 )
+from kubetune_trainer.config.outputs import ExecuTorch, Gguf, OutputBase
+from kubetune_trainer.config.quantize import Calibration, QuantizeConfig, QuantizedOutput, QuantizeGate, Verification
 
 __all__ = [
     "CaBundle",
+    "Calibration",
     "Checkpoint",
     "ComparedTo",
     "ConfigMapKey",
     "ConfigMapName",
     "Dataset",
     "EvalConfig",
+    "ExecuTorch",
     "FineTuneConfig",
     "Gate",
+    "Gguf",
     "HubModel",
     "HubSource",
     "JobConfig",
     "Lora",
     "Model",
     "Output",
+    "OutputBase",
+    "Parent",
+    "QuantizeConfig",
+    "QuantizeGate",
+    "QuantizedOutput",
     "ResumeFrom",
     "Run",
     "S3Storage",
@@ -63,6 +74,7 @@ __all__ = [
     "Training",
     "UriSource",
     "Validation",
+    "Verification",
     "Workspace",
     "load_config",
 ]

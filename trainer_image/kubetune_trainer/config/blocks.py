@@ -199,6 +199,19 @@ class Workspace(Block):
     """A folder; runs and the cache lie below it."""
 
 
+class Parent(Block):
+    """Another job whose result this one uses."""
+
+    kind: str
+    """Its kind."""
+    name: str
+    """Its name."""
+    uid: str
+    """Its identity."""
+    output: str | None = None
+    """Which of its outputs is used; unset where it is no output."""
+
+
 class Run(Block):
     """Which run this is and where its things lie; written by the operator, filled in for runs by hand."""
 
@@ -216,6 +229,8 @@ class Run(Block):
     """Pods that train."""
     processes_per_node: int = Field(default=1, ge=1)
     """Ranks in each."""
+    parents: tuple[Parent, ...] = ()
+    """Jobs whose results are used, for the lineage."""
 
 
 class JobConfig(Block):

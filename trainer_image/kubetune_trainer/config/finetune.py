@@ -10,11 +10,11 @@ from kubetune_trainer.config.blocks import (
     Block,
     Dataset,
     JobConfig,
-    ResourceName,
     Uri,
     check_one_of,
     check_unique_names,
 )
+from kubetune_trainer.config.outputs import OutputBase
 from kubetune_trainer.errors import ConfigError
 
 
@@ -91,17 +91,20 @@ class Checkpoint(Block):
     """Where to begin when this run has no checkpoint of its own."""
 
 
-class Output(Block):
+class Output(OutputBase):
     """One thing that the run leaves behind."""
 
-    name: ResourceName
-    """Its name in the status and its folder in the workspace."""
-    type: Literal["HuggingFace", "PEFT"]
-    """HuggingFace is a complete model with adapters merged; PEFT is the adapter alone."""
-    uri: Uri | None = None
-    """Where it goes; unset means outputs/<name> in the run's directory."""
+    type: Literal["HuggingFace", "PEFT", "GGUF", "ExecuTorch", "CompressedTensors"]
+    """HuggingFace is a complete model with adapters merged, PEFT the adapter alone; the others are complete models too,
+    in the format of another program: GGUF for llama.cpp, ExecuTorch for devices, CompressedTensors for vLLM."""
     dtype: Literal["Source", "BF16", "FP32"] = "Source"
     """Type of a HuggingFace output's weights; Source keeps the base model's."""
+
+    @model_validator(mode="after")
+    def _dtype_fits(self) -> Self:
+        if self.dtype != "Source" and self.type != "HuggingFace":
+            raise ValueError(f"may have a dtype only with type HuggingFace, got {self.type}")
+        return self
 
 
 class FineTuneConfig(JobConfig):
@@ -138,6 +141,11 @@ class FineTuneConfig(JobConfig):
         adapters = [output.name for output in self.outputs if output.type == "PEFT"]
         if self.tuning == "Full" and adapters:
             raise ValueError(f"outputs of type PEFT need tuning LoRA, got output {adapters[0]} with tuning Full")
+        if adapters and self.model.adapter is not None:
+            raise ValueError(
+                f"outputs of type PEFT need a model without an adapter, got output {adapters[0]} with model.adapter: "
+                "nothing but this run would have the merged model that it belongs to"
+            )
         check_unique_names("outputs", self.outputs)
         return self
 

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from kubetune_trainer.config.blocks import JobConfig
 from kubetune_trainer.config.evaluate import EvalConfig
 from kubetune_trainer.config.finetune import FineTuneConfig
+from kubetune_trainer.config.quantize import QuantizeConfig
 from kubetune_trainer.errors import ConfigError
 
 
@@ -30,7 +31,11 @@ _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
 
 Config = TypeVar("Config", bound=JobConfig)
 
-KINDS: Final[dict[str, type[JobConfig]]] = {"FineTuneJob": FineTuneConfig, "EvalJob": EvalConfig}
+KINDS: Final[dict[str, type[JobConfig]]] = {
+    "FineTuneJob": FineTuneConfig,
+    "EvalJob": EvalConfig,
+    "QuantizeJob": QuantizeConfig,
+}
 """Each kind's config."""
 
 

@@ -15,15 +15,24 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
-from kubetune_trainer.config import FineTuneConfig
+from kubetune_trainer.config import FineTuneConfig, JobConfig
 from kubetune_trainer.data.encode import SampleEncoder, epoch_of, held_samples, hold_out, trainable_tokens, write_rows
 from kubetune_trainer.data.sampler import total_steps
 from kubetune_trainer.data.sources import FoundSource, OpenSource, open_source
 from kubetune_trainer.data.store import DataStore, DataWriter
 from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.estimate import Estimate, count_parameters, estimate_memory
+from kubetune_trainer.export.convert import check_outputs
 from kubetune_trainer.model.config import read_config
-from kubetune_trainer.model_files import FoundModel, fetch_model, is_small, locate_model, model_s3
+from kubetune_trainer.model_files import (
+    FoundModel,
+    fetch_merged,
+    fetch_model,
+    is_small,
+    locate_adapter,
+    locate_model,
+    model_s3,
+)
 from kubetune_trainer.names import COMPLETE_MARKER, PREPARED_FILE, TERMINATION_MESSAGE_BYTES
 from kubetune_trainer.report import Report
 from kubetune_trainer.storage import Store, download_tree, open_store, scratch_dir, upload_tree
@@ -88,6 +97,8 @@ class Prepared(PreparedData):
     """Digest of the configuration's model, dataset and seed: a folder that was prepared for others is refused."""
     model: FoundModel
     """The model."""
+    adapter: FoundModel | None = None
+    """The adapter that is merged into it before the run begins."""
     sources: tuple[FoundSource, ...]
     """The datasets."""
     estimate: Estimate
@@ -100,7 +111,7 @@ class Prepared(PreparedData):
     def message(self) -> dict[str, Any]:
         """Returns the fields of the termination message; datasets too many for its size are left out of it."""
         model = {"location": self.model.location, "commit": self.model.commit, "etag": self.model.digest}
-        inner = {"asked", "model", "train", "validation"}
+        inner = {"asked", "model", "adapter", "train", "validation"}
         told = self.model_dump(mode="json", by_alias=True, exclude=inner, exclude_none=True)
         message = {"model": {key: value for key, value in model.items() if value}, **told}
         if len(json.dumps(message).encode()) > MESSAGE_BYTES:
@@ -113,7 +124,11 @@ class Local:
     """What a run trains on, on this machine."""
 
     model_dir: Path
-    """Folder of the model."""
+    """Folder of the model, with its adapter merged."""
+    base_dir: Path
+    """Folder of the model as it was found."""
+    adapter_dir: Path | None
+    """Folder of the adapter, if any."""
     train_data: DataStore
     """Rows to train on."""
     validation_data: DataStore | None
@@ -138,12 +153,14 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
     model = locate_model(config, report=report)
     folder = fetch_model(model, s3=model_s3(config), only_small=True)
     shape, tokenizer = read_config(folder), load_tokenizer(folder)
+    check_outputs(config.outputs, folder, title=config.title)
     sources = [open_source(source, config=config) for source in config.dataset.sources]
     data = _prepare_data(config, sources, model=model, tokenizer=tokenizer, report=report)
     prepared = Prepared(
         **dict(data),
         asked=_asked(config),
         model=model,
+        adapter=locate_adapter(config),
         sources=tuple(opened.found for opened in sources),
         estimate=estimate_memory(config, shape),
         parameters=count_parameters(shape),
@@ -165,10 +182,13 @@ def fetch(prepared: Prepared, config: FineTuneConfig) -> Local:
     Raises:
         DataError: The model has changed since the run was prepared.
     """
+    base_dir, adapter_dir, model_dir = fetch_merged(prepared.model, prepared.adapter, config=config)
     return Local(
-        model_dir=fetch_model(prepared.model, s3=model_s3(config)),
-        train_data=_fetch_rows(prepared.train, config),
-        validation_data=_fetch_rows(prepared.validation, config) if prepared.validation else None,
+        model_dir=model_dir,
+        base_dir=base_dir,
+        adapter_dir=adapter_dir,
+        train_data=fetch_rows(prepared.train, config),
+        validation_data=fetch_rows(prepared.validation, config) if prepared.validation else None,
     )
 
 
@@ -192,7 +212,8 @@ def _asked(config: FineTuneConfig) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _fetch_rows(rows: StoredRows, config: FineTuneConfig) -> DataStore:
+def fetch_rows(rows: StoredRows, config: JobConfig) -> DataStore:
+    """Brings a store of rows to this machine, unless it lies in a local folder."""
     store = open_store(rows.location, s3=config.storage.s3)
     local = store.local_path()
     if local is None:

@@ -1,18 +1,37 @@
-"""One digest for a whole folder, so that a later job can tell whether it gets what was written."""
+"""One digest for a whole folder, so that a later job, or a person, can tell whether it is what was written.
+
+Needs the standard library alone; the operator's command line computes the same from a copy of this rule.
+"""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+
+from kubetune_trainer.names import LINEAGE_FILE
 
 
 def folder_digest(folder: Path) -> tuple[str, int]:
     """Return a digest of all files in a folder, by name and content, and their bytes together.
 
-    The digest is `sha256:` and the SHA-256 of the lines that `sha256sum` prints for the files, sorted by path.
+    The digest is `sha256:` and the SHA-256 of the lines that `sha256sum` prints for the files, sorted by path. What
+    says where they came from, lineage.json, is not one of them, so that the digest is of the model alone.
     """
-    files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
-    lines = []
-    for name, path in files:
-        with path.open("rb") as stream:
-            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {name}\n")
-    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
-    return f"sha256:{digest}", sum(path.stat().st_size for _, path in files)
+    hashes = file_digests(folder)
+    return digest_of(hashes), sum((folder / name).stat().st_size for name in hashes)
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file in a folder, in hexadecimal, by its path there."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != LINEAGE_FILE:
+            with path.open("rb") as stream:
+                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def digest_of(hashes: Mapping[str, str]) -> str:
+    """Return the digest of a folder whose files have these hashes."""
+    lines = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"

@@ -64,11 +64,10 @@ def save_gguf(source: Path, target: Path, *, type: GGUFType = "F16", name: str =
         ConfigError: The weights' rows cannot be cut into the type's blocks; nothing is written then.
     """
     config = read_config(source)
-    metadata = {**_model_metadata(config, source=source), **tokenizer_metadata(source, vocab_size=config.vocab_size)}
+    metadata, types = check_gguf(source, type=type)
+    shapes = _shapes(config)
     with WeightFiles(source, tied_embeddings=config.tied_embeddings) as files:
-        shapes = {name: tuple(parameter.shape) for name, parameter in build_model(config).named_parameters()}
         files.check(shapes)
-        types = {name: _tensor_type(name, shape, config=config, wanted=type) for name, shape in shapes.items()}
         target.mkdir(parents=True, exist_ok=True)
         partial = target / f"{GGUF_FILE}.partial"
         writer = gguf.GGUFWriter(partial, ARCHITECTURE)
@@ -86,6 +85,20 @@ def save_gguf(source: Path, target: Path, *, type: GGUFType = "F16", name: str =
     for file in sorted(source.iterdir()):
         if file.is_file() and COMPANION_FILES.fullmatch(file.name):
             shutil.copyfile(file, target / file.name)
+
+
+def check_gguf(source: Path, *, type: GGUFType) -> tuple[Metadata, Mapping[str, gguf.GGMLQuantizationType]]:  # noqa: A002
+    """Return what the file will say of the model, and how each weight will be stored, without looking at any weight.
+
+    Raises:
+        DataError: The model or its tokenizer has something that llama.cpp has no word for.
+        ConfigError: The weights' rows cannot be cut into the type's blocks.
+    """
+    config = read_config(source)
+    metadata = {**_model_metadata(config, source=source), **tokenizer_metadata(source, vocab_size=config.vocab_size)}
+    return metadata, {
+        name: _tensor_type(name, shape, config=config, wanted=type) for name, shape in _shapes(config).items()
+    }
 
 
 def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
@@ -113,6 +126,10 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32, device: s
             values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).reshape(parameter.shape).copy())
             parameter.copy_(_half_split(values, head_dim=config.head_dim) if _is_rotated(name) else values)
     return model.eval()
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in build_model(config).named_parameters()}
 
 
 def gguf_name(name: str) -> str:

@@ -62,7 +62,7 @@ def load_model(
     if adapter is not None:
         from kubetune_trainer.model.adapter import merge_adapter  # noqa: PLC0415 - it needs this module first
 
-        merge_adapter(model, Path(adapter))
+        merge_adapter(model, Path(adapter), source=Path(path))
     return model.eval()
 
 

@@ -1,0 +1,133 @@
+"""Where an output comes from: lineage.json, beside each output and in the run's folder.
+
+    {"kind": "FineTuneJob", "name": …, "model": {"location": …, "digest": …}, "sources": […], "parents": […],
+     "outputs": [{"name": "merged", "digest": "sha256:…", …}], "output": "merged", "files": {"config.json": …}}
+
+`output` and `files` say which of the outputs the folder is, and are only there. A parent stands in it with its own
+lineage where the model came with one, so that one file tells the whole way back to the first model and data.
+"""
+
+import datetime as dt
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kubetune_trainer.config import JobConfig, Source
+from kubetune_trainer.data.sources import FoundSource
+from kubetune_trainer.export.digest import digest_of
+from kubetune_trainer.export.store import StoredOutput
+from kubetune_trainer.model_files import FoundModel
+from kubetune_trainer.names import ENV_IMAGE, LINEAGE_FILE
+from kubetune_trainer.storage import open_store
+
+Lineage = dict[str, Any]
+
+
+def record_lineage(
+    config: JobConfig,
+    *,
+    model: FoundModel,
+    model_dir: Path,
+    adapter: FoundModel | None = None,
+    adapter_dir: Path | None = None,
+    sources: Sequence[Mapping[str, Any]] = (),
+    outputs: Sequence[StoredOutput] = (),
+) -> Lineage:
+    """Write a finished run's lineage into its folder and into each of its outputs; call it on one rank.
+
+    Args:
+        config: The run.
+        model: The model that it began with.
+        model_dir: That model's files, here.
+        adapter: The adapter that was merged into it, if any.
+        adapter_dir: The adapter's files, here.
+        sources: What `lineage_sources` returns, or the like: name, and location, commit, etag or digest.
+        outputs: What it leaves behind, stored already.
+    """
+    inputs = [_input(model, model_dir)]
+    if adapter is not None and adapter_dir is not None:
+        inputs.append(_input(adapter, adapter_dir))
+    folders = [folder for folder in (model_dir, adapter_dir) if folder is not None]
+    lineage: Lineage = {
+        "apiVersion": config.api_version,
+        "kind": config.kind,
+        "namespace": config.run.namespace,
+        "name": config.run.name,
+        "uid": config.run.uid,
+        "image": os.environ.get(ENV_IMAGE),
+        "configDigest": config_digest(config),
+        "model": inputs[0],
+        "adapter": inputs[1] if len(inputs) > 1 else None,
+        "sources": [dict(source) for source in sources],
+        "parents": list(_parents(config, folders)),
+        "outputs": [output.told() for output in outputs],
+        "finishedAt": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+    lineage = {key: value for key, value in lineage.items() if value is not None}
+    _write(lineage, config.run.directory, config=config)
+    for output in outputs:
+        _write({**lineage, "output": output.name, "files": dict(output.files)}, output.uri, config=config)
+    return lineage
+
+
+def lineage_sources(sources: Sequence[Source], found: Sequence[FoundSource]) -> list[Lineage]:
+    """Return what a lineage says of datasets: what the config calls them, and what they were when they were read."""
+    locations = {
+        source.name: source.hub.repo if source.hub else source.uri.location if source.uri else None
+        for source in sources
+    }
+    return [
+        {"name": each.name, **_given({"location": locations.get(each.name), **each.model_dump(exclude={"name"})})}
+        for each in found
+    ]
+
+
+def config_digest(config: JobConfig) -> str:
+    """Return a digest of all that the run was told, but not of where it ran."""
+    told = config.model_dump(mode="json", exclude={"run"})
+    return f"sha256:{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}"
+
+
+def read_lineage(folder: Path) -> Lineage | None:
+    """Return the lineage that lies in a model folder; None where there is none that can be read."""
+    try:
+        found = json.loads((folder / LINEAGE_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _input(model: FoundModel, folder: Path) -> Lineage:
+    """Say what a model folder was: its digest is the one that the job which wrote it has in its outputs."""
+    hashes = {}
+    for path in model.etags:
+        if path != LINEAGE_FILE:
+            with (folder / path).open("rb") as stream:
+                hashes[path] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return _given({"location": model.location, "commit": model.commit, "digest": digest_of(hashes)})
+
+
+def _parents(config: JobConfig, folders: Sequence[Path]) -> Iterator[Lineage]:
+    found = {}
+    for folder in folders:
+        lineage = read_lineage(folder)
+        if lineage is not None:
+            told = {key: value for key, value in lineage.items() if key not in {"files", "output"}}
+            found[lineage.get("kind"), lineage.get("name"), lineage.get("uid")] = told
+    for parent in config.run.parents:
+        yield found.pop((parent.kind, parent.name, parent.uid), None) or parent.model_dump(
+            include={"kind", "name", "uid"}
+        )
+    yield from found.values()
+
+
+def _write(lineage: Lineage, uri: str, *, config: JobConfig) -> None:
+    content = json.dumps(lineage, indent=2, ensure_ascii=False) + "\n"
+    open_store(uri, s3=config.storage.s3).write_bytes(LINEAGE_FILE, content.encode())
+
+
+def _given(values: Mapping[str, Any]) -> Lineage:
+    return {key: value for key, value in values.items() if value is not None}
