@@ -9,7 +9,7 @@ the same model on the same data.
 import argparse
 from collections.abc import Sequence
 
-from kubetune_trainer.config import EvalConfig, FineTuneConfig, JobConfig, load_config
+from kubetune_trainer.config import EvalConfig, FineTuneConfig, JobConfig, QuantizeConfig, load_config
 from kubetune_trainer.report import report, run, write_termination_message
 
 
@@ -33,6 +33,10 @@ def prepare(config: JobConfig) -> dict[str, object]:
         from kubetune_trainer.evaluate.prepare import prepare as prepare_evaluation  # noqa: PLC0415
 
         return prepare_evaluation(config, report=report).message()
+    if isinstance(config, QuantizeConfig):
+        from kubetune_trainer.quantize.prepare import prepare as prepare_quantization  # noqa: PLC0415
+
+        return prepare_quantization(config, report=report).message()
     raise AssertionError(f"{config.kind} has no step of its own before its work")
 
 

@@ -1,0 +1,101 @@
+"""Make one output of a quantization, and run what was made: from a model folder to files, from files to logits."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kubetune_trainer.config import QuantizedOutput
+from kubetune_trainer.config.outputs import GROUP_SIZE
+from kubetune_trainer.data.sampler import Batch
+from kubetune_trainer.export.convert import convert
+from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.model.weights import load_model
+from kubetune_trainer.quantize.verify import Logits
+
+
+def write_output(
+    output: QuantizedOutput,
+    source: Path,
+    target: Path,
+    *,
+    calibration: Sequence[Batch] = (),
+    device: torch.device,
+    scratch: Path,
+    done: Callable[[], object],
+) -> None:
+    """Write a model folder in the form that an output asks for.
+
+    Args:
+        output: The output.
+        source: Complete model in Hugging Face format.
+        target: Made if it is not there.
+        calibration: Rows by which weights are rounded; none rounds each to the nearest value.
+        device: Where rounding by data computes.
+        scratch: A folder for what is in between.
+        done: Called after each tensor that is rounded, where the format is written tensor by tensor.
+    """
+    group_size = output.group_size or GROUP_SIZE
+    if output.type == "CompressedTensors":
+        from kubetune_trainer.export.compressed_tensors import SCHEMES, save_compressed_tensors  # noqa: PLC0415
+
+        if not calibration:
+            save_compressed_tensors(source, target, scheme=output.scheme, group_size=group_size, done=done)
+            return
+        from kubetune_trainer.quantize.calibrate import calibrate  # noqa: PLC0415
+
+        scheme = SCHEMES[output.scheme]
+        size = group_size if scheme.grouped else None
+        rounded = calibrate(
+            source, calibration, bits=scheme.bits, group_size=size, folder=scratch, device=device, done=done
+        )
+        save_compressed_tensors(source, target, scheme=output.scheme, group_size=group_size, rounded=rounded)
+    elif output.type == "TorchAO":
+        from kubetune_trainer.export.torchao import save_torchao  # noqa: PLC0415
+
+        save_torchao(source, target, scheme=output.scheme, group_size=group_size, done=done)
+    else:
+        convert(output, source, target)
+
+
+def logits_of(output: QuantizedOutput, folder: Path, *, device: torch.device) -> Logits:
+    """Load what was written, and return what computes its logits for a batch."""
+    if output.type == "ExecuTorch":
+        return _logits_of_program(folder)
+    if output.type == "GGUF":
+        from kubetune_trainer.export.gguf import load_gguf  # noqa: PLC0415
+
+        return logits_of_model(load_gguf(folder, device=device))
+    return logits_of_model(load_model(folder, dtype=torch.float32, device=device))
+
+
+def logits_of_model(model: Decoder) -> Logits:
+    """Return what computes a model's logits for a batch."""
+
+    def logits(batch: Batch) -> Tensor:
+        on_device = batch.to(model.head.device)
+        return model(on_device.tokens, positions_BT=on_device.positions, documents_BT=on_device.documents)
+
+    return logits
+
+
+def _logits_of_program(folder: Path) -> Logits:
+    """Return what runs an ExecuTorch program; it knows one document at a time, from its beginning."""
+    from kubetune_trainer.export.executorch import ExecuTorchModel  # noqa: PLC0415
+
+    program = ExecuTorchModel(folder)
+
+    def logits(batch: Batch) -> Tensor:
+        rows = []
+        for tokens_T, documents_T in zip(batch.tokens, batch.documents, strict=True):
+            lengths = torch.unique_consecutive(documents_T, return_counts=True)
+            parts = [
+                program.logits(part[None])[0] if document >= 0 else torch.zeros(len(part), 0)
+                for document, part in zip(lengths[0].tolist(), tokens_T.split(lengths[1].tolist()), strict=True)
+            ]
+            width = max(part.shape[1] for part in parts)
+            rows.append(torch.cat([part if part.shape[1] else part.new_zeros(len(part), width) for part in parts]))
+        return torch.stack(rows)
+
+    return logits

@@ -1,0 +1,74 @@
+"""What a run has finished: outputs that are stored and measured, so that a killed run need not make them again."""
+
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kubetune_trainer.config import QuantizeConfig, QuantizedOutput
+from kubetune_trainer.export.store import StoredOutput
+from kubetune_trainer.quantize.verify import Comparison
+from kubetune_trainer.storage import Store, open_store
+
+FINISHED_DIR: Final = "finished"
+
+
+class FinishedOutput(BaseModel):
+    """One output, stored and measured; a file of the run's folder, written after everything else of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    asked: str
+    """Digest of what the run was prepared for."""
+    stored: StoredOutput
+    """Where it is."""
+    scheme: str | None
+    """How it is quantized."""
+    source_bytes: int
+    """Size of the model that it was made from."""
+    comparison: Comparison | None
+    """How far it is from that model; None where nothing was compared."""
+
+    def told(self) -> dict[str, Any]:
+        """Return what the status says of it."""
+        told = {**self.stored.told(), "scheme": self.scheme, "source_bytes": self.source_bytes}
+        if self.comparison is not None:
+            found = self.comparison
+            told |= {
+                "perplexity": found.perplexity,
+                "source_perplexity": found.source_perplexity,
+                "divergence": {
+                    "meanKl": found.mean_kl,
+                    "topTokenAgreementPercent": found.top_token_agreement_percent,
+                    "maxLogitDifference": found.max_logit_difference,
+                },
+            }
+        return {name: value for name, value in told.items() if value is not None}
+
+    def save(self, store: Store) -> None:
+        """Write it into the run's folder."""
+        store.write_bytes(_path(self.stored.name), self.model_dump_json(indent=2).encode())
+
+
+def find_finished(
+    output: QuantizedOutput, *, config: QuantizeConfig, store: Store, asked: str
+) -> FinishedOutput | None:
+    """Return an output that an earlier attempt finished; None where there is none, or not this one, or not all of it.
+
+    Args:
+        output: The output.
+        config: The run.
+        store: The run's folder.
+        asked: Digest of what the run was prepared for.
+    """
+    if not store.exists(_path(output.name)):
+        return None
+    try:
+        found = FinishedOutput.model_validate_json(store.read_bytes(_path(output.name)))
+    except ValidationError:
+        return None
+    there = {info.path for info in open_store(found.stored.uri, s3=config.storage.s3).list()}
+    return found if found.asked == asked and there.issuperset(found.stored.files) else None
+
+
+def _path(name: str) -> str:
+    return f"{FINISHED_DIR}/{name}.json"
