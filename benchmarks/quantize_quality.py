@@ -1,0 +1,264 @@
+"""What quantization costs: each scheme and format on one model, by size, perplexity and divergence; GPTQ and without.
+
+    python examples/fetch_smollm2.py models/smollm2
+    python benchmarks/quantize_quality.py --model models/smollm2
+
+That model comes from a 4-bit file (GGUF Q4_1), so its weights sit on a grid that this type hits for nothing. All of
+them are trained first, in fp32, until they are off it; `offGrid` is how much the type changes them before and after
+(weights that were never on a grid: 0.078). Text: the tickets in examples/data and this project's pages; perplexity is
+over every token of tickets and a page that neither training nor calibration saw. Each output is loaded from its files,
+by us for the numbers, and by the engine that it is for, whose likeliest tokens are compared with ours. The last line is
+one JSON object.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kubetune_trainer.data.sampler import Batch, collate
+from kubetune_trainer.data.store import Row
+from kubetune_trainer.export.compressed_tensors import save_compressed_tensors
+from kubetune_trainer.export.gguf import GGUF_FILE, load_gguf, save_gguf
+from kubetune_trainer.export.huggingface import save_huggingface
+from kubetune_trainer.export.torchao import save_torchao
+from kubetune_trainer.model.config import quantization_method
+from kubetune_trainer.model.weights import load_model
+from kubetune_trainer.quantize.calibrate import calibrate
+from kubetune_trainer.quantize.rounding import Rounded
+from kubetune_trainer.quantize.verify import Logits, compare
+from kubetune_trainer.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+HELD_OUT_PAGES = ("troubleshooting.md",)
+ROW_TOKENS = 256
+LEARNING_RATE = 1e-3
+WARMUP_STEPS = 4
+GRID_PROBE = "model.layers.15.mlp.down_proj.weight"
+GROUP_SIZE = 32
+WITH_GPTQ = " + GPTQ"
+
+COMPRESSED = [
+    ("CompressedTensors", "Int8WeightOnly"),
+    ("CompressedTensors", "Int8DynamicActivation"),
+    ("CompressedTensors", "Int4WeightOnly"),
+    ("CompressedTensors", f"Int4WeightOnly{WITH_GPTQ}"),
+]
+TORCHAO = [("TorchAO", scheme) for scheme in ("Int8WeightOnly", "Int8DynamicActivationInt4Weight", "NF4")]
+GGUF = [("GGUF", kind) for kind in ("F16", "Q8_0", "Q4_0", "Q4_1")]
+
+
+def main() -> int:
+    """Trains the base, makes and measures each output, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a folder in Hugging Face format")
+    parser.add_argument("--steps", type=int, default=24, help="of training, 2 rows each; 0 takes the model as it is")
+    parser.add_argument("--calibration-rows", type=int, default=24)
+    parser.add_argument("--verify-rows", type=int, default=8)
+    options = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        training, verify = read_rows(options.model, verify_rows=options.verify_rows)
+        base = train(options.model, folder / "base", training, steps=options.steps)
+        off_grid = [grid_error(each) for each in (options.model, base)]
+        print(f"off the 4-bit grid: {off_grid[0]:.3f} before training, {off_grid[1]:.3f} after")
+        calibration = training[-options.calibration_rows :]
+        tick = time.perf_counter()
+        rounded = calibrate(base, calibration, bits=4, group_size=GROUP_SIZE, folder=folder / "rounded")
+        gptq_seconds = time.perf_counter() - tick
+        rows = list(measure(base, folder, verify, rounded=rounded))
+    summary = {
+        "benchmark": "quantize_quality",
+        "steps": options.steps,
+        "offGrid": {"before": off_grid[0], "after": off_grid[1]},
+        "verifyTokens": sum(batch.trained_tokens for batch in verify),
+        "calibrationTokens": sum(batch.num_tokens for batch in calibration),
+        "gptqSeconds": round(gptq_seconds, 1),
+        "gptqGain": gain(rows),
+        "seconds": round(time.perf_counter() - began),
+        "outputs": rows,
+    }
+    sys.stdout.write(json.dumps(summary) + "\n")
+    return 0
+
+
+def read_rows(model: Path, *, verify_rows: int) -> tuple[list[Batch], list[Batch]]:
+    """Rows of text to train and calibrate on, in an order that mixes both kinds, and rows of text held out of them."""
+    tokenizer = load_tokenizer(model)
+    pages = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+
+    def cut(texts: Sequence[str]) -> list[Batch]:
+        tokens = [token for text in texts for token in tokenizer.encode(text + "\n")]
+        parts = [tokens[at : at + ROW_TOKENS] for at in range(0, len(tokens) - ROW_TOKENS, ROW_TOKENS)]
+        return [collate([Row.of(part, [True] * ROW_TOKENS)], pad_id=tokenizer.pad_id) for part in parts]
+
+    seen = cut(tickets("train")) + cut([page for name, page in pages.items() if name not in HELD_OUT_PAGES])
+    order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0)).tolist()
+    half = verify_rows // 2
+    held = cut(tickets("heldout"))[:half] + cut([pages[name] for name in HELD_OUT_PAGES])[: verify_rows - half]
+    return [seen[at] for at in order], held
+
+
+def tickets(part: str) -> list[str]:
+    """The conversations of one file, as text."""
+    lines = (ROOT / "examples" / "data" / f"tickets-{part}.jsonl").read_text().splitlines()
+    return ["\n".join(message["content"] for message in json.loads(line)["messages"]) for line in lines]
+
+
+def train(source: Path, target: Path, rows: Sequence[Batch], *, steps: int) -> Path:
+    """Trains every weight in fp32, and writes the model in bf16."""
+    model = load_model(source, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / WARMUP_STEPS, 1 - step / steps)
+        loss = 0.0
+        for batch in (rows[at % len(rows)] for at in (2 * step, 2 * step + 1)):
+            mean = model(batch.tokens, labels_BT=batch.labels) / batch.trained_tokens / 2
+            mean.backward()
+            loss += float(mean.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step + 1} of {steps}: loss {loss:.3f}", flush=True)
+    save_huggingface(model.named_parameters(), source_dir=source, target_dir=target, dtype="BF16")
+    return target
+
+
+def grid_error(folder: Path) -> float:
+    """How far a matrix is from the nearest one that a Q4_1 file can say, relative to its size."""
+    weight = load_model(folder, dtype=torch.float32).get_parameter(GRID_PROBE).detach().numpy()
+    kind = gguf.GGMLQuantizationType.Q4_1
+    rounded = gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
+    return round(float(np.linalg.norm(weight - rounded) / np.linalg.norm(weight)), 4)
+
+
+def measure(
+    base: Path, folder: Path, verify: Sequence[Batch], *, rounded: Mapping[str, Rounded]
+) -> Iterator[dict[str, Any]]:
+    """Makes each output, loads it twice and compares it with the base; prints a row of the table for each."""
+    source = logits_of(load_model(base, dtype=torch.float32))
+    known = {id(batch): source(batch) for batch in verify}
+    print(f"{'format':18} {'scheme':32} {'MB':>6} {'perplexity':>10} {'increase':>8} {'KL':>8} {'top %':>6}  loaded by")
+    row = {"format": "HuggingFace", "scheme": "BF16", "bytes": size_of(base)}
+    perplexity = compare(lambda batch: known[id(batch)], lambda batch: known[id(batch)], verify).perplexity
+    print(f"{row['format']:18} {row['scheme']:32} {row['bytes'] / 1e6:6.1f} {perplexity:10.3f}")
+    yield {**row, "perplexity": perplexity}
+    for kind, scheme in [*COMPRESSED, *TORCHAO, *GGUF]:
+        target = folder / "output"
+        write(kind, scheme, base, target, rounded=rounded)
+        ours = logits_of(load_gguf(target) if kind == "GGUF" else load_model(target, dtype=torch.float32))
+        found = compare(lambda batch: known[id(batch)], ours, verify)
+        engine, agreed = ENGINES[kind if scheme != "NF4" else scheme](target, verify[0], ours(verify[0]))
+        row = {
+            "format": kind,
+            "scheme": scheme,
+            "bytes": size_of(target),
+            **{name: round(value, 6) for name, value in asdict(found).items()},
+            "perplexityIncreasePercent": round(found.perplexity_increase_percent, 4),
+            "engine": engine,
+            "engineAgreementPercent": agreed,
+        }
+        print(
+            f"{kind:18} {scheme:32} {row['bytes'] / 1e6:6.1f} {found.perplexity:10.3f}"
+            f" {found.perplexity_increase_percent:+7.2f}% {found.mean_kl:8.5f}"
+            f" {found.top_token_agreement_percent:6.1f}  {engine} ({agreed:.1f} % as we do)",
+            flush=True,
+        )
+        yield row
+        shutil.rmtree(target)
+
+
+def write(kind: str, scheme: str, base: Path, target: Path, *, rounded: Mapping[str, Rounded]) -> None:
+    """Writes one output."""
+    if kind == "GGUF":
+        save_gguf(base, target, type=scheme)
+    elif kind == "TorchAO":
+        save_torchao(base, target, scheme=scheme, group_size=GROUP_SIZE)
+    else:
+        plain = scheme.removesuffix(WITH_GPTQ)
+        given = None if plain == scheme else rounded
+        save_compressed_tensors(base, target, scheme=plain, group_size=GROUP_SIZE, rounded=given)
+
+
+def size_of(folder: Path) -> int:
+    """Size of the files with weights."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in {".safetensors", ".gguf"})
+
+
+def logits_of(model: torch.nn.Module) -> Logits:
+    """What computes a model's logits."""
+
+    @torch.inference_mode()
+    def logits(batch: Batch) -> Tensor:
+        return model(batch.tokens)
+
+    return logits
+
+
+def in_transformers(folder: Path, batch: Batch, ours: Tensor) -> tuple[str, float]:
+    """Loads a folder with transformers; says at how many positions its likeliest token is ours."""
+    # Its torchao weights compute in the type that they were stored in, and in no other.
+    dtype = torch.bfloat16 if quantization_method(folder) == "torchao" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    with torch.inference_mode():
+        return "transformers", agreement(model(batch.tokens).logits[0], ours[0])
+
+
+def in_kubetune_alone(_folder: Path, _batch: Batch, _ours: Tensor) -> tuple[str, float]:
+    """Nothing else loads it."""
+    return "kubetune", 100.0
+
+
+def in_llama_cpp(folder: Path, batch: Batch, ours: Tensor) -> tuple[str, float]:
+    """Loads a file with llama.cpp; says at how many positions its likeliest token is ours."""
+    threads = torch.get_num_threads()
+    loaded = llama_cpp.Llama(
+        str(folder / GGUF_FILE), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False, logits_all=True
+    )
+    try:
+        loaded.eval(batch.tokens[0].tolist())
+        return "llama.cpp", agreement(torch.from_numpy(np.array(loaded.scores[: batch.tokens.shape[1]])), ours[0])
+    finally:
+        loaded.close()
+
+
+def agreement(theirs: Tensor, ours: Tensor) -> float:
+    """Part of the positions with the same likeliest token, in percent."""
+    return round(100 * float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()), 1)
+
+
+ENGINES: Mapping[str, Callable[[Path, Batch, Tensor], tuple[str, float]]] = {
+    "CompressedTensors": in_transformers,
+    "TorchAO": in_transformers,
+    "GGUF": in_llama_cpp,
+    "NF4": in_kubetune_alone,
+}
+
+
+def gain(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What GPTQ takes off the cost of rounding to 4 bits: parts of its divergence and of its rise in perplexity."""
+    by_scheme = {row["scheme"]: row for row in rows if row["format"] == "CompressedTensors"}
+    nearest, ours = by_scheme["Int4WeightOnly"], by_scheme[f"Int4WeightOnly{WITH_GPTQ}"]
+    names = {"meanKl": "mean_kl", "perplexityIncrease": "perplexityIncreasePercent"}
+    return {name: round(1 - ours[field] / nearest[field], 3) for name, field in names.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
