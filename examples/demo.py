@@ -1,20 +1,19 @@
-"""`make demo`: fine-tune a real model on a real cluster, the way a user of a GPU cluster would.
+"""`make demo`: a chain on a real cluster, the way a user of a GPU cluster would run it.
 
-A Kubernetes node comes up, Helm installs the chart, kubectl applies examples/tickets.yaml, two pods train,
-the model comes back from object storage, and its answers on tickets that it never saw are compared with those of the
-model it began as. Each stage says what it took. A cluster that was up before stays up; otherwise it is taken down.
+A Kubernetes node comes up, Helm installs the chart, kubectl applies examples/pipeline.yaml: two pods fine-tune a model,
+its answers to tickets that it never saw are judged before and after, and what is good enough is quantized and judged
+again. Each stage says what it took. A cluster that was up before stays up; otherwise it is taken down.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
+
+import yaml
 
 from tests.cluster import local
 from tests.cluster.local import Cluster
@@ -22,46 +21,45 @@ from tests.cluster.paths import CACHE, ROOT
 from tests.cluster.progress import stage
 
 NAMESPACE: Final = "demo"
-MANIFEST: Final = ROOT / "examples" / "tickets.yaml"
-TRAIN_DATA: Final = ROOT / "examples" / "data" / "tickets-train.jsonl"
-HELDOUT_DATA: Final = ROOT / "examples" / "data" / "tickets-heldout.jsonl"
+MANIFEST: Final = ROOT / "examples" / "pipeline.yaml"
+DATA: Final = ROOT / "examples" / "data"
 BASE_MODEL: Final = CACHE / "models" / "smollm2-135m-instruct"
 TUNED_MODEL: Final = CACHE / "demo" / "tickets"
-TIMEOUT_SECONDS: Final = 900
+TIMEOUT_SECONDS: Final = 1800
+SHOWN: Final = {
+    "loss": "loss",
+    "validationLoss": "validation loss",
+    "tokensPerSecond": "tokens/s",
+    "etaSeconds": "seconds left:",
+}
+"""What a line shows of a job's progress beside its steps, and what it calls it."""
+
+Status = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Score:
-    """How answers compare with what they should be.
+class JobName(NamedTuple):
+    """A job of the chain."""
 
-    Attributes:
-        samples: How many were asked.
-        formatted: Answers that are one JSON object with exactly the wanted keys.
-        exact: Answers whose object is the wanted one.
-    """
-
-    samples: int
-    formatted: int
-    exact: int
+    kind: str
+    name: str
 
 
 def main() -> None:
-    """Everything, in order; exits with 1 and the job's own message when it fails."""
+    """Everything, in order; exits with 1 and the job's own message when one fails."""
     began = time.monotonic()
     with local.whole() as cluster, a_namespace(cluster):
         bring_model_and_data(cluster)
-        status = fine_tune(cluster)
+        statuses = run_chain(cluster)
+        print(cluster.kubectl("get", "kubetune", "--namespace", NAMESPACE).stdout, end="")
         with stage("fetching the tuned model from S3"):
-            cluster.download(output_uri(status, "merged"), TUNED_MODEL)
-    before = score("before", BASE_MODEL)
-    after = score("after", TUNED_MODEL)
-    show(status, before, after)
+            cluster.download(statuses["tickets"]["outputs"][0]["uri"], TUNED_MODEL)
+    show(statuses)
     print(f"\nThe whole demo took {time.monotonic() - began:.0f} s. The tuned model is in {TUNED_MODEL}.")
 
 
 @contextmanager
 def a_namespace(cluster: Cluster) -> Iterator[None]:
-    """A namespace for the job, with the S3 server's credentials."""
+    """A namespace for the jobs, with the S3 server's credentials."""
     cluster.kubectl("create", "namespace", NAMESPACE)
     try:
         cluster.kubectl("apply", "--filename", "-", input=local.s3_secret(NAMESPACE))
@@ -71,104 +69,76 @@ def a_namespace(cluster: Cluster) -> Iterator[None]:
 
 
 def bring_model_and_data(cluster: Cluster) -> None:
-    """Put the base model and the training data where the manifest looks for them."""
+    """Put the base model, the training data and the task where the manifests look for them."""
     with stage("model and data into S3"):
         subprocess.run([sys.executable, ROOT / "examples" / "fetch_smollm2.py", BASE_MODEL], check=True)
         cluster.make_bucket("runs")
         cluster.upload(BASE_MODEL, f"s3://models/{BASE_MODEL.name}")
-        cluster.upload(TRAIN_DATA, f"s3://data/{TRAIN_DATA.name}")
+        cluster.upload(DATA / "tickets-train.jsonl", "s3://data/tickets-train.jsonl")
+        for name in ("tickets.yaml", "tickets-heldout.jsonl"):
+            cluster.upload(DATA / name, f"s3://data/tickets/{name}")
 
 
-def fine_tune(cluster: Cluster) -> dict[str, Any]:
-    """Apply the manifest, show how it goes, return its final status."""
+def run_chain(cluster: Cluster) -> dict[str, Status]:
+    """Apply the chain, show how it goes, and return the final status of each job by its name."""
     with stage(f"kubectl apply -f {MANIFEST.relative_to(ROOT)}"):
         cluster.kubectl("apply", "--namespace", NAMESPACE, "--filename", str(MANIFEST))
-        status = follow(cluster, "tickets")
-    if status["state"] != "Complete":
-        failed = next(each for each in status["conditions"] if each["type"] == "Failed")
-        sys.exit(f"the FineTuneJob failed: {failed['reason']}: {failed['message']}")
-    print(cluster.kubectl("get", "finetunejobs", "--namespace", NAMESPACE, "--output", "wide").stdout, end="")
-    return status
+        manifests = list(yaml.safe_load_all(MANIFEST.read_text()))
+        return follow(cluster, [JobName(each["kind"], each["metadata"]["name"]) for each in manifests])
 
 
-def follow(cluster: Cluster, name: str) -> dict[str, Any]:
-    """Print a line whenever the job's status has something new, until it is over."""
-    shown = ""
+def follow(cluster: Cluster, jobs: Sequence[JobName]) -> dict[str, Status]:
+    """Print a line whenever the status of a job has something new, until all are complete."""
+    lines: dict[JobName, str] = {}
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
-        answer = cluster.kubectl("get", "finetunejob", name, "--namespace", NAMESPACE, "--output", "json")
-        status: dict[str, Any] = json.loads(answer.stdout).get("status", {})
-        if (line := describe(status)) != shown:
-            shown = line
-            print(f"   {line}", file=sys.stderr, flush=True)
-        if status.get("state") in {"Complete", "Failed"}:
-            return status
+        statuses = read_statuses(cluster)
+        for job in jobs:
+            line = f"{job.kind} {job.name}: {describe(statuses.get(job, {}))}"
+            if line != lines.get(job):
+                lines[job] = line
+                print(f"   {line}", file=sys.stderr, flush=True)
+        states = [statuses.get(job, {}).get("state") for job in jobs]
+        if "Failed" in states:
+            raise SystemExit(lines[jobs[states.index("Failed")]])
+        if all(state == "Complete" for state in states):
+            return {job.name: statuses[job] for job in jobs}
         time.sleep(1)
-    raise SystemExit(f"the FineTuneJob was not done in {TIMEOUT_SECONDS} s; its status says: {shown}")
+    raise SystemExit(f"the chain was not done in {TIMEOUT_SECONDS} s:\n" + "\n".join(lines.values()))
 
 
-def describe(status: Mapping[str, Any]) -> str:
+def read_statuses(cluster: Cluster) -> dict[JobName, Status]:
+    """The status of each job of the demo."""
+    listed = json.loads(cluster.kubectl("get", "kubetune", "--namespace", NAMESPACE, "--output", "json").stdout)
+    return {JobName(each["kind"], each["metadata"]["name"]): each.get("status", {}) for each in listed["items"]}
+
+
+def describe(status: Status) -> str:
     """A status in one line."""
-    progress = status.get("progress", {})
-    parts = [status.get("state", "Pending")]
-    if "step" in progress:
-        parts.append(f"step {progress['step']}/{progress['totalSteps']}")
-    parts += [f"{label} {progress[key]}" for key, label in LABELS.items() if key in progress]
+    state, progress = status.get("state", "Pending"), status.get("progress", {})
+    parts = [state]
+    if state in {"Pending", "Failed"}:
+        about = "Failed" if state == "Failed" else "Running"
+        parts += [each["message"] for each in status.get("conditions", []) if each["type"] == about]
+    elif "steps" in progress or "ofTotal" in progress:
+        parts.append(progress.get("steps") or progress["ofTotal"])
+    parts += [f"{label} {progress[key]}" for key, label in SHOWN.items() if state == "Running" and key in progress]
+    parts += [f"gate: {each['message']}" for each in status.get("gates", [])]
     return "  ".join(parts)
 
 
-LABELS: Final = {
-    "loss": "loss",
-    "validationLoss": "validation loss",
-    "tokensPerSecond": "tokens/s",
-    "etaSeconds": "seconds left:",
-}
-"""What `describe` shows of the progress, and what it calls it."""
-
-
-def score(when: str, model: Path) -> Score:
-    """Ask the model about every held-out ticket and compare."""
-    answers_file = CACHE / "demo" / f"answers-{when}.jsonl"
-    answers_file.parent.mkdir(parents=True, exist_ok=True)
-    with stage(f"answers to {HELDOUT_DATA.name} {when} training"):
-        command = [sys.executable, str(ROOT / "recipes" / "generate.py"), "--model", str(model)]
-        command += ["--prompts", str(HELDOUT_DATA), "--output", str(answers_file), "--max-new-tokens", "64"]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() or 1)})
-    wanted = [json.loads(line)["messages"][-1]["content"] for line in HELDOUT_DATA.read_text().splitlines()]
-    answers = [json.loads(line)["answer"] for line in answers_file.read_text().splitlines()]
-    return compare(answers, wanted)
-
-
-def compare(answers: list[str], wanted: list[str]) -> Score:
-    """Score answers; an answer that is no JSON object has no keys at all."""
-    pairs = [(as_object(answer), as_object(target)) for answer, target in zip(answers, wanted, strict=True)]
-    formatted = sum(answer is not None and answer.keys() == target.keys() for answer, target in pairs if target)
-    return Score(samples=len(pairs), formatted=formatted, exact=sum(answer == target for answer, target in pairs))
-
-
-def as_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that the text is, or None."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def show(status: Mapping[str, Any], before: Score, after: Score) -> None:
-    """Print what training changed."""
-    progress = status["progress"]
+def show(statuses: Mapping[str, Status]) -> None:
+    """Print what the chain found."""
+    progress = statuses["tickets"]["progress"]
     print(f"\nvalidation loss after {progress['totalSteps']} steps: {progress['validationLoss']}")
-    print(f"{before.samples} held-out tickets        before   after")
-    for label, key in (("in the wanted form", "formatted"), ("exactly right", "exact")):
-        rates = [f"{100 * getattr(score, key) / score.samples:6.0f} %" for score in (before, after)]
-        print(f"  {label:<26}{rates[0]}{rates[1]}")
-
-
-def output_uri(status: Mapping[str, Any], name: str) -> str:
-    """Where the output of that name lies."""
-    found: str = next(output["uri"] for output in status["outputs"] if output["name"] == name)
-    return found
+    print("held-out tickets answered exactly right")
+    for label, name in (("before", "tickets-base"), ("after", "tickets-tuned"), ("as int8", "tickets-int8")):
+        result = next(each for each in statuses[name]["results"] if each["metric"] == "exact_match")
+        print(f"  {label:<10}{100 * float(result['value']):4.0f} % of {result['samples']}")
+    print("\nquantized         MB   perplexity")
+    for output in statuses["tickets-small"]["outputs"]:
+        figures = f"{output['perplexity']}  (before: {output['sourcePerplexity']})"
+        print(f"  {output['name']:<10}{output['bytes'] / 1e6:8.0f}   {figures}")
 
 
 if __name__ == "__main__":
