@@ -81,7 +81,7 @@ def make_data(folder: Path) -> None:
 
 
 def make_tasks(folder: Path) -> None:
-    """Write below `tasks/` the task `sums`: how likely the model finds the answers of sums.jsonl."""
+    """Write below `tasks/` the task `sums`: how likely the model finds the texts of sums.jsonl."""
     tasks = folder / "tasks"
     tasks.mkdir()
     shutil.copy(folder / "sums.jsonl", tasks / "sums.jsonl")
@@ -90,13 +90,10 @@ def make_tasks(folder: Path) -> None:
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": "sums.jsonl"}},
         "test_split": "test",
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": "{{completion}}",
-        "metric_list": [
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-        ],
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{prompt}} {{completion}}",
+        "metric_list": [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}],
         "metadata": {"version": 1},
     }
     (tasks / "sums.yaml").write_text(json.dumps(task))
