@@ -11,9 +11,12 @@ from typing import Any
 
 import boto3
 import pytest
+import torch
 from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
+from kubetune_trainer import load_model
+from kubetune_trainer.export.gguf import load_gguf
 from tests.cluster.paths import ROOT
 from tests.recipes.gang import Gang, Zygote
 from tests.recipes.tiny import write_config
@@ -64,6 +67,49 @@ def test_full_tuning_changes_every_weight(zygote: Zygote, place: Path) -> None:
     assert not [name for name in base if trained[name].equal(base[name])]
     losses = list(gang.losses().values())
     assert losses[-1] < losses[0]
+
+
+def test_every_format_is_made_from_the_merged_model_and_an_adapter_can_be_gone_on_from(
+    zygote: Zygote, place: Path
+) -> None:
+    outputs = [
+        *OUTPUTS,
+        {"name": "llama", "type": "GGUF", "gguf": {"type": "F16"}},
+        {"name": "engine", "type": "CompressedTensors", "scheme": "Int8WeightOnly"},
+    ]
+    first = Gang.start(zygote, place / "1", write_config(place / "first.yaml", outputs=outputs), ranks=2).succeed()
+    assert [output["type"] for output in first.message()["outputs"]] == [output["type"] for output in outputs]
+    made = place / "runs" / "first" / "outputs"
+    tokens = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        merged = load_model(made / "merged", dtype=torch.float32)(tokens)
+        torch.testing.assert_close(load_gguf(made / "llama")(tokens), merged, atol=0.02, rtol=0)
+        torch.testing.assert_close(load_model(made / "engine", dtype=torch.float32)(tokens), merged, atol=0.1, rtol=0)
+
+    uri = {"uri": {"location": f"file://{place}/model"}}
+    models = {
+        "merged": {"uri": {"location": f"file://{made}/merged"}},
+        "adapter": {**uri, "adapter": {"location": f"file://{made}/adapter"}},
+    }
+    losses = {}
+    for name, model in models.items():
+        config = write_config(place / f"on-{name}.yaml", model=model, outputs=OUTPUTS[:1])
+        losses[name] = Gang.start(zygote, place / name, config, "training.max_steps=2").succeed().losses()
+    assert losses["merged"] == losses["adapter"]
+    lineage = json.loads((place / "runs" / "on-adapter" / "outputs" / "merged" / "lineage.json").read_text())
+    assert lineage["parents"][0]["name"] == "first"
+    assert lineage["adapter"]["digest"] == first.message()["outputs"][1]["digest"]
+
+
+def test_an_output_that_the_model_cannot_have_is_refused_before_training(zygote: Zygote, place: Path) -> None:
+    tokenizer = json.loads((place / "model" / "tokenizer.json").read_text())
+    (place / "model" / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": {"type": "NFC"}}))
+    config = write_config(place / "run.yaml", outputs=[{"name": "llama", "type": "GGUF", "gguf": {"type": "Q8_0"}}])
+    gang = Gang.start(zygote, place / "ranks", config)
+    assert gang.wait() == [65], gang.stderr()
+    assert "output llama: " in gang.message()["message"]
+    assert "normalizer must be null" in gang.message()["message"]
+    assert gang.events("step") == []
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from kubetune_trainer.config import Lora
+from kubetune_trainer.errors import DataError
 from kubetune_trainer.export import complete_weights, folder_digest, save_huggingface, save_peft, trained_weights
 from kubetune_trainer.lora import apply_lora, lora_scale, lora_state_dict
 from kubetune_trainer.model import Decoder, load_model
+from kubetune_trainer.model.adapter import save_merged
 from tests.trainer.tiny import make_folder, random_tokens
 
 TARGETS = [("all-linear",), ("q_proj", "v_proj"), ("layers.1.mlp.up_proj",)]
@@ -152,6 +154,25 @@ def test_peft_loads_our_adapter_and_gives_our_logits(tmp_path: Path, targets: tu
     assert len(theirs_state) == len(lora_state_dict(model))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 6, "owner/name")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_base_with_its_adapter_is_the_merged_output_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = tmp_path / "a"
+    make_folder(base, dtype=dtype)
+    model = with_trained_adapters(base)
+    complete = complete_weights(trained_weights(model), source_dir=base, lora_scale=lora_scale(model))
+    save_huggingface(complete, source_dir=base, target_dir=tmp_path / "output")
+    save_peft(
+        lora_state_dict(model), target_dir=tmp_path / "adapter", lora=Lora(rank=4, alpha=6), base_model="owner/name"
+    )
+    save_merged(base, tmp_path / "adapter", tmp_path / "merged")
+    assert same(stored(tmp_path / "output"), stored(tmp_path / "merged"))
+    wanted = load_model(tmp_path / "output", dtype=torch.float32).state_dict()
+    assert same(wanted, load_model(base, dtype=torch.float32, adapter=tmp_path / "adapter").state_dict())
+    make_folder(tmp_path / "other", num_hidden_layers=1)
+    with pytest.raises(DataError, match=r"layers\.1\..* belongs to no weight of the model"):
+        save_merged(tmp_path / "other", tmp_path / "adapter", tmp_path / "none")
 
 
 def test_a_digest_changes_with_any_name_and_any_byte(tmp_path: Path) -> None:

@@ -67,8 +67,10 @@ class OutputBase(Block):
         if self.scheme is not None and not schemes:
             raise ValueError(f"may have a scheme only with type {' or '.join(SCHEMES)}, got {self.type}")
         if schemes and self.scheme not in (*schemes, *((None,) if self.type in UNQUANTIZED else ())):
-            none = ", or none," if self.type in UNQUANTIZED else ""
-            raise ValueError(f"of type {self.type} must have the scheme {' or '.join(schemes)}{none} got {self.scheme}")
+            none = ", or none" if self.type in UNQUANTIZED else ""
+            raise ValueError(
+                f"of type {self.type} must have the scheme {' or '.join(schemes)}{none}, got {self.scheme or 'none'}"
+            )
         if self.group_size is not None and self.scheme not in GROUPED:
             raise ValueError(f"may have a group_size only with scheme {' or '.join(GROUPED)}, got {self.scheme}")
         if (self.gguf is not None) != (self.type == "GGUF"):
