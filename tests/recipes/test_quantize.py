@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from kubetune_trainer.config import QuantizeConfig, load_config
 from kubetune_trainer.export.digest import folder_digest
 from kubetune_trainer.model.weights import load_model
+from tests.cluster.paths import ROOT
 from tests.recipes.gang import Gang, Zygote
 
 INT8 = {"name": "int8", "type": "CompressedTensors", "scheme": "Int8WeightOnly"}
@@ -177,3 +179,9 @@ def test_what_cannot_be_quantized_is_refused_with_the_code_that_says_whose_turn_
     assert [code for _, code, _ in cases] == [66, 64, 64, 64, 65]
     for folder, _, words in cases:
         assert words in json.loads((folder / "message-0.json").read_bytes())["message"]
+
+
+def test_the_config_to_clone_is_complete() -> None:
+    config = load_config(ROOT / "recipes" / "configs" / "smollm2_int8.yaml", expect=QuantizeConfig)
+    assert [output.scheme for output in config.outputs] == ["Int8WeightOnly", "Int4WeightOnly"]
+    assert (config.calibration.method, config.gates[0].output) == ("GPTQ", "int8")
