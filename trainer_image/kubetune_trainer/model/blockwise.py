@@ -81,9 +81,7 @@ def pass_blocks(
     model = build_model(config)
     with WeightFiles(source, tied_embeddings=config.tied_embeddings) as files:
         files.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
-        embedding = _load(model.model.embed_tokens, "model.embed_tokens", files, device=device)
-        streams: list[Tensor] = [embedding(batch.tokens.to(device)) for batch in batches]
-        embedding.to("meta")
+        streams = [stream_BTD.to(device) for stream_BTD in _embed(files, batches)]
         for number, block in enumerate(model.model.layers):
             name = f"model.layers.{number}"
             _load(block, name, files, device=device)
@@ -92,6 +90,14 @@ def pass_blocks(
                 streams[at] = _run(block, batch, streams[at], config)
             block.to("meta")
     return streams
+
+
+def _embed(files: WeightFiles, batches: Sequence[Batch]) -> list[Tensor]:
+    """Look tokens up, reading only the rows that are asked for: the whole embedding may be larger than a block."""
+    ids = torch.cat([batch.tokens.flatten() for batch in batches]).unique()
+    rows = [files.read("model.embed_tokens.weight", rows=slice(token, token + 1)) for token in ids.tolist()]
+    table = torch.cat(rows).float()
+    return [table[torch.searchsorted(ids, batch.tokens)] for batch in batches]
 
 
 def _passes(block: Block, batches: Sequence[Batch], streams: Sequence[Tensor], config: ModelConfig) -> Iterator[Batch]:

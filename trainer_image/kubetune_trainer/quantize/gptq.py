@@ -65,15 +65,16 @@ def gptq(weight: Tensor, hessian: Tensor, *, bits: int, group_size: int | None, 
 
 
 def _inverse_factor(hessian_II: Tensor, *, damping: float) -> Tensor:
-    """Return the upper Cholesky factor of the damped Hessian's inverse."""
-    mean = float(hessian_II.diagonal().mean()) or 1.0
+    """Return the upper Cholesky factor of the damped Hessian's inverse; changes the Hessian, which may be large."""
+    mean, added = float(hessian_II.diagonal().mean()) or 1.0, 0.0
     while damping <= MOST_DAMPING:
-        damped_II = hessian_II.clone()
-        damped_II.diagonal().add_(damping * mean)
-        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+        hessian_II.diagonal().add_((damping - added) * mean)
+        factor_II, failed = torch.linalg.cholesky_ex(hessian_II)
         if not failed:
-            upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
-        if not failed and upper_II.isfinite().all():
-            return upper_II
-        damping *= 10  # in fp32, inputs that nearly repeat each other make a matrix that is not quite positive
+            inverse_II = torch.cholesky_inverse(factor_II)
+            del factor_II
+            factor_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
+        if not failed and factor_II.isfinite().all():
+            return factor_II
+        damping, added = 10 * damping, damping  # in fp32, inputs that nearly repeat each other are not quite positive
     raise ValueError("a Hessian must be made of finite numbers")
