@@ -1,7 +1,12 @@
-"""Ask a model: one prompt from the command line, or every record of a file, through the model's own chat template.
+"""Ask a model: talk to it, ask one thing, or every record of a file, through the model's own chat template.
 
+    python recipes/generate.py --model runs/tickets/outputs/merged --chat
     python recipes/generate.py --model runs/tickets/outputs/merged --prompt "What is the capital of France?"
     python recipes/generate.py --model DIR --prompts heldout.jsonl --output answers.jsonl
+
+The model is any folder that the other recipes write and a decoder can be made of: Hugging Face, with an adapter beside
+it or not, CompressedTensors, TorchAO, GGUF. In a conversation the answer appears as it is written; Ctrl-C cuts it off,
+/new begins another conversation, Ctrl-D ends it.
 
 A record of the file is {"messages": [...]} or {"prompt": "..."}. Where the messages end with an answer, it is left out
 of the question. Each line of the output is the record with the model's text under `answer`. One device: a GPU if there
@@ -9,6 +14,7 @@ is one.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,20 +27,27 @@ from kubetune_trainer import generate, load_model, load_tokenizer
 from kubetune_trainer.chat import ChatTemplate, TemplateError
 from kubetune_trainer.data.read import read_records
 from kubetune_trainer.errors import DataError, TrainerError
+from kubetune_trainer.model import Decoder
 from kubetune_trainer.parallel import compute_dtype
 from kubetune_trainer.tokenizer import Tokenizer
 
 Record = dict[str, Any]
+
+GGUF_FILE = "model.gguf"
+HALF_A_CHARACTER = "\ufffd"
+"""What a tokenizer makes of a character whose other bytes are still to come."""
 
 
 def main() -> None:
     """Reads the questions, asks them in batches and writes the answers in the questions' order."""
     arguments = parse_arguments()
     tokenizer = load_tokenizer(arguments.model)
+    if arguments.chat:
+        chat(arguments, tokenizer)
+        return
     records = list(read_questions(arguments))
     prompts = [encode(record, place, tokenizer=tokenizer) for place, record in records]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(arguments.model, dtype=compute_dtype(device), device=device)
+    model = load(arguments)
 
     answers: dict[int, str] = {}
     # Prompts of like length share a batch: the shorter ones are filled up, and filling costs as much as text.
@@ -44,12 +57,8 @@ def main() -> None:
         generated = generate(
             model,
             [prompts[index] for index in batch],
-            max_new_tokens=arguments.max_new_tokens,
             stop_ids=tokenizer.stop_ids,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
+            **drawing(arguments),
         )
         answers |= {index: tokenizer.decode(ids) for index, ids in zip(batch, generated, strict=True)}
         print(f"{len(answers)} of {len(prompts)} answered", file=sys.stderr, flush=True)
@@ -66,11 +75,14 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a folder in Hugging Face format")
+    parser.add_argument("--model", type=Path, required=True, help="a folder with a model")
+    parser.add_argument("--adapter", type=Path, help="a PEFT folder that is merged into it")
     questions = parser.add_mutually_exclusive_group(required=True)
+    questions.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     questions.add_argument("--prompt", help="one message to the model")
     questions.add_argument("--prompts", type=Path, help="a json, jsonl or parquet file of messages or prompts")
     parser.add_argument("--output", type=Path, help="where the answers to --prompts go; default: standard output")
+    parser.add_argument("--system", help="what a conversation begins with, unseen")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="an answer is cut off after so many tokens")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts answered at once")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token every time")
@@ -78,6 +90,67 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this probability only")
     parser.add_argument("--seed", type=int, help="makes drawing repeatable")
     return parser.parse_args()
+
+
+def load(arguments: argparse.Namespace) -> Decoder:
+    """The model in memory, in whichever form its folder has."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (arguments.model / GGUF_FILE).is_file():
+        from kubetune_trainer.export.gguf import load_gguf  # noqa: PLC0415 (only where there is such a file)
+
+        return load_gguf(arguments.model, dtype=compute_dtype(device), device=device)
+    return load_model(arguments.model, dtype=compute_dtype(device), device=device, adapter=arguments.adapter)
+
+
+def drawing(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How long answers may be and how their tokens are chosen."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def chat(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """A conversation: reads a line, writes the answer as it comes, and remembers both."""
+    if tokenizer.chat_template is None:
+        raise DataError(f"Model folder {arguments.model} has no chat template; ask it with --prompt")
+    model = load(arguments)
+    beginning = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    messages = list(beginning)
+    while (line := read_line()) is not None:
+        if line == "/new":
+            messages = list(beginning)
+        elif line:
+            asked = [*messages, {"role": "user", "content": line}]
+            prompt = encode({"messages": asked}, "the conversation", tokenizer=tokenizer)
+            if len(prompt) + arguments.max_new_tokens > model.config.max_positions:
+                print(f"the model sees {model.config.max_positions} tokens; /new begins anew", file=sys.stderr)
+                continue
+            messages = [*asked, {"role": "assistant", "content": answer(model, prompt, tokenizer, arguments)}]
+
+
+def read_line() -> str | None:
+    """What the person says, None at the end; the prompt is for a terminal only."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def answer(model: Decoder, prompt: list[int], tokenizer: Tokenizer, arguments: argparse.Namespace) -> str:
+    """Writes an answer to the terminal token by token and returns it; Ctrl-C keeps what is there."""
+    told = ""
+
+    def show(tokens: list[int]) -> bool:
+        nonlocal told
+        text = tokenizer.decode(tokens).removesuffix(HALF_A_CHARACTER)
+        if text.startswith(told):
+            print(text[len(told) :], end="", flush=True)
+            told = text
+        return False
+
+    with contextlib.suppress(KeyboardInterrupt):
+        generate(model, [prompt], stop_ids=tokenizer.stop_ids, stop=show, **drawing(arguments))
+    print()
+    return told
 
 
 def read_questions(arguments: argparse.Namespace) -> Iterator[tuple[str, Record]]:

@@ -11,8 +11,10 @@ from transformers import LlamaForCausalLM
 
 from kubetune_trainer import generate, load_model
 from kubetune_trainer.errors import ExitCode
+from kubetune_trainer.export.gguf import save_gguf
 from kubetune_trainer.model import Decoder
 from tests.cluster.paths import ROOT
+from tests.recipes.tiny import write_tokenizer
 from tests.trainer.smollm2 import smollm2_folder
 from tests.trainer.tiny import make_folder, random_tokens
 
@@ -74,9 +76,41 @@ def test_an_empty_prompt_is_refused(models: tuple[Decoder, LlamaForCausalLM]) ->
         generate(models[0], [[5], []], max_new_tokens=1, stop_ids=[])
 
 
-def ask(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def ask(*arguments: str | Path, typed: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "recipes" / "generate.py", *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True)
+    return subprocess.run(command, check=False, capture_output=True, text=True, input=typed)
+
+
+def test_a_conversation_remembers_what_was_said_until_it_begins_anew() -> None:
+    lines = ["My name is Rosa. Please say hello.", "What is my name? Just the name.", "", "/new", "What is 2+2?"]
+    typed = "".join(f"{line}\n" for line in lines)
+    done = ask("--model", smollm2_folder(), "--chat", "--max-new-tokens", "16", typed=typed)
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.splitlines()
+    assert len(answers) >= 3
+    assert "Rosa" in done.stdout
+    again = ask("--model", smollm2_folder(), "--prompt", lines[-1], "--max-new-tokens", "16")
+    assert done.stdout.endswith(again.stdout), "after /new it is asked as if for the first time"
+
+
+def test_a_conversation_needs_a_chat_template(tmp_path: Path) -> None:
+    make_folder(tmp_path, vocab_size=320)
+    write_tokenizer(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps(told | {"chat_template": None}))
+    done = ask("--model", tmp_path, "--chat", typed="hello\n")
+    assert done.returncode == ExitCode.DATA
+    assert "has no chat template; ask it with --prompt" in done.stderr
+
+
+def test_a_gguf_folder_is_talked_to_like_any_other(tmp_path: Path) -> None:
+    make_folder(tmp_path / "source", vocab_size=320, hidden_size=64, intermediate_size=96)
+    write_tokenizer(tmp_path / "source")
+    save_gguf(tmp_path / "source", tmp_path / "gguf")
+    asked = ("--prompt", "the red cat", "--max-new-tokens", "5")
+    answers = [ask("--model", tmp_path / form, *asked) for form in ("source", "gguf")]
+    assert answers[0].stdout == answers[1].stdout, answers[1].stderr
 
 
 def test_the_recipe_answers_a_file_of_messages_in_its_order(tmp_path: Path) -> None:
