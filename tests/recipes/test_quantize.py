@@ -173,10 +173,6 @@ def test_what_cannot_be_quantized_is_refused_with_the_code_that_says_whose_turn_
     cases.append(
         (refused.folder, refused.wait()[0], "calibration.method must be GPTQ or None in this version, got AWQ")
     )
-    dataset = {"sources": [{"name": "pairs", "uri": {"location": f"file://{place}/pairs.jsonl"}}]}
-    awq = {"dataset": dataset, "method": "AWQ"}
-    refused = start(zygote, place / "awq", write_config(place, INT4, calibration=awq))
-    cases.append((refused.folder, refused.wait()[0], "calibration.method must be GPTQ or None"))
     shutil.rmtree(place / "model")
     refused = start(zygote, place / "gone", write_config(place, INT8))
     cases.append((refused.folder, refused.wait()[0], "there is no such folder"))

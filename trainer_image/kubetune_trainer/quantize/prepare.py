@@ -108,7 +108,7 @@ def prepare(config: QuantizeConfig, *, report: Report) -> PreparedQuantization:
     check_outputs(config.outputs, folder, title=config.title)
     if config.calibration is not None and config.calibration.method == "AWQ":
         raise ConfigError(f"{config.title}: calibration.method must be GPTQ or None in this version, got AWQ")
-    _check_options(config)
+    _check_lengths(config)
     blocks = ((CALIBRATION, config.calibration), (VERIFY, config.verify))
     rows, sources = {}, {}
     for name, block in blocks:
@@ -151,12 +151,8 @@ def fetch(prepared: PreparedQuantization, config: QuantizeConfig) -> LocalQuanti
     )
 
 
-def _check_options(config: QuantizeConfig) -> None:
-    """Refuse a way of rounding that is not there, and rows that an output could not be compared on."""
-    if config.calibration is not None and config.calibration.method == "AWQ":
-        raise ConfigError(
-            f"{config.title}: calibration.method must be GPTQ or None, got AWQ, which this version does not have yet"
-        )
+def _check_lengths(config: QuantizeConfig) -> None:
+    """Refuse rows that an output could not be compared on."""
     for number, output in enumerate(config.outputs):
         if output.type != "ExecuTorch" or config.verify is None:
             continue
