@@ -14,7 +14,6 @@ one JSON object.
 import argparse
 import json
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -67,12 +66,11 @@ def main() -> int:
     """Trains the base, makes and measures each output, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a folder in Hugging Face format")
-    parser.add_argument("--steps", type=int, default=24, help="of training, 2 rows each; 0 takes the model as it is")
-    parser.add_argument("--calibration-rows", type=int, default=24)
-    parser.add_argument("--verify-rows", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=16, help="of training, a row each; 0 takes the model as it is")
+    parser.add_argument("--calibration-rows", type=int, default=16)
+    parser.add_argument("--verify-rows", type=int, default=6)
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -129,14 +127,12 @@ def train(source: Path, target: Path, rows: Sequence[Batch], *, steps: int) -> P
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / WARMUP_STEPS, 1 - step / steps)
-        loss = 0.0
-        for batch in (rows[at % len(rows)] for at in (2 * step, 2 * step + 1)):
-            mean = model(batch.tokens, labels_BT=batch.labels) / batch.trained_tokens / 2
-            mean.backward()
-            loss += float(mean.detach())
+        batch = rows[step % len(rows)]
+        loss = model(batch.tokens, labels_BT=batch.labels) / batch.trained_tokens
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"step {step + 1} of {steps}: loss {loss:.3f}", flush=True)
+        print(f"step {step + 1} of {steps}: loss {float(loss.detach()):.3f}", flush=True)
     save_huggingface(model.named_parameters(), source_dir=source, target_dir=target, dtype="BF16")
     return target
 
