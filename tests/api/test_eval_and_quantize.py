@@ -96,7 +96,7 @@ GOOD: dict[str, dict[str, Changes]] = {
             ]
         },
         "calibration, verification and gates": {
-            "spec__calibration": {"dataset": DATASET, "samples": 16, "method": "AWQ"},
+            "spec__calibration": {"dataset": DATASET, "samples": 16, "method": "None"},
             "spec__verify": {"dataset": DATASET | {"maxSequenceLength": 512, "packing": "None"}},
             "spec__gates": [
                 {"name": "all", "maxPerplexityIncreasePercent": "2.0"},
@@ -242,7 +242,7 @@ BAD: dict[str, dict[str, tuple[Changes, str]]] = {
         ),
         "calibration by a method that we do not have": (
             {"spec__calibration": {"dataset": DATASET, "method": "HQQ"}},
-            'spec.calibration.method: Unsupported value: "HQQ": supported values: "GPTQ", "AWQ", "None"',
+            'spec.calibration.method: Unsupported value: "HQQ": supported values: "GPTQ", "None"',
         ),
         "no samples": (
             {"spec__verify": {"dataset": DATASET, "samples": 0}},

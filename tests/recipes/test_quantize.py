@@ -168,15 +168,10 @@ def test_what_cannot_be_quantized_is_refused_with_the_code_that_says_whose_turn_
     cases.append((refused.folder, refused.wait()[0], "group_size must divide the inputs of each linear layer"))
     refused = start(zygote, place / "gate", write_config(place, INT8), 'gates=[{"name":"g","output":"x"}]')
     cases.append((refused.folder, refused.wait()[0], "gates[0].max_perplexity_increase_percent is required"))
-    rows = {"dataset": {"sources": [{"name": "pairs", "uri": {"location": f"file://{place}/pairs.jsonl"}}]}}
-    refused = start(zygote, place / "awq", write_config(place, INT4, calibration={**rows, "method": "AWQ"}))
-    cases.append(
-        (refused.folder, refused.wait()[0], "calibration.method must be GPTQ or None in this version, got AWQ")
-    )
     shutil.rmtree(place / "model")
     refused = start(zygote, place / "gone", write_config(place, INT8))
     cases.append((refused.folder, refused.wait()[0], "there is no such folder"))
-    assert [code for _, code, _ in cases] == [66, 64, 64, 64, 65]
+    assert [code for _, code, _ in cases] == [66, 64, 64, 65]
     for folder, _, words in cases:
         assert words in json.loads((folder / "message-0.json").read_bytes())["message"]
 

@@ -149,7 +149,7 @@ spec:
       maxSequenceLength: 512
       packing: None
     samples: 16
-    method: AWQ
+    method: GPTQ
   verify:
     dataset: {sources: [{name: v, configMap: {name: held-out, key: v.jsonl}, weight: "0.5"}]}
     samples: 8

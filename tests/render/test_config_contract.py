@@ -127,7 +127,7 @@ def test_the_trainer_reads_a_quantization(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert config.calibration is not None
     assert [source.weight for source in config.calibration.dataset.sources] == [2.5, 1.0]
-    assert (config.calibration.samples, config.calibration.method) == (16, "AWQ")
+    assert (config.calibration.samples, config.calibration.method) == (16, "GPTQ")
     assert config.calibration.dataset.packing == "None"
     assert config.verify is not None
     assert config.verify.dataset.sources[0].weight == 0.5

@@ -42,9 +42,9 @@ class Calibration(ApiModel):
     """Where the rows come from."""
     samples: Annotated[int, Field(ge=1, le=100_000)] = 128
     """Rows that are used, the first ones."""
-    method: Literal["GPTQ", "AWQ", "None"] = "GPTQ"
-    """How. GPTQ rounds column by column and passes the error on; AWQ scales the channels that matter; None rounds to
-    the nearest value, as without calibration."""
+    method: Literal["GPTQ", "None"] = "GPTQ"
+    """How. GPTQ rounds column by column and passes the error on; None rounds to the nearest value, as without
+    calibration. It is used for outputs of type CompressedTensors."""
 
 
 class Verification(ApiModel):

@@ -33,7 +33,7 @@ class Calibration(RowsOf):
 
     samples: int = Field(default=128, ge=1)
     """Rows that are used, the first ones."""
-    method: Literal["GPTQ", "AWQ", "None"] = "GPTQ"
+    method: Literal["GPTQ", "None"] = "GPTQ"
     """How weights are rounded; None rounds each to the nearest value."""
 
 

@@ -106,8 +106,6 @@ def prepare(config: QuantizeConfig, *, report: Report) -> PreparedQuantization:
     folder = fetch_model(model, s3=model_s3(config), only_small=True)
     shape, tokenizer = read_config(folder), load_tokenizer(folder)
     check_outputs(config.outputs, folder, title=config.title)
-    if config.calibration is not None and config.calibration.method == "AWQ":
-        raise ConfigError(f"{config.title}: calibration.method must be GPTQ or None in this version, got AWQ")
     _check_lengths(config)
     blocks = ((CALIBRATION, config.calibration), (VERIFY, config.verify))
     rows, sources = {}, {}
