@@ -13,14 +13,13 @@ are the same as if nothing had happened.
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from kubetune_trainer.config import EvalConfig, load_config
 from kubetune_trainer.distributed import StopSignal, World, barrier, broadcast_object, join_world
-from kubetune_trainer.errors import PreemptedError, TrainerError
+from kubetune_trainer.errors import PreemptedError
 from kubetune_trainer.evaluate.answers import Answers
 from kubetune_trainer.evaluate.gates import Verdict
 from kubetune_trainer.evaluate.prepare import PreparedEval, dataset_finder, fetch, prepare
@@ -36,8 +35,9 @@ from kubetune_trainer.evaluate.results import (
 from kubetune_trainer.evaluate.run import ask
 from kubetune_trainer.evaluate.tasks import load_tasks
 from kubetune_trainer.evaluate.work import Crew
+from kubetune_trainer.logs import keep_log
 from kubetune_trainer.model.weights import load_model
-from kubetune_trainer.names import LOGS_DIR, TERMINATION_MESSAGE_BYTES
+from kubetune_trainer.names import TERMINATION_MESSAGE_BYTES
 from kubetune_trainer.report import (
     attempt,
     end_with,
@@ -137,14 +137,6 @@ def final_message(store: Store, results: Sequence[Result], verdicts: Sequence[Ve
     if len(json.dumps(lists)) > TERMINATION_MESSAGE_BYTES - MESSAGE_FRAME_BYTES:
         return {"artifacts": artifacts, "see_log": True}
     return {"artifacts": artifacts, **lists}
-
-
-def keep_log(config: EvalConfig, log: Path) -> None:
-    """Puts this attempt's progress into the run's folder; a store that fails now must not hide why the run ends."""
-    try:
-        open_store(f"{config.run.directory}/{LOGS_DIR}", s3=config.storage.s3).upload(log, log.name)
-    except TrainerError as error:
-        report("warning", message=f"the log of attempt {attempt()} could not be kept: {error}")
 
 
 if __name__ == "__main__":

@@ -40,17 +40,18 @@ from kubetune_trainer.distributed import (
     gather_vector,
     join_world,
 )
-from kubetune_trainer.errors import ConfigError, NonFiniteLossError, PreemptedError, TrainerError
+from kubetune_trainer.errors import ConfigError, NonFiniteLossError, PreemptedError
 from kubetune_trainer.export import complete_weights, save_huggingface, save_peft, trained_weights
 from kubetune_trainer.export.convert import convert
 from kubetune_trainer.export.huggingface import OutputDtype
 from kubetune_trainer.export.store import StoredOutput, store_output
 from kubetune_trainer.lineage import lineage_sources, record_lineage
+from kubetune_trainer.logs import keep_log
 from kubetune_trainer.lora import apply_lora, init_lora, lora_scale, lora_state_dict
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import build_model, load_weights
-from kubetune_trainer.names import CHECKPOINTS_DIR, LOGS_DIR, OUTPUTS_DIR
+from kubetune_trainer.names import CHECKPOINTS_DIR, OUTPUTS_DIR
 from kubetune_trainer.optim import build_optimizer, clip_grad_norm, learning_rate_factor
 from kubetune_trainer.parallel import parallelize
 from kubetune_trainer.report import (
@@ -396,14 +397,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def keep_log(config: FineTuneConfig, log: Path) -> None:
-    """Puts this attempt's progress into the run's folder; a store that fails now must not hide why the run ends."""
-    try:
-        open_store(f"{config.run.directory}/{LOGS_DIR}", s3=config.storage.s3).upload(log, log.name)
-    except TrainerError as error:
-        report("warning", message=f"the log of attempt {attempt()} could not be kept: {error}")
 
 
 if __name__ == "__main__":

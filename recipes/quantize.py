@@ -22,13 +22,14 @@ import torch
 
 from kubetune_trainer.config import QuantizeConfig, QuantizedOutput, load_config
 from kubetune_trainer.distributed import StopSignal
-from kubetune_trainer.errors import PreemptedError, TrainerError
+from kubetune_trainer.errors import PreemptedError
 from kubetune_trainer.export.store import store_output
 from kubetune_trainer.export.torchao import check_device
 from kubetune_trainer.lineage import lineage_sources, record_lineage
+from kubetune_trainer.logs import keep_log
 from kubetune_trainer.model.blockwise import BlockwiseLogits
 from kubetune_trainer.model_files import is_small
-from kubetune_trainer.names import LOGS_DIR, OUTPUTS_DIR, TERMINATION_MESSAGE_BYTES
+from kubetune_trainer.names import OUTPUTS_DIR, TERMINATION_MESSAGE_BYTES
 from kubetune_trainer.quantize.artifact import logits_of, write_output
 from kubetune_trainer.quantize.finished import FinishedOutput, find_finished
 from kubetune_trainer.quantize.gates import QuantizeVerdict, judge
@@ -229,14 +230,6 @@ def model_bytes(folder: Path) -> int:
     """Size of a model folder's own files."""
     files = [path for path in folder.iterdir() if path.is_file()]
     return sum(path.stat().st_size for path in files if is_small(path.name) or path.suffix == ".safetensors")
-
-
-def keep_log(config: QuantizeConfig, log: Path) -> None:
-    """Puts this attempt's progress into the run's folder; a store that fails now must not hide why the run ends."""
-    try:
-        open_store(f"{config.run.directory}/{LOGS_DIR}", s3=config.storage.s3).upload(log, log.name)
-    except TrainerError as error:
-        report("warning", message=f"the log of attempt {attempt()} could not be kept: {error}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ In a cluster each job has a folder of its own and its spec cannot change; by han
 """
 
 import argparse
-import hashlib
-import json
 import sys
 
 from kubetune_trainer.config import FineTuneConfig, JobConfig, load_config
@@ -44,7 +42,7 @@ def claim(config: JobConfig, *, fresh: bool = False) -> None:
     store = open_store(config.run.directory, s3=config.storage.s3)
     if fresh:
         store.delete_tree("")
-    digest = config.training_digest() if isinstance(config, FineTuneConfig) else _digest(config)
+    digest = config.training_digest() if isinstance(config, FineTuneConfig) else config.digest()
     if not store.exists(CLAIM_FILE):
         store.write_bytes(CLAIM_FILE, digest.encode())
     elif store.read_bytes(CLAIM_FILE).decode() != digest:
@@ -52,12 +50,6 @@ def claim(config: JobConfig, *, fresh: bool = False) -> None:
             f"{config.title}: {store.uri()} holds a run of another model, dataset, tuning or training",
             hint="Give the job another name, or start anew with --fresh.",
         )
-
-
-def _digest(config: JobConfig) -> str:
-    """Everything that another kind of job is told, but not where it runs."""
-    told = config.model_dump(mode="json", exclude={"run"})
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 if __name__ == "__main__":

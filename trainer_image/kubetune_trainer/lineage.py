@@ -58,7 +58,7 @@ def record_lineage(
         "name": config.run.name,
         "uid": config.run.uid,
         "image": os.environ.get(ENV_IMAGE),
-        "configDigest": config_digest(config),
+        "configDigest": f"sha256:{config.digest()}",
         "model": inputs[0],
         "adapter": inputs[1] if len(inputs) > 1 else None,
         "sources": [dict(source) for source in sources],
@@ -83,12 +83,6 @@ def lineage_sources(sources: Sequence[Source], found: Sequence[FoundSource]) -> 
         {"name": each.name, **_given({"location": locations.get(each.name), **each.model_dump(exclude={"name"})})}
         for each in found
     ]
-
-
-def config_digest(config: JobConfig) -> str:
-    """Return a digest of all that the run was told, but not of where it ran."""
-    told = config.model_dump(mode="json", exclude={"run"})
-    return f"sha256:{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}"
 
 
 def read_lineage(folder: Path) -> Lineage | None:

@@ -41,6 +41,11 @@ class FoundModel(BaseModel):
     etags: Mapping[str, str]
     """ETag of each of its files that are used, by path."""
 
+    def told(self) -> dict[str, str]:
+        """What a termination message says of it."""
+        told = {"location": self.location, "commit": self.commit, "etag": self.digest}
+        return {name: value for name, value in told.items() if value}
+
     @property
     def digest(self) -> str:
         """One short name for all of it."""

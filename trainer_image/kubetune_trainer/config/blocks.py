@@ -1,5 +1,7 @@
 """The blocks that configs of every kind are made of."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -248,6 +250,11 @@ class JobConfig(Block):
     """Where URIs lead when they say nothing themselves."""
     workspace: Workspace
     """The durable place of runs and caches."""
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of all that the job is told, but not of where it runs."""
+        told = self.model_dump(mode="json", exclude={"run"})
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     @property
     def title(self) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
 from kubetune_trainer.config import FineTuneConfig, JobConfig
@@ -33,7 +33,8 @@ from kubetune_trainer.model_files import (
     locate_model,
     model_s3,
 )
-from kubetune_trainer.names import COMPLETE_MARKER, PREPARED_FILE, TERMINATION_MESSAGE_BYTES
+from kubetune_trainer.names import COMPLETE_MARKER, TERMINATION_MESSAGE_BYTES
+from kubetune_trainer.prepared import read_prepared, write_prepared
 from kubetune_trainer.report import Report
 from kubetune_trainer.storage import Store, download_tree, open_store, scratch_dir, upload_tree
 from kubetune_trainer.tokenizer import Tokenizer, load_tokenizer
@@ -110,10 +111,9 @@ class Prepared(PreparedData):
 
     def message(self) -> dict[str, Any]:
         """Returns the fields of the termination message; datasets too many for its size are left out of it."""
-        model = {"location": self.model.location, "commit": self.model.commit, "etag": self.model.digest}
         inner = {"asked", "model", "adapter", "train", "validation"}
         told = self.model_dump(mode="json", by_alias=True, exclude=inner, exclude_none=True)
-        message = {"model": {key: value for key, value in model.items() if value}, **told}
+        message = {"model": self.model.told(), **told}
         if len(json.dumps(message).encode()) > MESSAGE_BYTES:
             del message["sources"]
         return message
@@ -147,8 +147,8 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
         ConfigError: The run's folder was prepared for another model or dataset.
     """
     directory = open_store(config.run.directory, s3=config.storage.s3)
-    if directory.exists(PREPARED_FILE):
-        return _read_prepared(directory, config)
+    if (known := read_prepared(directory, Prepared)) is not None:
+        return _checked(known, config, directory)
     report("prepare", stage="Checking the model")
     model = locate_model(config, report=report)
     folder = fetch_model(model, s3=model_s3(config), only_small=True)
@@ -171,7 +171,7 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
             max_steps=config.training.max_steps,
         ),
     )
-    directory.write_bytes(PREPARED_FILE, prepared.model_dump_json(by_alias=True, indent=2).encode())
+    write_prepared(directory, prepared)
     report("prepare", stage="Prepared", **dict(data.data), total_steps=prepared.total_steps)
     return prepared
 
@@ -192,13 +192,8 @@ def fetch(prepared: Prepared, config: FineTuneConfig) -> Local:
     )
 
 
-def _read_prepared(directory: Store, config: FineTuneConfig) -> Prepared:
-    try:
-        prepared = Prepared.model_validate_json(directory.read_bytes(PREPARED_FILE))
-    except ValidationError as error:
-        raise DataError(
-            f"{directory.uri(PREPARED_FILE)} cannot be read: {error}", hint="Remove the file to prepare the run again."
-        ) from error
+def _checked(prepared: Prepared, config: FineTuneConfig, directory: Store) -> Prepared:
+    """What was prepared before, if it was for this run."""
     if prepared.asked != _asked(config):
         raise ConfigError(
             f"{config.title}: run.directory {directory.uri()} was prepared for another model, dataset or seed",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
 from kubetune_trainer.config import EvalConfig
@@ -18,10 +18,10 @@ from kubetune_trainer.estimate import count_parameters
 from kubetune_trainer.evaluate.mirror import FoundDataset, fetch_dataset, find_dataset
 from kubetune_trainer.evaluate.tasks import LoadedTasks, load_tasks
 from kubetune_trainer.model.config import read_config
-from kubetune_trainer.model_files import FoundModel, fetch_model, find_adapter, locate_model, model_s3
-from kubetune_trainer.names import PREPARED_FILE
+from kubetune_trainer.model_files import FoundModel, fetch_model, locate_adapter, locate_model, model_s3
+from kubetune_trainer.prepared import read_prepared, write_prepared
 from kubetune_trainer.report import Report
-from kubetune_trainer.storage import Store, open_store
+from kubetune_trainer.storage import open_store
 from kubetune_trainer.tokenizer import load_tokenizer
 
 
@@ -43,10 +43,9 @@ class PreparedEval(BaseModel):
 
     def message(self) -> dict[str, Any]:
         """Return the fields of the termination message."""
-        model = {"location": self.model.location, "commit": self.model.commit, "etag": self.model.digest}
         sources = [{"name": found.name, "commit": found.commit} for found in self.datasets if found.commit]
         return {
-            "model": {key: value for key, value in model.items() if value},
+            "model": self.model.told(),
             "sources": list({source["name"]: source for source in sources}.values()) or None,
             "parameters": self.parameters,
         }
@@ -60,14 +59,12 @@ def prepare(config: EvalConfig, *, report: Report) -> PreparedEval:
         DataError: The model, a task file or its data is not what it should be.
     """
     directory = open_store(config.run.directory, s3=config.storage.s3)
-    known = _read_prepared(directory, config)
-    if known is not None:
+    known = read_prepared(directory, PreparedEval)
+    if known is not None and known.asked == _asked(config):
         return known
     report("prepare", stage="Checking the model")
     model = locate_model(config, report=report)
-    adapter = config.model.adapter and find_adapter(
-        config.model.adapter.location, s3=config.model.adapter.s3 or config.storage.s3
-    )
+    adapter = locate_adapter(config)
     folder = fetch_model(model, s3=model_s3(config), only_small=True)
     shape, tokenizer = read_config(folder, allow_quantized=True), load_tokenizer(folder)
     if config.max_sequence_length is not None and config.max_sequence_length > shape.max_positions:
@@ -95,7 +92,7 @@ def prepare(config: EvalConfig, *, report: Report) -> PreparedEval:
         datasets=tuple(found.values()),
         parameters=count_parameters(shape),
     )
-    directory.write_bytes(PREPARED_FILE, prepared.model_dump_json(by_alias=True, indent=2).encode())
+    write_prepared(directory, prepared)
     report("prepare", stage="Prepared")
     return prepared
 
@@ -135,19 +132,6 @@ def _check_gates(config: EvalConfig, loaded: LoadedTasks) -> None:
             raise ConfigError(
                 f"{config.title}: gates[{number}].task must be one of {', '.join(known[:20])}, got {gate.task}"
             )
-
-
-def _read_prepared(directory: Store, config: EvalConfig) -> PreparedEval | None:
-    """Return what was prepared before; None where that was nothing, or was for something else."""
-    if not directory.exists(PREPARED_FILE):
-        return None
-    try:
-        prepared = PreparedEval.model_validate_json(directory.read_bytes(PREPARED_FILE))
-    except ValidationError as error:
-        raise DataError(
-            f"{directory.uri(PREPARED_FILE)} cannot be read: {error}", hint="Remove the file to prepare the run again."
-        ) from error
-    return prepared if prepared.asked == _asked(config) else None
 
 
 def _asked(config: EvalConfig) -> str:

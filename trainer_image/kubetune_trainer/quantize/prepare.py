@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
 from kubetune_trainer.config import Calibration, Dataset, ExecuTorch, QuantizeConfig, Verification
@@ -34,9 +34,9 @@ from kubetune_trainer.model_files import (
     locate_model,
     model_s3,
 )
-from kubetune_trainer.names import PREPARED_FILE
+from kubetune_trainer.prepared import read_prepared, write_prepared
 from kubetune_trainer.report import Report
-from kubetune_trainer.storage import Store, open_store, scratch_dir, upload_tree
+from kubetune_trainer.storage import open_store, scratch_dir, upload_tree
 from kubetune_trainer.tokenizer import Tokenizer, load_tokenizer
 
 CALIBRATION: Final = "calibration"
@@ -67,11 +67,10 @@ class PreparedQuantization(BaseModel):
 
     def message(self) -> dict[str, Any]:
         """Return the fields of the termination message."""
-        model = {"location": self.model.location, "commit": self.model.commit, "etag": self.model.digest}
         told = self.model_dump(
             mode="json", by_alias=True, include={"sources", "parameters", "total"}, exclude_none=True
         )
-        return {"model": {key: value for key, value in model.items() if value}, **told}
+        return {"model": self.model.told(), **told}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +97,8 @@ def prepare(config: QuantizeConfig, *, report: Report) -> PreparedQuantization:
         DataError: The model or the data is not what it should be.
     """
     directory = open_store(config.run.directory, s3=config.storage.s3)
-    known = _read_prepared(directory, config)
-    if known is not None:
+    known = read_prepared(directory, PreparedQuantization)
+    if known is not None and known.asked == _asked(config):
         return known
     report("prepare", stage="Checking the model")
     model = locate_model(config, report=report)
@@ -121,7 +120,7 @@ def prepare(config: QuantizeConfig, *, report: Report) -> PreparedQuantization:
         parameters=count_parameters(shape),
         total=sum(1 for _ in build_model(shape).parameters()) * len(config.outputs),
     )
-    directory.write_bytes(PREPARED_FILE, prepared.model_dump_json(by_alias=True, indent=2).encode())
+    write_prepared(directory, prepared)
     report("prepare", stage="Prepared")
     return prepared
 
@@ -202,19 +201,6 @@ def _enough(epoch: Sequence[int], samples: DataStore, *, block: Calibration | Ve
             return
         yield index
         left -= len(samples[index].tokens) if dataset.packing == "BestFit" else 1
-
-
-def _read_prepared(directory: Store, config: QuantizeConfig) -> PreparedQuantization | None:
-    """Return what was prepared before; None where that was nothing, or was for something else."""
-    if not directory.exists(PREPARED_FILE):
-        return None
-    try:
-        prepared = PreparedQuantization.model_validate_json(directory.read_bytes(PREPARED_FILE))
-    except ValidationError as error:
-        raise DataError(
-            f"{directory.uri(PREPARED_FILE)} cannot be read: {error}", hint="Remove the file to prepare the run again."
-        ) from error
-    return prepared if prepared.asked == _asked(config) else None
 
 
 def _asked(config: QuantizeConfig) -> str:
