@@ -10,8 +10,8 @@ from pathlib import Path
 from moto.server import ThreadedMotoServer
 
 from tests.cluster.binaries import ensure
-from tests.cluster.controlplane import free_ports
 from tests.cluster.node import answers
+from tests.ports import free_ports
 
 
 @contextmanager

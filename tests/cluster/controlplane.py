@@ -11,7 +11,6 @@ import contextlib
 import json
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import tempfile
@@ -26,6 +25,7 @@ from tests.cluster import kubectl
 from tests.cluster.binaries import ensure
 from tests.cluster.pki import Authority, Identity
 from tests.cluster.progress import stage
+from tests.ports import free_ports
 
 ADMIN = Identity("admin", groups=["system:masters"])
 CONTROLLER_MANAGER = Identity("system:kube-controller-manager")
@@ -140,15 +140,6 @@ class ControlPlane:
             if time.monotonic() > deadline:
                 raise TimeoutError("kube-controller-manager made no default service account")
             time.sleep(0.2)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports on loopback that nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def etcd_arguments(data: Path, *, client_port: int, peer_port: int) -> list[str]:

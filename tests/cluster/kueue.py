@@ -21,9 +21,10 @@ from typing import Any, Final, Self
 import yaml
 
 from tests.cluster.binaries import binary
-from tests.cluster.controlplane import ControlPlane, free_ports
+from tests.cluster.controlplane import ControlPlane
 from tests.cluster.paths import HERE
 from tests.cluster.progress import stage
+from tests.ports import free_ports
 
 Json = dict[str, Any]
 

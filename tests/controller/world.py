@@ -23,8 +23,9 @@ from kubetune_operator.cluster import Cluster, object_path
 from kubetune_operator.errors import ClusterError
 from kubetune_operator.names import KINDS, LABEL_ATTEMPT, LABEL_COMPONENT, LABEL_JOB_KIND, LABEL_JOB_NAME, config_name
 from kubetune_operator.status import index_of, is_deleting, phase_of
-from tests.cluster.controlplane import ControlPlane, free_ports
+from tests.cluster.controlplane import ControlPlane
 from tests.cluster.pki import Authority, Identity
+from tests.ports import free_ports
 
 Json = dict[str, Any]
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.cluster.paths import ROOT
+from tests.ports import free_ports
 
 TIMEOUT_SECONDS = 120
 
@@ -62,9 +62,7 @@ class Gang:
     ) -> Self:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         gang = cls(zygote, folder)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        [port] = free_ports(1)
         for rank in range(ranks):
             of_rank = {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),

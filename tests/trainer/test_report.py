@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kubetune_trainer.report import fit, write_termination_message
+from tests.ports import free_ports
 
 PEER = "from kubetune_trainer.report import run, report, serve_metrics, open_log\n"
 
@@ -85,9 +86,7 @@ def test_a_preemption_is_no_failure_and_says_how_far_it_came(tmp_path: Path, ran
 
 
 def test_rank_0_serves_the_last_step_to_prometheus() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    [port] = free_ports(1)
     body = f"""
         import urllib.request
         serve_metrics()

@@ -9,9 +9,11 @@ seconds before the ranks could begin to do the same.
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -224,9 +226,12 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port below those that the kernel gives to connections, none of which can take it before rank 0 listens."""
+    for port in random.sample(range(10_000, 30_000), k=1000):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError("PET_MASTER_PORT must be set: no free port was found between 10000 and 30000")
 
 
 def _start(gang: Gang, command: Sequence[str], environment: Mapping[str, str], local_rank: int, folder: Path) -> Rank:
