@@ -13,6 +13,8 @@ are the same as if nothing had happened.
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from kubetune_trainer.distributed import StopSignal, World, barrier, broadcast_o
 from kubetune_trainer.errors import PreemptedError
 from kubetune_trainer.evaluate.answers import Answers
 from kubetune_trainer.evaluate.gates import Verdict
+from kubetune_trainer.evaluate.origin import compared_lineages, data_of, judged_by
 from kubetune_trainer.evaluate.prepare import PreparedEval, dataset_finder, fetch, prepare
 from kubetune_trainer.evaluate.results import (
     RESULTS_FILE,
@@ -35,6 +38,7 @@ from kubetune_trainer.evaluate.results import (
 from kubetune_trainer.evaluate.run import ask
 from kubetune_trainer.evaluate.tasks import load_tasks
 from kubetune_trainer.evaluate.work import Crew
+from kubetune_trainer.lineage import record_lineage
 from kubetune_trainer.logs import keep_log
 from kubetune_trainer.model.weights import load_model
 from kubetune_trainer.names import TERMINATION_MESSAGE_BYTES
@@ -52,6 +56,18 @@ from kubetune_trainer.tokenizer import load_tokenizer
 
 MESSAGE_FRAME_BYTES = 1024
 """What a termination message may need beside results and gates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """What is evaluated, on this machine."""
+
+    prepared: PreparedEval
+    """What the run evaluates."""
+    model_dir: Path
+    """Folder of the model."""
+    adapter_dir: Path | None
+    """Folder of the adapter, if any."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -72,9 +88,9 @@ def evaluate(config: EvalConfig, world: World, stop: StopSignal) -> None:
     log = scratch_dir() / f"attempt-{attempt()}.jsonl"
     open_log(log)
     try:
-        prepared, crew = set_up(config, world, stop)
+        local, crew = set_up(config, world, stop)
         if world.is_first:
-            finish(config, prepared, crew)
+            finish(config, local, crew)
         else:
             crew.work()
         barrier()  # no rank is done before the results are stored
@@ -83,7 +99,7 @@ def evaluate(config: EvalConfig, world: World, stop: StopSignal) -> None:
             keep_log(config, log)
 
 
-def set_up(config: EvalConfig, world: World, stop: StopSignal) -> tuple[PreparedEval, Crew]:
+def set_up(config: EvalConfig, world: World, stop: StopSignal) -> tuple[Local, Crew]:
     """Gets the model to this node and loads it, whole, on every rank."""
     report("phase", phase="Downloading")
     prepared = broadcast_object(prepare(config, report=report) if world.is_first else None)
@@ -106,21 +122,31 @@ def set_up(config: EvalConfig, world: World, stop: StopSignal) -> tuple[Prepared
         world=world,
         stop=stop,
     )
-    return prepared, crew
+    return Local(prepared=prepared, model_dir=model_dir, adapter_dir=adapter_dir), crew
 
 
-def finish(config: EvalConfig, prepared: PreparedEval, crew: Crew) -> None:
+def finish(config: EvalConfig, local: Local, crew: Crew) -> None:
     """Rank 0's part: tasks to requests, answers to metrics, metrics to verdicts, and all of it to the workspace."""
     store = open_store(config.run.directory, s3=config.storage.s3)
     clear_results(store)
-    loaded = load_tasks(config, find_dataset=dataset_finder(prepared, config), report=report)
+    loaded = load_tasks(config, find_dataset=dataset_finder(local.prepared, config), report=report)
     report("start", attempt=attempt(), answered=crew.answers.load(), world_size=crew.world.size)
     report("phase", phase="Evaluating")
-    found = ask(config, crew, loaded, name=prepared.model.location)
+    found = ask(config, crew, loaded, name=local.prepared.model.location)
     crew.release()
     report("phase", phase="Judging")
     results = result_rows(found.record)
     verdicts = [judge(gate, found, config=config) for gate in config.gates]
+    record_lineage(
+        config,
+        model=local.prepared.model,
+        model_dir=local.model_dir,
+        adapter=local.prepared.adapter,
+        adapter_dir=local.adapter_dir,
+        sources=data_of(config, local.prepared, loaded),
+        parents=compared_lineages(config),
+        judged=judged_by(found, verdicts),
+    )
     save_evaluation(store, found, verdicts=verdicts)
     for result in results:
         report("result", **result.model_dump())

@@ -25,7 +25,15 @@ LINEAGE: dict[str, Any] = {
             "sources": [{"name": "tickets", "location": "s3://data/t.jsonl", "digest": "sha256:t"}],
             "outputs": [{"name": "merged", "type": "HuggingFace", "uri": "s3://m/merged", "digest": "sha256:m"}],
             "parents": [{"kind": "FineTuneJob", "name": "older", "uid": "0"}],
-        }
+        },
+        {
+            "kind": "EvalJob", "namespace": "team", "name": "tuned", "uid": "3",
+            "model": {"location": "s3://m/merged", "digest": "sha256:m"},
+            "sources": [{"name": "mine", "location": "s3://tasks", "digest": "sha256:k"}],
+            "tasks": [{"name": "arc", "version": 1.0, "samples": 40, "hash": "4f"}],
+            "gates": [{"name": "good", "passed": True}, {"name": "better", "passed": False}],
+            "outputs": [],
+        },
     ],
 }  # fmt: skip
 TREE = """\
@@ -35,11 +43,17 @@ QuantizeJob team/small, finished 2026-01-01T00:00:00Z
 ├── config sha256:7
 ├── image trainer@sha256:9
 ├── output int8 (CompressedTensors): s3://m/int8, sha256:8
-└── FineTuneJob team/bot
-    ├── model org/base, commit abc
-    ├── data tickets: s3://data/t.jsonl, digest sha256:t
-    ├── output merged (HuggingFace): s3://m/merged, sha256:m
-    └── FineTuneJob older
+├── FineTuneJob team/bot
+│   ├── model org/base, commit abc
+│   ├── data tickets: s3://data/t.jsonl, digest sha256:t
+│   ├── output merged (HuggingFace): s3://m/merged, sha256:m
+│   └── FineTuneJob older
+└── EvalJob team/tuned
+    ├── model s3://m/merged, digest sha256:m
+    ├── data mine: s3://tasks, digest sha256:k
+    ├── task arc: version 1.0, 40 samples, hash 4f
+    ├── gate good: passed
+    └── gate better: failed
 """
 
 

@@ -16,11 +16,13 @@ import boto3
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
+from lm_eval.loggers import EvaluationTracker
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from kubetune_trainer.export.compressed_tensors import save_compressed_tensors
+from kubetune_trainer.export.digest import folder_digest
 from kubetune_trainer.export.torchao import save_torchao
 from tests.recipes.evaluation import TASKS, by_lm_eval, write_eval_config, write_material
 from tests.recipes.gang import Gang, Zygote
@@ -48,6 +50,10 @@ def start(zygote: Zygote, folder: Path, config: Path, *overrides: str, ranks: in
 
 def results_of(place: Path, run: str = "run") -> dict[str, Any]:
     return json.loads((place / "runs" / run / "results.json").read_bytes())
+
+
+def lineage_of(place: Path, run: str = "run") -> dict[str, Any]:
+    return json.loads((place / "runs" / run / "lineage.json").read_bytes())
 
 
 def samples_of(place: Path, task: str, run: str = "run") -> list[dict[str, Any]]:
@@ -86,6 +92,15 @@ def test_the_numbers_are_those_of_lm_evals_own_backend(zygote: Zygote, place: Pa
             same_sample(mine, reference)
     for key in ("n-shot", "versions", "higher_is_better", "n-samples"):
         assert ours[key] == theirs[key]
+    assert {task["name"]: task["hash"] for task in lineage_of(place)["tasks"]} == hashes_by_lm_eval(place, theirs)
+
+
+def hashes_by_lm_eval(folder: Path, found: dict[str, Any]) -> dict[str, str]:
+    """What lm_eval's own writer of results says of the samples."""
+    record = {key: value for key, value in found.items() if key != "samples"}
+    tracker = EvaluationTracker(output_path=str(folder / "lm_eval"))
+    tracker.save_results_aggregated(results={**record, "config": {}}, samples=found["samples"])
+    return json.loads(next((folder / "lm_eval").rglob("results_*.json")).read_bytes())["task_hashes"]
 
 
 def same_sample(mine: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
@@ -243,6 +258,16 @@ def test_another_evaluation_is_compared_sample_by_sample(zygote: Zygote, place: 
     assert verdicts["strict"]["passed"] == (difference <= 0)
     assert 0 < verdicts["wide"]["stderr"] < 1
 
+    lineage = lineage_of(place, "tuned")
+    assert lineage["parents"] == [lineage_of(place, "base")], "an evaluation that was compared with is a parent"
+    assert [(task["name"], task["samples"]) for task in lineage["tasks"]] == [("choice", 40), ("pages", 6)]
+    assert lineage["tasks"] == lineage_of(place, "base")["tasks"], "the same was asked"
+    assert {gate["name"]: gate["passed"] for gate in lineage["gates"]} == {
+        name: verdict["passed"] for name, verdict in verdicts.items()
+    }
+    assert [source["location"] for source in lineage["sources"]] == [f"file://{place}/tasks"]
+    assert lineage["model"] == {"location": f"file://{place}/model", "digest": folder_digest(place / "model")[0]}
+
     fewer = start(zygote, place / "fewer", config, "run.name=fewer", "tasks.0.limit=10", "tasks.1.num_fewshot=0")
     verdict = fewer.succeed().events("gate")[0]
     assert not verdict["passed"]
@@ -373,9 +398,10 @@ def test_everything_may_lie_in_s3(zygote: Zygote, place: Path, s3_server: Thread
     message = gang.message()
     assert message["artifacts"]["samples"] == "s3://team/runs/stored/samples"
     keys = {entry["Key"] for entry in client.list_objects_v2(Bucket="team", Prefix="runs/stored/")["Contents"]}
-    assert {"results.json", "samples/choice.jsonl", "samples/pages.jsonl", "logs/attempt-1.jsonl", "prepared.json"} == {
-        key.removeprefix("runs/stored/") for key in keys if "/answers/" not in key
-    }
+    assert {key.removeprefix("runs/stored/") for key in keys if "/answers/" not in key} == {
+        "results.json", "samples/choice.jsonl", "samples/pages.jsonl", "lineage.json", "logs/attempt-1.jsonl",
+        "prepared.json",
+    }  # fmt: skip
     found = json.loads(client.get_object(Bucket="team", Key="runs/stored/results.json")["Body"].read())
     assert found["results"] == results_of(place, "local")["results"]
 

@@ -4,7 +4,8 @@
      "outputs": [{"name": "merged", "digest": "sha256:…", …}], "output": "merged", "files": {"config.json": …}}
 
 `output` and `files` say which of the outputs the folder is, and are only there. A parent stands in it with its own
-lineage where the model came with one, so that one file tells the whole way back to the first model and data.
+lineage where that is at hand, beside the model or in the run's folder of a job that was compared with, so that one file
+tells the whole way back to the first model and data. An evaluation has no outputs: it says its tasks and its gates.
 """
 
 import datetime as dt
@@ -35,6 +36,8 @@ def record_lineage(
     adapter_dir: Path | None = None,
     sources: Sequence[Mapping[str, Any]] = (),
     outputs: Sequence[StoredOutput] = (),
+    parents: Sequence[Lineage] = (),
+    judged: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> Lineage:
     """Write a finished run's lineage into its folder and into each of its outputs; call it on one rank.
 
@@ -46,11 +49,14 @@ def record_lineage(
         adapter_dir: The adapter's files, here.
         sources: What `lineage_sources` returns, or the like: name, and location, commit, etag or digest.
         outputs: What it leaves behind, stored already.
+        parents: Lineages of jobs that it used, beside those that lie in the folders.
+        judged: Of an evaluation, its `tasks` and `gates`.
     """
     inputs = [_input(model, model_dir)]
     if adapter is not None and adapter_dir is not None:
         inputs.append(_input(adapter, adapter_dir))
     folders = [folder for folder in (model_dir, adapter_dir) if folder is not None]
+    known = [*(found for folder in folders if (found := read_lineage(folder)) is not None), *parents]
     lineage: Lineage = {
         "apiVersion": config.api_version,
         "kind": config.kind,
@@ -62,7 +68,8 @@ def record_lineage(
         "model": inputs[0],
         "adapter": inputs[1] if len(inputs) > 1 else None,
         "sources": [dict(source) for source in sources],
-        "parents": list(_parents(config, folders)),
+        **(judged or {}),
+        "parents": list(_parents(config, known)),
         "outputs": [output.told() for output in outputs],
         "finishedAt": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
@@ -88,8 +95,21 @@ def lineage_sources(sources: Sequence[Source], found: Sequence[FoundSource]) -> 
 def read_lineage(folder: Path) -> Lineage | None:
     """Return the lineage that lies in a model folder; None where there is none that can be read."""
     try:
-        found = json.loads((folder / LINEAGE_FILE).read_bytes())
-    except (OSError, ValueError):
+        return _parsed((folder / LINEAGE_FILE).read_bytes())
+    except OSError:
+        return None
+
+
+def stored_lineage(directory: str, *, config: JobConfig) -> Lineage | None:
+    """Return the lineage in the folder of another run; None where there is none that can be read."""
+    store = open_store(directory, s3=config.storage.s3)
+    return _parsed(store.read_bytes(LINEAGE_FILE)) if store.exists(LINEAGE_FILE) else None
+
+
+def _parsed(content: bytes) -> Lineage | None:
+    try:
+        found = json.loads(content)
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
 
@@ -104,13 +124,11 @@ def _input(model: FoundModel, folder: Path) -> Lineage:
     return _given({"location": model.location, "commit": model.commit, "digest": digest_of(hashes)})
 
 
-def _parents(config: JobConfig, folders: Sequence[Path]) -> Iterator[Lineage]:
+def _parents(config: JobConfig, known: Sequence[Lineage]) -> Iterator[Lineage]:
     found = {}
-    for folder in folders:
-        lineage = read_lineage(folder)
-        if lineage is not None:
-            told = {key: value for key, value in lineage.items() if key not in {"files", "output"}}
-            found[lineage.get("kind"), lineage.get("name"), lineage.get("uid")] = told
+    for lineage in known:
+        told = {key: value for key, value in lineage.items() if key not in {"files", "output"}}
+        found[lineage.get("kind"), lineage.get("name"), lineage.get("uid")] = told
     for parent in config.run.parents:
         yield found.pop((parent.kind, parent.name, parent.uid), None) or parent.model_dump(
             include={"kind", "name", "uid"}

@@ -86,11 +86,13 @@ def recorded(lineage: Json) -> Node:
     node.facts += _inputs(lineage.get("model"), None)
     node.facts += [f"adapter {_place(lineage['adapter'])}"] if lineage.get("adapter") else []
     node.facts += _inputs(None, lineage.get("sources"))
+    node.facts += _tasks(lineage.get("tasks"))
     if digest := lineage.get("configDigest"):
         node.facts.append(f"config {digest}")
     if image := lineage.get("image"):
         node.facts.append(f"image {image}")
     node.facts += _outputs(lineage.get("outputs"))
+    node.facts += _gates(lineage.get("gates"))
     node.parents = [recorded(parent) for parent in lineage.get("parents") or []]
     return node
 
@@ -117,6 +119,17 @@ def _outputs(outputs: Any) -> Iterator[str]:
     for output in outputs or []:
         digest = f", {output['digest']}" if output.get("digest") else ""
         yield f"output {output.get('name')} ({output.get('type')}): {output.get('uri')}{digest}"
+
+
+def _tasks(tasks: Any) -> Iterator[str]:
+    for task in tasks or []:
+        samples = f"{task.get('samples')} samples, hash {task.get('hash')}"
+        yield f"task {task.get('name')}: version {task.get('version')}, {samples}"
+
+
+def _gates(gates: Any) -> Iterator[str]:
+    for gate in gates or []:
+        yield f"gate {gate.get('name')}: {'passed' if gate.get('passed') else 'failed'}"
 
 
 def _fetch(uri: str, *, s3_endpoint: str | None) -> bytes:
@@ -183,6 +196,7 @@ def _traced(cluster: Connection, job: Json, *, seen: set[str]) -> Node:
     if config := resolved.get("config"):
         node.facts.append(f"config: ConfigMap {config}")
     node.facts += _outputs(status.get("outputs"))
+    node.facts += _gates(status.get("gates"))
     for parent in resolved.get("parents") or []:
         found = read(cluster, parent["kind"], name=parent["name"], namespace=metadata["namespace"])
         node.parents.append(_parent(cluster, parent, found=found, seen=seen))

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from kubetune_trainer.config import EvalConfig, Gate
 from kubetune_trainer.evaluate.gates import Aggregate, Measured, Verdict, decimal, judge_pair, judge_value, unjudged
+from kubetune_trainer.names import LINEAGE_FILE
 from kubetune_trainer.storage import Store, open_store
 
 RESULTS_FILE: Final = "results.json"
@@ -87,6 +88,7 @@ def save_evaluation(store: Store, found: Evaluation, *, verdicts: Sequence[Verdi
 def clear_results(store: Store) -> None:
     """Remove what an earlier evaluation left: until this one is over there is no result."""
     store.delete_tree(RESULTS_FILE)
+    store.delete_tree(LINEAGE_FILE)
     store.delete_tree(SAMPLES_DIR)
 
 

@@ -43,6 +43,8 @@ class LoadedTasks:
     """Groups of them, by name."""
     samples: Mapping[str, range]
     """Which samples of a task, where it is not all of them."""
+    files: Mapping[str, Path]
+    """Folders of task files, by name."""
 
     def for_lm_eval(self) -> dict[str, Any]:
         """Return them as `lm_eval.evaluate` takes them."""
@@ -61,8 +63,8 @@ def load_tasks(config: EvalConfig, *, find_dataset: FindDataset, report: Report)
         ConfigError: There is no task of that name, or it comes twice; names the nearest.
         DataError: A task file, or its data, is not what it should be.
     """
-    folders = [fetch_task_files(files, config=config) for files in config.task_files]
-    finder = _TaskFinder(folders, find_dataset)
+    files = {each.name: fetch_task_files(each, config=config) for each in config.task_files}
+    finder = _TaskFinder(list(files.values()), find_dataset)
     datasets.config.HF_DATASETS_CACHE = scratch_dir() / "datasets-cache"
     datasets.disable_progress_bars()
     tasks: dict[str, Task] = {}
@@ -79,7 +81,7 @@ def load_tasks(config: EvalConfig, *, find_dataset: FindDataset, report: Report)
             if asked.limit is not None:
                 samples[name] = range(min(asked.limit, len(task.eval_docs)))
         groups |= found.get("groups", {})
-    return LoadedTasks(tasks=tasks, groups=groups, samples=samples)
+    return LoadedTasks(tasks=tasks, groups=groups, samples=samples, files=files)
 
 
 def fetch_task_files(files: TaskFiles, *, config: EvalConfig) -> Path:
