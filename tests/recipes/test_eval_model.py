@@ -15,8 +15,8 @@ from typing import Any
 import boto3
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from lm_eval.loggers import EvaluationTracker
+from moto.server import ThreadedMotoServer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
