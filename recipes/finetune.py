@@ -15,7 +15,6 @@ Shapes: B rows of a micro batch, T tokens.
 import argparse
 import hashlib
 import math
-import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -48,6 +47,7 @@ from kubetune_trainer.export.store import StoredOutput, store_output
 from kubetune_trainer.lineage import lineage_sources, record_lineage
 from kubetune_trainer.logs import keep_log
 from kubetune_trainer.lora import apply_lora, init_lora, lora_scale, lora_state_dict
+from kubetune_trainer.memory import peak_memory_bytes
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import build_model, load_weights
@@ -390,13 +390,6 @@ class Progress:
             peak_memory_bytes=peak_memory_bytes(job.world.device),
             eta_seconds=round(per_step * (job.total_steps - step)),
         )
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this rank has used: of the device, or of the process's memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

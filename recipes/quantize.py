@@ -11,27 +11,31 @@ are kept, the others are made again.
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kubetune_trainer.config import QuantizeConfig, QuantizedOutput, load_config
+from kubetune_trainer.config.quantize import CALIBRATED
 from kubetune_trainer.distributed import StopSignal
 from kubetune_trainer.errors import PreemptedError
+from kubetune_trainer.export.convert import convert
 from kubetune_trainer.export.store import store_output
 from kubetune_trainer.export.torchao import check_device
 from kubetune_trainer.lineage import lineage_sources, record_lineage
 from kubetune_trainer.logs import keep_log
+from kubetune_trainer.memory import forget_peak_memory, peak_memory_bytes
 from kubetune_trainer.model.blockwise import BlockwiseLogits
 from kubetune_trainer.model_files import is_small
 from kubetune_trainer.names import OUTPUTS_DIR, TERMINATION_MESSAGE_BYTES
-from kubetune_trainer.quantize.artifact import logits_of, write_output
-from kubetune_trainer.quantize.finished import FinishedOutput, find_finished
+from kubetune_trainer.quantize.artifact import logits_of, round_by_data
+from kubetune_trainer.quantize.finished import FinishedOutput, PeakMemory, find_finished
 from kubetune_trainer.quantize.gates import QuantizeVerdict, judge
 from kubetune_trainer.quantize.prepare import LocalQuantization, PreparedQuantization, fetch, prepare
 from kubetune_trainer.quantize.verify import Comparison, Logits, compare
@@ -72,6 +76,7 @@ def quantize(config: QuantizeConfig) -> None:
     """The whole run, from nothing or from where the last attempt stopped, to its last output."""
     for output in config.outputs:
         check_device(output.scheme)
+        warn_of_calibration(output, config)
     report("phase", phase="Downloading")
     prepared = prepare(config, report=report)
     local = fetch(prepared, config)
@@ -105,6 +110,13 @@ def quantize(config: QuantizeConfig) -> None:
     write_termination_message("Complete", exit_code=0, **told)
 
 
+def warn_of_calibration(output: QuantizedOutput, config: QuantizeConfig) -> None:
+    """Says which outputs are not rounded by data, though the config has data for it."""
+    if config.rounds_by_data and output.type not in CALIBRATED:
+        told = f"calibration is used for type {' or '.join(CALIBRATED)} only, got {output.type}"
+        report("warning", message=f"{config.title}: output {output.name}: {told}: its weights go to the nearest value")
+
+
 class Work:
     """What making each output needs: the model, its data, and the model's own logits, which are computed once."""
 
@@ -120,19 +132,24 @@ class Work:
         folder, scratch = (scratch_dir() / kind / output.name for kind in (OUTPUTS_DIR, "rounded"))
         for each in (folder, scratch):
             shutil.rmtree(each, ignore_errors=True)  # an attempt before this one may have left its part
-        calibration = self._config.calibration
-        uses_data = calibration is not None and calibration.method != "None" and output.type == "CompressedTensors"
-        self._progress.phase("Calibrating" if uses_data else "Quantizing")
-        write_output(
-            output,
-            self._local.model_dir,
-            folder,
-            calibration=self._local.calibration if uses_data else (),
-            device=self._device,
-            scratch=scratch,
-            done=self._progress.step,
-        )
-        comparison = self._compare(output, folder)
+        peaks: dict[str, int] = {}
+        rounded = None
+        if self._config.rounds_by_data and output.type in CALIBRATED:
+            with self._phase("Calibrating", peaks, "calibration_bytes"):
+                rounded = round_by_data(
+                    output,
+                    self._local.model_dir,
+                    self._local.calibration,
+                    scratch=scratch,
+                    device=self._device,
+                    done=self._progress.step,
+                )
+        with self._phase("Quantizing", peaks, "conversion_bytes"):
+            convert(output, self._local.model_dir, folder, rounded=rounded, done=self._progress.step)
+        comparison = None
+        if self._local.verify:
+            with self._phase("Verifying", peaks, "verification_bytes"):
+                comparison = self._compare(output, folder)
         self._progress.phase("Storing")
         made = FinishedOutput(
             asked=self._prepared.asked,
@@ -140,16 +157,23 @@ class Work:
             scheme=output.scheme,
             source_bytes=model_bytes(self._local.model_dir),
             comparison=comparison,
+            peak_memory=PeakMemory(**peaks),
         )
         for each in (folder, scratch):
             shutil.rmtree(each, ignore_errors=True)
         return made
 
-    def _compare(self, output: QuantizedOutput, folder: Path) -> Comparison | None:
+    @contextlib.contextmanager
+    def _phase(self, name: str, peaks: dict[str, int], field: str) -> Iterator[None]:
+        """Says what the run is at, and notes how much memory that took at its peak."""
+        self._progress.phase(name)
+        counts_from_now = forget_peak_memory(self._device)
+        yield
+        if counts_from_now:
+            peaks[field] = peak_memory_bytes(self._device)
+
+    def _compare(self, output: QuantizedOutput, folder: Path) -> Comparison:
         """Compares an output, as it is loaded from its files, with the model that it was made from."""
-        if not self._local.verify:
-            return None
-        self._progress.phase("Verifying")
         if self._source_logits is None:
             self._source_logits = BlockwiseLogits(self._local.model_dir, self._local.verify, device=self._device)
         return compare(self._source_logits, logits_of(output, folder, device=self._device), self._local.verify)
@@ -217,7 +241,7 @@ def final_message(
 
 def camel(told: dict[str, Any]) -> dict[str, Any]:
     """Spells the fields of one output as the status does."""
-    words = {"source_bytes": "sourceBytes", "source_perplexity": "sourcePerplexity"}
+    words = {"source_bytes": "sourceBytes", "source_perplexity": "sourcePerplexity", "peak_memory": "peakMemory"}
     return {words.get(name, name): value for name, value in told.items()}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kubetune_operator.api.manifest import dump_manifests
+from tests.api.test_eval_and_quantize import manifest as manifest_of
 from tests.api.test_finetunejob import BAD, GOOD, manifest
 from tests.cluster.controlplane import ControlPlane
 from tests.cluster.paths import ROOT
@@ -58,6 +59,17 @@ def test_a_local_path_is_valid_and_noted(kubetune: Any, tmp_path: Path) -> None:
     ran = kubetune("validate", write(tmp_path / "job.yaml", manifest(spec__workspace__uri="file:///tmp/runs")))
     assert ran.code == 0
     assert ran.err.startswith("note: spec.workspace.uri: file:// is for `kubetune run`")
+
+
+def test_an_output_that_calibration_is_not_used_for_is_noted(kubetune: Any, tmp_path: Path) -> None:
+    samples = {"sources": [{"name": "a", "uri": {"location": "s3://data/a.jsonl"}}]}
+    outputs = [{"name": "ao", "type": "TorchAO", "scheme": "Int8WeightOnly"}]
+    job = manifest_of("QuantizeJob", spec__outputs=outputs, spec__calibration={"dataset": samples})
+    ran = kubetune("validate", write(tmp_path / "job.yaml", job))
+    assert ran.code == 0
+    assert (
+        "note: spec.outputs[0] (ao): spec.calibration is used for type CompressedTensors only, got TorchAO" in ran.err
+    )
 
 
 @pytest.mark.parametrize(

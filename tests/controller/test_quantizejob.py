@@ -61,6 +61,19 @@ async def test_a_model_becomes_outputs_that_say_what_they_cost(quantizes: World)
     assert "gates" not in status
 
 
+async def test_an_output_that_calibration_is_not_used_for_is_told(quantizes: World) -> None:
+    outputs = [*OUTPUTS, {"name": "edge", "type": "GGUF", "gguf": {"type": "Q8_0"}}]
+    await quantizes.apply(outputs=outputs, calibration={"dataset": VERIFY["dataset"]})
+    await quantizes.live()
+    fields = "involvedObject.kind=QuantizeJob,reason=CalibrationIgnored"
+    [told] = await quantizes.cluster.list_all("Event", namespace=quantizes.namespace, fields=fields)
+    assert told["type"] == "Warning"
+    assert told["message"] == (
+        "spec.outputs[2] (edge): spec.calibration is used for type CompressedTensors only, got GGUF: "
+        "its weights go to the nearest value"
+    )
+
+
 async def test_one_gate_judges_every_output_and_one_that_fails_fails_it(quantizes: World) -> None:
     gates = [{"name": "close", "maxPerplexityIncreasePercent": "2.0"}]
     await quantizes.apply(outputs=OUTPUTS, verify=VERIFY, gates=gates)

@@ -89,9 +89,26 @@ def test_weights_that_are_rounded_by_data_are_nearer_to_the_model(zygote: Zygote
         gang = start(zygote, place / name, write_config(place, INT4, **blocks)).succeed()
         divergence.append(gang.message()["outputs"][0]["divergence"]["meanKl"])
     assert 0 < divergence[1] < divergence[0]
-    assert "Calibrating" in {event["phase"] for event in gang.events("phase")}
+    assert [event["phase"] for event in gang.events("phase")] == [
+        "Downloading", "Calibrating", "Quantizing", "Verifying", "Storing",
+    ]  # fmt: skip
+    peaks = gang.message()["outputs"][0]["peakMemory"]
+    assert peaks.keys() == {"calibrationBytes", "conversionBytes", "verificationBytes"}
+    assert min(peaks.values()) > 0
     lineage = json.loads((place / "runs" / "by-data" / "lineage.json").read_bytes())
     assert [source["name"] for source in lineage["sources"]] == ["more"]
+
+
+def test_an_output_that_is_not_rounded_by_data_is_warned_of(zygote: Zygote, place: Path) -> None:
+    dataset = {"sources": [{"name": "pairs", "uri": {"location": f"file://{place}/pairs.jsonl"}}]}
+    calibration = {"dataset": {**dataset, "max_sequence_length": 64}, "samples": 2}
+    gang = start(zygote, place / "run", write_config(place, AO, Q8, calibration=calibration, verify=None)).succeed()
+    rule = "calibration is used for type CompressedTensors only"
+    assert [event["message"] for event in gang.events("warning")] == [
+        f"QuantizeJob local/run: output {name}: {rule}, got {kind}: its weights go to the nearest value"
+        for name, kind in (("ao", "TorchAO"), ("q8", "GGUF"))
+    ]
+    assert [output["peakMemory"].keys() for output in gang.message()["outputs"]] == [{"conversionBytes"}] * 2
 
 
 def test_an_adapter_is_merged_before_the_model_is_quantized(zygote: Zygote, place: Path) -> None:
@@ -135,7 +152,7 @@ def test_a_stopped_run_keeps_what_is_finished_and_comes_to_the_same_end(zygote: 
     assert kept.stat().st_mtime_ns == before
 
     def results(gang: Gang) -> list[dict[str, Any]]:
-        return [{**output, "uri": ""} for output in gang.message()["outputs"]]
+        return [{**output, "uri": "", "peakMemory": {}} for output in gang.message()["outputs"]]
 
     assert results(again) == results(peaceful)
     assert again.message()["progress"] == {"done": 60, "total": 60}
@@ -146,7 +163,8 @@ def test_an_output_that_has_lost_a_file_is_made_again(zygote: Zygote, place: Pat
     first = start(zygote, place / "first", config).succeed()
     (place / "runs" / "run" / "outputs" / "int8" / "model.safetensors").unlink()
     second = start(zygote, place / "second", config).succeed()
-    assert second.message()["outputs"] == first.message()["outputs"]
+    made = [gang.message()["outputs"][0] for gang in (first, second)]
+    assert made[0]["digest"] == made[1]["digest"]
     load_model(place / "runs" / "run" / "outputs" / "int8")
 
 

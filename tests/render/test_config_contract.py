@@ -10,11 +10,13 @@ import yaml
 
 from kubetune_operator import names as operator_names
 from kubetune_operator.api import outputs as operator_outputs
+from kubetune_operator.api import quantizejob as operator_quantizejob
 from kubetune_operator.api.evaljob import EvalJobSpec
 from kubetune_operator.render.config import Resolved, dump_config, render_config
 from kubetune_trainer import names as trainer_names
 from kubetune_trainer.config import FineTuneConfig, JobConfig, load_config
 from kubetune_trainer.config import outputs as trainer_outputs
+from kubetune_trainer.config import quantize as trainer_quantize
 from kubetune_trainer.config.evaluate import EvalConfig
 from kubetune_trainer.config.quantize import QuantizeConfig
 from kubetune_trainer.model.config import QUANTIZATION_METHODS
@@ -141,6 +143,7 @@ def test_both_sides_have_one_table_of_schemes() -> None:
     assert operator_outputs.SCHEMES == trainer_outputs.SCHEMES
     assert operator_outputs.UNQUANTIZED == trainer_outputs.UNQUANTIZED
     assert operator_outputs.GROUPED == trainer_outputs.GROUPED
+    assert operator_quantizejob.CALIBRATED == trainer_quantize.CALIBRATED
 
 
 def test_evaluations_are_given_the_formats_that_the_trainer_loads() -> None:

@@ -1,7 +1,7 @@
 """QuantizeJob: make a model smaller, in formats that engines load, and say what it costs."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,10 @@ from kubetune_operator.api.model import ApiModel, Rule, StatusModel, Unique
 from kubetune_operator.api.outputs import OUTPUT_RULES, FinishedOutput, OutputBase
 
 # -------------------------------------------------------------------------------------------------------- spec
+
+
+CALIBRATED: Final = ("CompressedTensors",)
+"""Types of outputs whose weights can be rounded by data."""
 
 
 class QuantizedOutput(OutputBase):
@@ -109,6 +113,18 @@ class QuantizeJobSpec(JobSpec):
     """What the outputs must hold. A job whose gate fails is complete; jobs that need it to pass do not begin."""
 
 
+def ignored_calibration(spec: QuantizeJobSpec) -> list[str]:
+    """Say for each output whose type takes no calibration that it gets none, though the job has one."""
+    if spec.calibration is None or spec.calibration.method == "None":
+        return []
+    rule = f"spec.calibration is used for type {' or '.join(CALIBRATED)} only"
+    return [
+        f"spec.outputs[{number}] ({output.name}): {rule}, got {output.type}: its weights go to the nearest value"
+        for number, output in enumerate(spec.outputs)
+        if output.type not in CALIBRATED
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------ status
 
 
@@ -130,6 +146,17 @@ class Divergence(StatusModel):
     """Largest difference between two logits."""
 
 
+class PeakMemory(StatusModel):
+    """The most memory that each part of the work had in use at once: of the device, or of the process on a CPU."""
+
+    calibration_bytes: Count | None = None
+    """While the model looked at the data of spec.calibration. Unset: it did not."""
+    conversion_bytes: Count | None = None
+    """While the output was written."""
+    verification_bytes: Count | None = None
+    """While it was compared on the data of spec.verify. Unset: it was not."""
+
+
 class MeasuredOutput(FinishedOutput):
     """One form of the model that is written, loaded again and compared."""
 
@@ -143,6 +170,8 @@ class MeasuredOutput(FinishedOutput):
     """That of the model that it was made from."""
     divergence: Divergence | None = None
     """How far its answers are from those of that model."""
+    peak_memory: PeakMemory | None = None
+    """Memory that it took to make and to measure. Unset: the node does not say."""
 
 
 class QuantizeGateResult(StatusModel):

@@ -15,7 +15,7 @@ from kubetune_operator.api.finetunejob import FineTuneJob
 from kubetune_operator.api.jobs import Job
 from kubetune_operator.api.kinds import parse_job
 from kubetune_operator.api.manifest import load_manifests
-from kubetune_operator.api.quantizejob import QuantizeJob
+from kubetune_operator.api.quantizejob import QuantizeJob, ignored_calibration
 from kubetune_operator.api.references import JobKey, key_of
 from kubetune_operator.errors import SpecError
 from kubetune_operator.names import API_GROUP, S3_ACCESS_KEY, S3_SECRET_KEY
@@ -68,6 +68,8 @@ class Bundle:
         """What is allowed and yet worth saying."""
         if local := [path for path, uri in uris(self.job) if uri.startswith("file://")]:
             yield f"{', '.join(local)}: file:// is for `kubetune run` on this machine; the operator refuses it"
+        if isinstance(self.job, QuantizeJob):
+            yield from ignored_calibration(self.job.spec)
 
 
 def load_bundle(file: Path, *, name: str | None = None, s3_endpoint: str | None = None) -> Bundle:

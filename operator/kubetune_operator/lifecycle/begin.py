@@ -4,6 +4,7 @@ from typing import Any
 
 from kubetune_operator.api.finetunejob import FineTuneJob, batch_problem
 from kubetune_operator.api.jobs import Job
+from kubetune_operator.api.quantizejob import QuantizeJob, ignored_calibration
 from kubetune_operator.lifecycle.draft import Draft
 from kubetune_operator.lifecycle.moves import fail
 from kubetune_operator.lifecycle.queueing import queue_problem
@@ -31,6 +32,9 @@ def accept(draft: Draft) -> bool:
     message = _accepted_message(job, settings=settings)
     draft.condition("Accepted", status="True", reason="Accepted", message=message)
     draft.note("Accepted", message)
+    if isinstance(job, QuantizeJob):
+        for ignored in ignored_calibration(job.spec):
+            draft.note("CalibrationIgnored", ignored, warning=True)
     draft.set(start_time=timestamp(draft.seen.now))
     draft.waiting("Pending", reason="Pending", message="nothing is started yet")
     return False

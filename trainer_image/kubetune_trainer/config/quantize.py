@@ -1,11 +1,14 @@
 """The config of a QuantizeJob."""
 
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from kubetune_trainer.config.blocks import Block, Dataset, JobConfig, ResourceName, check_unique_names
 from kubetune_trainer.config.outputs import OutputBase
+
+CALIBRATED: Final = ("CompressedTensors",)
+"""Types of outputs whose weights can be rounded by data."""
 
 
 class QuantizedOutput(OutputBase):
@@ -68,6 +71,11 @@ class QuantizeConfig(JobConfig):
     """Data on which outputs are compared with the model; unset compares nothing."""
     gates: tuple[QuantizeGate, ...] = ()
     """What the outputs must hold; a gate that fails does not fail the job."""
+
+    @property
+    def rounds_by_data(self) -> bool:
+        """Whether data is asked to decide how weights are rounded."""
+        return self.calibration is not None and self.calibration.method != "None"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

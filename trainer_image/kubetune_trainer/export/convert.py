@@ -3,21 +3,31 @@
 Each format is a module of its own with libraries of its own, which are imported only where they are asked for.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from kubetune_trainer.config import OutputBase
 from kubetune_trainer.config.outputs import GROUP_SIZE
 from kubetune_trainer.errors import ConfigError, DataError
+from kubetune_trainer.quantize.rounding import Rounded
 
 
-def convert(output: OutputBase, source: Path, target: Path) -> None:
-    """Write a model folder in the format of an output of type GGUF, ExecuTorch or CompressedTensors.
+def convert(
+    output: OutputBase,
+    source: Path,
+    target: Path,
+    *,
+    rounded: Mapping[str, Rounded] | None = None,
+    done: Callable[[], object] = lambda: None,
+) -> None:
+    """Write a model folder in the format of an output of type CompressedTensors, TorchAO, GGUF or ExecuTorch.
 
     Args:
         output: Says the format and its options.
         source: Complete model in Hugging Face format.
         target: Made if it is not there.
+        rounded: Layers that are rounded already, by name; CompressedTensors alone can have them.
+        done: Called after each tensor, where the format is written tensor by tensor.
     """
     group_size = output.group_size or GROUP_SIZE
     if output.type == "GGUF" and output.gguf is not None:
@@ -29,10 +39,14 @@ def convert(output: OutputBase, source: Path, target: Path) -> None:
 
         options = output.execu_torch.model_dump() if output.execu_torch else {}
         save_executorch(source, target, scheme=output.scheme, group_size=group_size, **options)
+    elif output.type == "TorchAO":
+        from kubetune_trainer.export.torchao import save_torchao  # noqa: PLC0415
+
+        save_torchao(source, target, scheme=output.scheme, group_size=group_size, done=done)
     else:
         from kubetune_trainer.export.compressed_tensors import save_compressed_tensors  # noqa: PLC0415
 
-        save_compressed_tensors(source, target, scheme=output.scheme, group_size=group_size)
+        save_compressed_tensors(source, target, scheme=output.scheme, group_size=group_size, rounded=rounded, done=done)
 
 
 def check_outputs(outputs: Iterable[OutputBase], folder: Path, *, title: str) -> None:

@@ -1,4 +1,4 @@
-"""Make one output of a quantization, and run what was made: from a model folder to files, from files to logits."""
+"""What an output needs beside its format: layers rounded by data before it is written, its logits afterwards."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,54 +9,35 @@ from torch import Tensor
 from kubetune_trainer.config import QuantizedOutput
 from kubetune_trainer.config.outputs import GROUP_SIZE
 from kubetune_trainer.data.sampler import Batch
-from kubetune_trainer.export.convert import convert
+from kubetune_trainer.export.compressed_tensors import SCHEMES
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import load_model
+from kubetune_trainer.quantize.calibrate import RoundedFiles, calibrate
 from kubetune_trainer.quantize.verify import Logits
 
 
-def write_output(
+def round_by_data(
     output: QuantizedOutput,
     source: Path,
-    target: Path,
+    batches: Sequence[Batch],
     *,
-    calibration: Sequence[Batch] = (),
-    device: torch.device,
     scratch: Path,
+    device: torch.device,
     done: Callable[[], object],
-) -> None:
-    """Write a model folder in the form that an output asks for.
+) -> RoundedFiles:
+    """Round a model's layers as an output of type CompressedTensors asks, by what goes through them.
 
     Args:
         output: The output.
         source: Complete model in Hugging Face format.
-        target: Made if it is not there.
-        calibration: Rows by which weights are rounded; none rounds each to the nearest value.
-        device: Where rounding by data computes.
-        scratch: A folder for what is in between.
-        done: Called after each tensor that is rounded, where the format is written tensor by tensor.
+        batches: The data.
+        scratch: A folder for the rounded layers.
+        device: Where it computes.
+        done: Called after each layer.
     """
-    group_size = output.group_size or GROUP_SIZE
-    if output.type == "CompressedTensors":
-        from kubetune_trainer.export.compressed_tensors import SCHEMES, save_compressed_tensors  # noqa: PLC0415
-
-        if not calibration:
-            save_compressed_tensors(source, target, scheme=output.scheme, group_size=group_size, done=done)
-            return
-        from kubetune_trainer.quantize.calibrate import calibrate  # noqa: PLC0415
-
-        scheme = SCHEMES[output.scheme]
-        size = group_size if scheme.grouped else None
-        rounded = calibrate(
-            source, calibration, bits=scheme.bits, group_size=size, folder=scratch, device=device, done=done
-        )
-        save_compressed_tensors(source, target, scheme=output.scheme, group_size=group_size, rounded=rounded)
-    elif output.type == "TorchAO":
-        from kubetune_trainer.export.torchao import save_torchao  # noqa: PLC0415
-
-        save_torchao(source, target, scheme=output.scheme, group_size=group_size, done=done)
-    else:
-        convert(output, source, target)
+    scheme = SCHEMES[output.scheme]
+    group_size = (output.group_size or GROUP_SIZE) if scheme.grouped else None
+    return calibrate(source, batches, bits=scheme.bits, group_size=group_size, folder=scratch, device=device, done=done)
 
 
 def logits_of(output: QuantizedOutput, folder: Path, *, device: torch.device) -> Logits:

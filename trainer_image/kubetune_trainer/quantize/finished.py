@@ -3,6 +3,7 @@
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.alias_generators import to_camel
 
 from kubetune_trainer.config import QuantizeConfig, QuantizedOutput
 from kubetune_trainer.export.store import StoredOutput
@@ -10,6 +11,19 @@ from kubetune_trainer.quantize.verify import Comparison
 from kubetune_trainer.storage import Store, open_store
 
 FINISHED_DIR: Final = "finished"
+
+
+class PeakMemory(BaseModel):
+    """The most memory that each part of an output's work had in use at once, in bytes; None where none is known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True)
+
+    calibration_bytes: int | None = None
+    """While the model looked at data for rounding."""
+    conversion_bytes: int | None = None
+    """While the output was written."""
+    verification_bytes: int | None = None
+    """While it was compared with the model that it was made from."""
 
 
 class FinishedOutput(BaseModel):
@@ -27,10 +41,13 @@ class FinishedOutput(BaseModel):
     """Size of the model that it was made from."""
     comparison: Comparison | None
     """How far it is from that model; None where nothing was compared."""
+    peak_memory: PeakMemory
+    """What its parts needed."""
 
     def told(self) -> dict[str, Any]:
         """Return what the status says of it."""
         told = {**self.stored.told(), "scheme": self.scheme, "source_bytes": self.source_bytes}
+        told["peak_memory"] = self.peak_memory.model_dump(by_alias=True, exclude_none=True) or None
         if self.comparison is not None:
             found = self.comparison
             told |= {
