@@ -51,9 +51,11 @@ check: env ## Format, lint, types, layers, generated files in sync, chart
 	$(PY) -m tests.cluster build helm
 	"$$($(PY) -m tests.cluster path helm)" lint --strict helm/kubetune
 
+# One process waits for an API server most of the time, so that three keep two CPUs busy, a thread each.
 test: $(VENV)/.engines ## Every test tier: unit, control plane, a real node
 	$(PY) -m tests.cluster build
-	$(PY) -m pytest tests -m "not cluster" --numprocesses 2 --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not cluster" --numprocesses 3 --dist loadfile --no-loadscope-reorder \
+		--durations=15
 	$(PY) -m pytest tests -m cluster --durations=15
 
 demo: env ## Fine-tune a real model on a real cluster, from nothing to the answers before and after

@@ -12,6 +12,7 @@ import pytest
 from tests.cluster import local
 from tests.cluster.controlplane import ControlPlane
 from tests.cluster.paths import ROOT
+from tests.order import in_order, longest_files
 
 CRDS = ROOT / "crds"
 _numbers = itertools.count(1)
@@ -23,6 +24,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("KUBETUNE_EVERY_TIER"):
             pytest.fail(f"a node needs {missing}", pytrace=False)
         pytest.skip(f"a node needs {missing}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first; xdist hands them out in this order with --no-loadscope-reorder."""
+    items[:] = in_order(items)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Names the longest files wherever the longest tests are named."""
+    if config.getoption("durations"):
+        passed = [report for key in ("", "passed", "failed") for report in terminalreporter.stats.get(key, [])]
+        terminalreporter.write_sep("=", "slowest files")
+        for name, seconds in longest_files(passed):
+            terminalreporter.write_line(f"{seconds:6.1f}s {name}")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.order import LONGEST_FIRST
+
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 REGISTRY_HOSTS = (
@@ -50,6 +52,10 @@ def test_no_module_is_named_like_one_of_the_stdlib() -> None:
     packages = (ROOT / "operator" / "kubetune_operator", ROOT / "trainer_image" / "kubetune_trainer")
     names = {path.stem for package in packages for path in package.rglob("*.py")} - {"__init__", "__main__"}
     assert not names & sys.stdlib_module_names
+
+
+def test_the_order_of_tests_names_files_that_are_there() -> None:
+    assert not [name for name in LONGEST_FIRST if not (ROOT / "tests" / name).is_file()]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
