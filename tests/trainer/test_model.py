@@ -23,6 +23,14 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.5, 2.0, 2.5, 3.0],
+    "rope_theta": 10000.0,
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
@@ -40,6 +48,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
         "max_position_embeddings": 16,
     },
+    "rope longrope": {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 48}},
+    "rope longrope beyond its context": {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 16}},
     "rope yarn": {"rope_parameters": YARN | {"rope_theta": 10000.0}},
     "rope yarn with every parameter": {
         "rope_parameters": YARN
@@ -190,11 +200,9 @@ def test_recomputing_activations_changes_neither_loss_nor_gradients(tmp_path: Pa
 
 CONFIG = TINY | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 REFUSED = {
-    "architectures must be ['LlamaForCausalLM'] with model_type 'llama', got ['MistralForCausalLM'] with 'mistral'": {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
+    "architectures must be ['LlamaForCausalLM'] with model_type 'llama', got ['LlamaForSequenceClassification']": {
+        "architectures": ["LlamaForSequenceClassification"],
     },
-    "got ['LlamaForSequenceClassification'] with 'llama'": {"architectures": ["LlamaForSequenceClassification"]},
     "hidden_act must be 'silu', got 'gelu'": {"hidden_act": "gelu"},
     "attention_dropout must be 0, got 0.1": {"attention_dropout": 0.1},
     "quantization_config must be None, got {'quant_method': 'gptq'}": {"quantization_config": {"quant_method": "gptq"}},
@@ -207,8 +215,8 @@ REFUSED = {
         "hidden_size": 33
     },
     "head_dim must be even, got 7": {"head_dim": 7},
-    "rope_type must be one of default, linear, dynamic, yarn, llama3, got 'longrope'": {
-        "rope_scaling": {"rope_type": "longrope"}
+    "rope_type must be one of default, linear, dynamic, yarn, llama3, longrope, got 'proportional'": {
+        "rope_scaling": {"rope_type": "proportional"}
     },
     "rope parameter factor is missing": {"rope_scaling": {"type": "linear"}},
     "rope parameter low_freq_factor is missing": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},

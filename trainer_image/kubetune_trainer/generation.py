@@ -9,7 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kubetune_trainer.model.decoder import Decoder, KVCache
+from kubetune_trainer.model.attention import KVCache
+from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.names import PADDING_DOCUMENT
 
 Stop = Callable[[list[int]], bool]

@@ -16,36 +16,61 @@ CHUNK_TOKENS = 256
 
 
 def sum_cross_entropy(
-    hidden_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
+    hidden_BTD: Tensor,
+    head_VD: Tensor,
+    labels_BT: Tensor,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return the sum of the cross entropy over all labels that are not -100, an fp32 scalar.
 
     The gradient is computed with the loss, chunk by chunk, so that the logits are made once and thrown away.
+
+    Args:
+        hidden_BTD: The normalised residual stream.
+        head_VD: The output head.
+        labels_BT: Target of each position, -100 where none is trained.
+        chunk_tokens: Positions whose logits exist at once.
+        softcap: Bound of the logits, see `soft_capped`.
     """
     trained_BT = labels_BT != IGNORE_LABEL
     hidden_ND, labels_N = hidden_BTD[trained_BT], labels_BT[trained_BT].long()
     differentiate = torch.is_grad_enabled()
     wanted = (differentiate and hidden_ND.requires_grad, differentiate and head_VD.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, labels_N, chunk_tokens, wanted)
+    return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, labels_N, chunk_tokens, wanted, softcap)
+
+
+def soft_capped(x: Tensor, bound: float | None) -> Tensor:
+    """Keep numbers within a bound that they approach as tanh does; None changes nothing."""
+    return x if bound is None else (x / bound).tanh() * bound
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, chunk_tokens: int, wanted: tuple[bool, bool]
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        labels_N: Tensor,
+        chunk_tokens: int,
+        wanted: tuple[bool, bool],
+        softcap: float | None,
     ) -> Tensor:
         hidden_gradient = torch.empty_like(hidden_ND) if wanted[0] else None
         head_gradient = torch.zeros_like(head_VD) if wanted[1] else None
         total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         for start in range(0, len(labels_N), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits = functional.linear(hidden_ND[chunk], head_VD).float()
+            logits = soft_capped(functional.linear(hidden_ND[chunk], head_VD), softcap).float()
             log_probabilities = functional.log_softmax(logits, dim=-1)
             total += functional.nll_loss(log_probabilities, labels_N[chunk], reduction="sum")
             if not any(wanted):
                 continue
             logits_gradient = log_probabilities.exp_()
             logits_gradient[torch.arange(len(logits), device=logits.device), labels_N[chunk]] -= 1
+            if softcap is not None:
+                logits_gradient *= 1 - (logits / softcap).square()
             logits_gradient = logits_gradient.to(head_VD.dtype)
             if hidden_gradient is not None:
                 hidden_gradient[chunk] = logits_gradient @ head_VD
@@ -55,11 +80,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         hidden_gradient, head_gradient = ctx.saved_tensors
         return (
             None if hidden_gradient is None else hidden_gradient * scale,
             None if head_gradient is None else head_gradient * scale,
+            None,
             None,
             None,
             None,

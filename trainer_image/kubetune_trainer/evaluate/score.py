@@ -36,8 +36,8 @@ def score(model: Decoder, trees: Sequence[Tree]) -> dict[int, Score]:
     numbers = [number_of[row, place] for row, path in paths for place in path.places]
     targets = [target for _, path in paths for target in path.targets]
     scores_N, likeliest_N = _token_scores(
+        model,
         x_BTD[rows_P, places_P],
-        model.head,
         torch.tensor(numbers, device=device),
         torch.tensor(targets, device=device),
     )
@@ -50,12 +50,12 @@ def score(model: Decoder, trees: Sequence[Tree]) -> dict[int, Score]:
     return answers
 
 
-def _token_scores(x_PD: Tensor, head_VD: Tensor, numbers_N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+def _token_scores(model: Decoder, x_PD: Tensor, numbers_N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """Return each target's log probability at its place, in fp64, and whether it is the likeliest token there."""
     scores_N = torch.empty(len(targets_N), dtype=torch.float64)
     likeliest_N = torch.empty(len(targets_N), dtype=torch.bool)
     for start in range(0, len(x_PD), CHUNK_TOKENS):
-        logits = functional.linear(x_PD[start : start + CHUNK_TOKENS], head_VD).float()
+        logits = model.logits(x_PD[start : start + CHUNK_TOKENS]).float()
         inside = ((numbers_N >= start) & (numbers_N < start + CHUNK_TOKENS)).nonzero()[:, 0]
         here, targets = numbers_N[inside] - start, targets_N[inside]
         scored = functional.log_softmax(logits, dim=-1)[here, targets]

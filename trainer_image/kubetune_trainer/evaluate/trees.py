@@ -116,5 +116,5 @@ def _common(first: tuple[int, ...], second: tuple[int, ...]) -> int:
 def _costs(shape: ModelConfig) -> tuple[float, float]:
     """Return the operations of one layer for one token and, in attention, for one pair of tokens."""
     projections = shape.hidden_size * shape.head_dim * 2 * (shape.num_heads + shape.num_kv_heads)
-    token_cost = 2.0 * (projections + 3 * shape.hidden_size * shape.intermediate_size)
+    token_cost = 2.0 * (projections + 3 * shape.hidden_size * shape.token_width)
     return token_cost, ATTENTION_FACTOR * 4.0 * shape.num_heads * shape.head_dim

@@ -7,7 +7,7 @@ get_max_seq_len, get_vocab_size, get_bos_id, get_eos_ids and others.
 
 Nothing here asks for a device; programs are made and, by this module, run on CPU.
 
-Shapes: T tokens, S max_sequence_length, H head_dim, V vocab_size.
+Shapes: T tokens, S max_sequence_length, R rotated part of a head, V vocab_size.
 """
 
 import shutil
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.export.huggingface import COMPANION_FILES
+from kubetune_trainer.loss import soft_capped
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.rope import rotary_tables
@@ -91,10 +92,15 @@ def check_executorch(
     config = read_config(source)
     if config.rope.kind == "dynamic":
         raise DataError(f"Model folder {source}: an ExecuTorch program cannot have rope_type dynamic")
-    if max_sequence_length > config.max_positions:
+    if config.experts is not None:
+        raise DataError(
+            f"Model folder {source}: an ExecuTorch program cannot choose experts, as the family {config.family} does"
+        )
+    stretches = config.rope.kind == "longrope"  # with other frequencies beyond the original context
+    longest = config.rope.original_max_positions if stretches else config.max_positions
+    if max_sequence_length > longest:
         raise ConfigError(
-            f"execu_torch.max_sequence_length must be at most the model's {config.max_positions}, "
-            f"got {max_sequence_length}"
+            f"execu_torch.max_sequence_length must be at most the model's {longest}, got {max_sequence_length}"
         )
     if scheme not in {None, QUANTIZED}:
         raise ConfigError(f"scheme must be {QUANTIZED} or none for an ExecuTorch program, got {scheme}")
@@ -165,10 +171,14 @@ class _CachedDecoder(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
         weight = model.model.embed_tokens.weight if config.tied_embeddings else model.lm_head.weight
         self.head.weight = nn.Parameter(weight.detach().clone())
+        self.config = config
         slots_S = torch.arange(max_length)
-        cos, sin = rotary_tables(config.rope, slots_S[None], head_dim=config.head_dim, dtype=torch.float32)
-        for name, table in (("slots_S", slots_S), ("cos_SH", cos[0, 0]), ("sin_SH", sin[0, 0])):
-            self.register_buffer(name, table, persistent=False)
+        self.register_buffer("slots_S", slots_S, persistent=False)
+        self.ropes = list(dict.fromkeys(rope for rope in config.ropes if rope is not None))
+        for number, rope in enumerate(self.ropes):
+            cos, sin = rotary_tables(rope, slots_S[None], head_dim=config.head_dim, dtype=torch.float32)
+            self.register_buffer(f"cos_{number}_SR", cos[0, 0], persistent=False)
+            self.register_buffer(f"sin_{number}_SR", sin[0, 0], persistent=False)
         for layer in range(config.num_layers):
             for kind in ("keys", "values"):
                 empty = torch.zeros(1, config.num_kv_heads, max_length, config.head_dim)
@@ -178,12 +188,23 @@ class _CachedDecoder(nn.Module):
         """Return the logits (1, V) behind the last token."""
         slots_T = start_1 + torch.arange(tokens_1T.shape[1])
         x_1TD = self.trunk.embed_tokens(tokens_1T)
-        cos, sin = self.cos_SH[slots_T][None, None], self.sin_SH[slots_T][None, None]
-        mask = (self.slots_S[None] <= slots_T[:, None])[None, None]
+        tables = {
+            rope: tuple(self.get_buffer(f"{kind}_{number}_SR")[slots_T][None, None] for kind in ("cos", "sin"))
+            for number, rope in enumerate(self.ropes)
+        }
+        masks = {window: self._mask(slots_T, window) for window in dict.fromkeys(self.config.windows)}
         cache = _Cache(self, slots_T)
-        for block in self.trunk.layers:
-            x_1TD = block(x_1TD, cos, sin, mask, cache)
-        return self.head(self.trunk.norm(x_1TD[:, -1]))
+        for layer, block in enumerate(self.trunk.layers):
+            cos, sin = tables.get(self.config.ropes[layer], (None, None))
+            x_1TD = block(x_1TD, cos, sin, masks[self.config.windows[layer]], cache)
+        return soft_capped(self.head(self.trunk.norm(x_1TD[:, -1])), self.config.logit_softcap)
+
+    def _mask(self, slots_T: Tensor, window: int | None) -> Tensor:
+        """Return which slots each token sees, (1, 1, T, S)."""
+        mask = self.slots_S[None] <= slots_T[:, None]
+        if window is not None and window < len(self.slots_S):
+            mask = mask & (slots_T[:, None] - self.slots_S[None] < window)
+        return mask[None, None]
 
 
 class _Cache:

@@ -95,6 +95,8 @@ def check_gguf(source: Path, *, type: GGUFType) -> tuple[Metadata, Mapping[str, 
         ConfigError: The weights' rows cannot be cut into the type's blocks.
     """
     config = read_config(source)
+    if config.family != "llama":
+        raise DataError(f"Model folder {source}: GGUF files are written of the family llama alone, not {config.family}")
     metadata = {**_model_metadata(config, source=source), **tokenizer_metadata(source, vocab_size=config.vocab_size)}
     return metadata, {
         name: _tensor_type(name, shape, config=config, wanted=type) for name, shape in _shapes(config).items()

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kubetune_trainer.data.sampler import Batch
+from kubetune_trainer.loss import soft_capped
+from kubetune_trainer.model.attention import LayerInputs, attention_mask
 from kubetune_trainer.model.config import ModelConfig, read_config
-from kubetune_trainer.model.decoder import Block, attention_mask
-from kubetune_trainer.model.rope import rotary_tables
+from kubetune_trainer.model.decoder import Block
 from kubetune_trainer.model.weights import WeightFiles, build_model
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -47,12 +48,13 @@ class BlockwiseLogits:
             self._streams = {id(batch): norm(x_BTD) for batch, x_BTD in zip(batches, streams, strict=True)}
             head = "model.embed_tokens" if config.tied_embeddings else "lm_head"
             self._head = _load(model.get_submodule(head), head, files, device=device).weight
+        self._softcap = config.logit_softcap
         self._batches = batches  # kept, so that no other object can get the id of one of them
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:
         """Return the logits of one of the batches, (B, T, V)."""
-        return functional.linear(self._streams[id(batch)], self._head)
+        return soft_capped(functional.linear(self._streams[id(batch)], self._head), self._softcap)
 
 
 @torch.inference_mode()
@@ -81,7 +83,7 @@ def pass_blocks(
     model = build_model(config)
     with WeightFiles(source, tied_embeddings=config.tied_embeddings) as files:
         files.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
-        streams = [stream_BTD.to(device) for stream_BTD in _embed(files, batches)]
+        streams = [model.model.embed_tokens.scaled(x_BTD).to(device) for x_BTD in _embed(files, batches)]
         for number, block in enumerate(model.model.layers):
             name = f"model.layers.{number}"
             _load(block, name, files, device=device)
@@ -108,9 +110,9 @@ def _passes(block: Block, batches: Sequence[Batch], streams: Sequence[Tensor], c
 
 def _run(block: Block, batch: Batch, x_BTD: Tensor, config: ModelConfig) -> Tensor:
     mask = attention_mask(batch.tokens, batch.documents, None)
-    positions = batch.positions.to(x_BTD.device)
-    cos, sin = rotary_tables(config.rope, positions, head_dim=config.head_dim, dtype=torch.float32)
-    return block(x_BTD, cos, sin, None if mask is None else mask.to(x_BTD.device), None)
+    mask = None if mask is None else mask.to(x_BTD.device)
+    inputs = LayerInputs(config, batch.positions.to(x_BTD.device), mask=mask, dtype=torch.float32)
+    return block(x_BTD, *inputs.of(block.self_attn.layer), None)
 
 
 def _load(module: Module, name: str, files: WeightFiles, *, device: torch.device | str) -> Module:

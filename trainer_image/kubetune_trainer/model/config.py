@@ -1,14 +1,14 @@
 """The shape of a model, read from a Hugging Face `config.json`.
 
 Sizes come from the file, so there are no tables of sizes. What differs between families is a field of `ModelConfig`;
-a family is one function that turns the file into those fields.
+a family is one function in `families` that turns the file into those fields.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.model.rope import Rope
@@ -17,11 +17,37 @@ CONFIG_FILE = "config.json"
 QUANTIZATION_METHODS = ("compressed-tensors", "torchao")
 """Formats of quantized weights that `load_model` reads."""
 
+Activation = Literal["silu", "gelu_tanh"]
+NormStyle = Literal["Llama", "Gemma", "OLMo"]
+NormPlaces = Literal["Before", "Around", "After"]
+QueryKeyNorm = Literal["None", "Head", "Whole"]
+ExpertNames = Literal["Qwen", "Mixtral"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The feed-forward block of a mixture of experts."""
+
+    num_experts: int
+    """Experts in each such block."""
+    num_chosen: int
+    """Experts that each token passes."""
+    intermediate_size: int
+    """Width inside one expert."""
+    normalized: bool
+    """Whether the weights of the chosen experts are scaled to the sum 1."""
+    names: ExpertNames
+    """Qwen: `mlp.experts.N.gate_proj`; Mixtral: `block_sparse_moe.experts.N.w1`."""
+    layers: tuple[bool, ...]
+    """For each layer, whether it has experts; the others have one plain feed-forward block."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything that `Decoder` needs to know about a model."""
 
+    family: str
+    """`model_type` of the file."""
     vocab_size: int
     """Rows of the embedding and of the output head."""
     hidden_size: int
@@ -48,8 +74,45 @@ class ModelConfig:
     """Whether the attention's output projection has a bias."""
     mlp_bias: bool
     """Whether the feed-forward projections have a bias."""
-    rope: Rope
-    """Rotary position embedding."""
+    ropes: tuple[Rope | None, ...]
+    """Rotary position embedding of each layer; None: the layer does not look at positions."""
+    windows: tuple[int | None, ...]
+    """How many tokens, itself included, a token of each layer sees; None: all before it in its document."""
+    activation: Activation = "silu"
+    """What the gate of the feed-forward block passes; gelu_tanh is GELU's approximation by tanh."""
+    norm_style: NormStyle = "Llama"
+    """Llama: w times what is rounded to the type of the input. Gemma: times (1 + w) in fp32. OLMo: times w in fp32."""
+    norm_places: NormPlaces = "Before"
+    """Whether attention and feed-forward block have a norm before them, one before and one after, or one after."""
+    query_key_norm: QueryKeyNorm = "None"
+    """Whether queries and keys are normalised before they are turned: each head for itself, or all heads as a whole."""
+    fused_projections: bool = False
+    """Whether query, key and value are one projection, and gate and up are one."""
+    embedding_scale: float = 1.0
+    """Multiplies the embeddings."""
+    attention_scale: float | None = None
+    """Multiplies the products of queries and keys; unset means 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """Bound of those products, approached as tanh does; unset: none."""
+    logit_softcap: float | None = None
+    """Bound of the logits, approached as tanh does; unset: none."""
+    experts: Experts | None = None
+    """The mixture of experts in place of the feed-forward block; unset: none."""
+
+    @property
+    def rope(self) -> Rope:
+        """The rotary position embedding of the layers that see farthest."""
+        found = zip(self.ropes, self.windows, strict=True)
+        turned = [(window is None, rope) for rope, window in found if rope is not None]
+        return max(turned, key=lambda each: each[0])[1] if turned else Rope()
+
+    @property
+    def token_width(self) -> int:
+        """Width of all that one token passes inside the feed-forward block of the widest layer."""
+        if self.experts is None:
+            return self.intermediate_size
+        chosen = self.experts.num_chosen * self.experts.intermediate_size
+        return chosen if all(self.experts.layers) else max(chosen, self.intermediate_size)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -58,14 +121,9 @@ class ModelConfig:
         Raises:
             DataError: A key is missing, has an impossible value, or asks for something that is not supported.
         """
-        architectures = config.get("architectures") or []
-        if config.get("model_type") != "llama" or architectures not in ([], ["LlamaForCausalLM"]):
-            raise DataError(
-                f"{CONFIG_FILE}: architectures must be ['LlamaForCausalLM'] with model_type 'llama', "
-                f"got {architectures!r} with {config.get('model_type')!r}",
-                hint="Models of the Llama architecture are supported: Llama 2 and 3, SmolLM2, TinyLlama and their kin.",
-            )
-        return _llama(config)
+        from kubetune_trainer.model.families import read_family  # noqa: PLC0415 - it needs this module first
+
+        return read_family(config)
 
 
 def read_config(folder: Path, *, allow_quantized: bool = False) -> ModelConfig:
@@ -108,63 +166,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"Model folder {file.parent}: {file.name} must hold an object, got {type(content).__name__}")
     return content
-
-
-def _llama(config: Mapping[str, Any]) -> ModelConfig:
-    for key, supported in {
-        "hidden_act": ("silu",),
-        "attention_dropout": (0, None),
-        "rope_interleaved": (False, None),
-        "quantization_config": (None,),
-    }.items():
-        if config.get(key, supported[0]) not in supported:
-            raise DataError(f"{CONFIG_FILE}: {key} must be {supported[0]!r}, got {config[key]!r}")
-    num_heads = _positive(config, "num_attention_heads")
-    hidden_size = _positive(config, "hidden_size")
-    num_kv_heads = _positive(config, "num_key_value_heads", default=num_heads)
-    if num_heads % num_kv_heads:
-        raise DataError(
-            f"{CONFIG_FILE}: num_attention_heads must be a multiple of num_key_value_heads, "
-            f"got {num_heads} and {num_kv_heads}"
-        )
-    max_positions = _positive(config, "max_position_embeddings", default=2048)
-    attention_bias = bool(config.get("attention_bias"))
-    return ModelConfig(
-        vocab_size=_positive(config, "vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=_positive(config, "intermediate_size"),
-        num_layers=_positive(config, "num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=_head_dim(config, hidden_size=hidden_size, num_heads=num_heads),
-        max_positions=max_positions,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tied_embeddings=bool(config.get("tie_word_embeddings")),
-        qkv_bias=attention_bias,
-        output_bias=attention_bias,
-        mlp_bias=bool(config.get("mlp_bias")),
-        rope=Rope.from_hf(config, max_positions=max_positions),
-    )
-
-
-def _head_dim(config: Mapping[str, Any], *, hidden_size: int, num_heads: int) -> int:
-    if config.get("head_dim") is None and hidden_size % num_heads:
-        raise DataError(
-            f"{CONFIG_FILE}: hidden_size must be a multiple of num_attention_heads where head_dim is not given, "
-            f"got {hidden_size} and {num_heads}"
-        )
-    head_dim = _positive(config, "head_dim", default=hidden_size // num_heads)
-    if head_dim % 2:
-        raise DataError(f"{CONFIG_FILE}: head_dim must be even, got {head_dim}")
-    return head_dim
-
-
-def _positive(config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise DataError(f"{CONFIG_FILE}: {key} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise DataError(f"{CONFIG_FILE}: {key} must be a positive integer, got {value!r}")
-    return value

@@ -1,7 +1,8 @@
-"""Rotary position embedding in Hugging Face's half-split layout, with the scalings that Llama models use.
+"""Rotary position embedding in Hugging Face's half-split layout, with the scalings of longer contexts.
 
 Sources: RoFormer (arXiv 2104.09864); linear interpolation (arXiv 2306.15595); dynamic NTK and YaRN (arXiv 2309.00071);
-llama3 as published with Llama 3.1. Shapes: B batch, T tokens, H head_dim.
+llama3 as published with Llama 3.1; LongRoPE (arXiv 2402.13753). Shapes: B batch, T tokens, H head_dim, R the rotated
+part of it.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from kubetune_trainer.errors import DataError
 
-RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
+RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,35 +41,59 @@ class Rope:
     truncate: bool = True
     """yarn: whether the bounds between the two are rounded to whole dimensions."""
     attention_scaling: float = 1.0
-    """yarn: multiplies cosine and sine."""
+    """yarn and longrope: multiplies cosine and sine."""
+    rotated_part: float = 1.0
+    """Which part of each head is turned; the rest behind it stays as it is."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: what divides the frequency of each pair of dimensions within the original context."""
+    long_factors: tuple[float, ...] = ()
+    """longrope: the same where a sequence is longer than that."""
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], *, max_positions: int) -> "Rope":
-        """Read `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta` (transformers 4).
+    def from_hf(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        max_positions: int,
+        head_dim: int,
+        theta: float = 10000.0,
+        may_be_partial: bool = False,
+    ) -> "Rope":
+        """Read `rope_scaling` and `rope_theta` (transformers 4) or `rope_parameters` (transformers 5).
+
+        Args:
+            config: The parsed `config.json`.
+            max_positions: Longest context that the model was made for.
+            head_dim: Width of a head.
+            theta: Base of the wavelengths where the file does not say.
+            may_be_partial: Whether the family may turn a part of each head only.
 
         Raises:
-            DataError: The kind is not supported or one of its parameters is missing.
+            DataError: The kind is not supported or one of its parameters is missing or impossible.
         """
-        given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in get_args(RopeKind):
             raise DataError(f"config.json: rope_type must be one of {', '.join(get_args(RopeKind))}, got {kind!r}")
-        rotated_part = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-        if rotated_part not in (None, 1):
-            raise DataError(f"config.json: partial_rotary_factor must be 1, got {rotated_part!r}")
-        theta = _number(given, "rope_theta", default=_number(config, "rope_theta", default=10000.0))
+        part = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        plain = cls(
+            theta=_number(given, "rope_theta", default=_number(config, "rope_theta", default=theta)),
+            rotated_part=_rotated_part(part, head_dim=head_dim, may_be_partial=may_be_partial),
+        )
         if kind == "default":
-            return cls(theta=theta)
+            return plain
         original = config.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
+        stretched = max_positions / original if kind in {"yarn", "longrope"} and original else None
         scaled = cls(
             kind=kind,
-            theta=theta,
-            factor=_number(given, "factor", default=max_positions / original if kind == "yarn" and original else None),
+            theta=plain.theta,
+            rotated_part=plain.rotated_part,
+            factor=_number(given, "factor", default=stretched),
             original_max_positions=original if original and kind != "dynamic" else max_positions,
         )
-        return scaled._with_parameters(given)
+        return scaled._with_parameters(given, head_dim=head_dim)
 
-    def _with_parameters(self, given: Mapping[str, Any]) -> "Rope":
+    def _with_parameters(self, given: Mapping[str, Any], *, head_dim: int) -> "Rope":
         """Add what only one kind has."""
         if self.kind == "llama3":
             return replace(
@@ -84,31 +109,46 @@ class Rope:
                 truncate=bool(given.get("truncate", True)),
                 attention_scaling=_yarn_attention_scaling(given, self.factor),
             )
+        if self.kind == "longrope":
+            num_pairs = int(head_dim * self.rotated_part) // 2
+            return replace(
+                self,
+                short_factors=_factors(given, "short_factor", length=num_pairs),
+                long_factors=_factors(given, "long_factor", length=num_pairs),
+                attention_scaling=_longrope_attention_scaling(given, self.factor, self.original_max_positions),
+            )
         return self
 
-    def inverse_frequencies(self, *, head_dim: int, length: int, device: torch.device) -> Tensor:
-        """Return the angle per position of each pair of dimensions, fp32, shape (H/2,).
+    def inverse_frequencies(self, *, head_dim: int, length: int | Tensor, device: torch.device) -> Tensor:
+        """Return the angle per position of each pair of dimensions, fp32, shape (R/2,).
 
         Args:
             head_dim: Width of a head.
-            length: Tokens in the longest sequence; only the dynamic kind looks at it.
+            length: Tokens in the longest sequence; only the kinds dynamic and longrope look at it.
             device: Where the result is wanted.
         """
-        theta = self._stretched_theta(head_dim=head_dim, length=length) if self.kind == "dynamic" else self.theta
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(device=device, dtype=torch.float32) / head_dim
+        rotated = int(head_dim * self.rotated_part)
+        theta = self._stretched_theta(rotated=rotated, length=int(length)) if self.kind == "dynamic" else self.theta
+        exponents = torch.arange(0, rotated, 2, dtype=torch.int64).to(device=device, dtype=torch.float32) / rotated
         wavelengths = theta**exponents  # divided by 2 pi
         if self.kind == "linear":
             return 1.0 / wavelengths / self.factor
         if self.kind == "llama3":
             return self._llama3(1.0 / wavelengths)
         if self.kind == "yarn":
-            return self._yarn(wavelengths, head_dim=head_dim)
+            return self._yarn(wavelengths, rotated=rotated)
+        if self.kind == "longrope":
+            return 1.0 / (self._longrope_factors(length, device=device) * wavelengths)
         return 1.0 / wavelengths
 
-    def _stretched_theta(self, *, head_dim: int, length: int) -> float:
+    def _longrope_factors(self, length: int | Tensor, *, device: torch.device) -> Tensor:
+        short, long = (torch.tensor(factors, device=device) for factors in (self.short_factors, self.long_factors))
+        return torch.where(torch.as_tensor(length, device=device) > self.original_max_positions, long, short)
+
+    def _stretched_theta(self, *, rotated: int, length: int) -> float:
         length = max(length, self.original_max_positions)
         stretch = self.factor * length / self.original_max_positions - (self.factor - 1)
-        return self.theta * stretch ** (head_dim / (head_dim - 2))
+        return self.theta * stretch ** (rotated / (rotated - 2))
 
     def _llama3(self, frequencies: Tensor) -> Tensor:
         wavelengths = 2 * math.pi / frequencies
@@ -120,25 +160,25 @@ class Rope:
         stretched = torch.where(wavelengths > longest, frequencies / self.factor, between)
         return torch.where(wavelengths < shortest, frequencies, stretched)
 
-    def _yarn(self, wavelengths: Tensor, *, head_dim: int) -> Tensor:
+    def _yarn(self, wavelengths: Tensor, *, rotated: int) -> Tensor:
         def dimension_with(rotations: float) -> float:
             turns = math.log(self.original_max_positions / (rotations * 2 * math.pi))
-            return head_dim * turns / (2 * math.log(self.theta))
+            return rotated * turns / (2 * math.log(self.theta))
 
         low, high = dimension_with(self.beta_fast), dimension_with(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
+        low, high = max(low, 0), min(high, rotated - 1)
         if low == high:
             high += 0.001  # a step instead of a division by zero
-        dimensions = torch.arange(head_dim // 2, dtype=torch.float32, device=wavelengths.device)
+        dimensions = torch.arange(rotated // 2, dtype=torch.float32, device=wavelengths.device)
         stretched_part = ((dimensions - low) / (high - low)).clamp(0, 1)
         return stretched_part / (self.factor * wavelengths) + (1 - stretched_part) / wavelengths
 
 
 def rotary_tables(rope: Rope, positions_BT: Tensor, *, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of every position, each (B, 1, T, H), computed in fp32 and cast to `dtype`."""
-    length = int(positions_BT.max()) + 1 if rope.kind == "dynamic" else 0
+    """Return cosine and sine of every position, each (B, 1, T, R), computed in fp32 and cast to `dtype`."""
+    length = positions_BT.max() + 1 if rope.kind in {"dynamic", "longrope"} else 0
     frequencies = rope.inverse_frequencies(head_dim=head_dim, length=length, device=positions_BT.device)
     angles = positions_BT[:, None, :, None].float() * frequencies
     cos, sin = angles.cos() * rope.attention_scaling, angles.sin() * rope.attention_scaling
@@ -146,9 +186,44 @@ def rotary_tables(rope: Rope, positions_BT: Tensor, *, head_dim: int, dtype: tor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn queries or keys (B, heads, T, H) by their positions; dimension i pairs with i + H/2."""
+    """Turn queries or keys (B, heads, T, H) by their positions; of R rotated dimensions i pairs with i + R/2."""
+    rotated = cos.shape[-1]
+    if rotated < x.shape[-1]:
+        return torch.cat((rotate(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _rotated_part(part: Any, *, head_dim: int, may_be_partial: bool) -> float:
+    if part in (None, 1):
+        return 1.0
+    if not may_be_partial:
+        raise DataError(f"config.json: partial_rotary_factor must be 1, got {part!r}")
+    is_part = isinstance(part, float) and 0 < part < 1
+    if not is_part or int(head_dim * part) % 2 or int(head_dim * part) < 1:
+        raise DataError(
+            f"config.json: partial_rotary_factor must give an even part of head_dim, got {part!r} of {head_dim}"
+        )
+    return float(part)
+
+
+def _factors(given: Mapping[str, Any], key: str, *, length: int) -> tuple[float, ...]:
+    factors = given.get(key)
+    is_list = isinstance(factors, list) and all(
+        isinstance(each, int | float) and not isinstance(each, bool) and each > 0 for each in factors
+    )
+    if not isinstance(factors, list) or not is_list or len(factors) != length:
+        raise DataError(
+            f"config.json: rope parameter {key} must be a list of {length} positive numbers, "
+            f"one for each pair of rotated dimensions, got {factors!r}"
+        )
+    return tuple(map(float, factors))
+
+
+def _longrope_attention_scaling(given: Mapping[str, Any], factor: float, original: int) -> float:
+    if given.get("attention_factor") is not None:
+        return _number(given, "attention_factor")
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _yarn_attention_scaling(given: Mapping[str, Any], factor: float) -> float:

@@ -1,0 +1,461 @@
+"""Every family computes what transformers computes: forward and backward, packed, cached, and beyond its context.
+
+The configs are random and odd; Hypothesis draws the same ones every time. At the end the run prints the table of what
+was held against transformers, and how often.
+"""
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kubetune_trainer.errors import DataError
+from kubetune_trainer.model import Decoder, KVCache, ModelConfig, families, load_model
+from kubetune_trainer.model.rope import Rope
+from tests.trainer.tiny import random_tokens
+
+TOLERANCE = 1e-5
+LENGTH = 40
+WINDOWS = st.sampled_from([3, 5, 11])
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+HELD: Counter[tuple[str, str]] = Counter()
+"""How many configs of each family passed each check."""
+
+
+def _any_rope(draw: Draw, head_dim: int) -> dict[str, Any]:
+    """One of the scalings, with an original context that the tests' sequences are longer than."""
+    kind = draw(st.sampled_from(["llama3", "yarn", "dynamic", "linear", "longrope", "default"]))
+    pairs = head_dim // 2
+    return {
+        "default": {},
+        "linear": {"factor": 2.5},
+        "dynamic": {"factor": 2.0},
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+        "llama3": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+        "longrope": {
+            "factor": 4.0,
+            "original_max_position_embeddings": draw(st.sampled_from([16, 64])),
+            "short_factor": [1.0 + 0.1 * pair for pair in range(pairs)],
+            "long_factor": [1.5 + 0.3 * pair for pair in range(pairs)],
+        },
+    }[kind] | {"rope_type": kind, "rope_theta": draw(st.sampled_from([500.0, 10000.0]))}
+
+
+def _llama(draw: Draw, sizes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "rope_parameters": _any_rope(draw, sizes["head_dim"]),
+        "attention_bias": draw(st.booleans()),
+        "mlp_bias": draw(st.booleans()),
+        "max_position_embeddings": draw(st.sampled_from([16, 64])),
+    }
+
+
+def _mistral(draw: Draw, _: dict[str, Any]) -> dict[str, Any]:
+    return {"sliding_window": draw(WINDOWS | st.none())}
+
+
+def _mixtral(draw: Draw, _: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "sliding_window": draw(st.none() | WINDOWS),
+        "num_local_experts": draw(st.sampled_from([3, 5])),
+        "num_experts_per_tok": draw(st.sampled_from([2, 1])),
+    }
+
+
+def _qwen2(draw: Draw, _: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "use_sliding_window": draw(st.sampled_from([True, False])),
+        "sliding_window": draw(WINDOWS),
+        "max_window_layers": draw(st.sampled_from([1, 2])),
+    }
+
+
+def _qwen3(draw: Draw, sizes: dict[str, Any]) -> dict[str, Any]:
+    return _qwen2(draw, sizes) | {"attention_bias": draw(st.booleans())}
+
+
+def _qwen3_moe(draw: Draw, _: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "attention_bias": draw(st.booleans()),
+        "num_experts": draw(st.sampled_from([5, 7])),
+        "num_experts_per_tok": draw(st.sampled_from([2, 3])),
+        "moe_intermediate_size": 10,
+        "norm_topk_prob": draw(st.booleans()),
+        "decoder_sparse_step": draw(st.sampled_from([1, 2])),
+        "mlp_only_layers": draw(st.sampled_from([[], [1]])),
+        "use_sliding_window": draw(st.booleans()),
+        "sliding_window": draw(WINDOWS),
+    }
+
+
+def _gemma(draw: Draw, _: dict[str, Any]) -> dict[str, Any]:
+    return {"hidden_act": draw(st.sampled_from(["gelu_pytorch_tanh", "gelu"])), "tie_word_embeddings": True}
+
+
+def _gemma2(draw: Draw, _: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "query_pre_attn_scalar": draw(st.sampled_from([24, 9])),
+        "attn_logit_softcapping": draw(st.sampled_from([2.0, None])),
+        "final_logit_softcapping": draw(st.sampled_from([3.0, None])),
+        "sliding_window": draw(WINDOWS),
+        "tie_word_embeddings": True,
+    }
+
+
+def _gemma3(draw: Draw, sizes: dict[str, Any]) -> dict[str, Any]:
+    far = draw(st.sampled_from([{"rope_type": "linear", "factor": 8.0}, {"rope_type": "default"}]))
+    kinds = draw(
+        st.lists(
+            st.sampled_from(["full_attention", "sliding_attention"]),
+            min_size=sizes["num_hidden_layers"],
+            max_size=sizes["num_hidden_layers"],
+        )
+    )
+    return {
+        "query_pre_attn_scalar": draw(st.sampled_from([24, 9])),
+        "sliding_window": draw(WINDOWS),
+        "layer_types": ["sliding_attention", "full_attention", *kinds][: sizes["num_hidden_layers"]],
+        "rope_parameters": {
+            "full_attention": far | {"rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": draw(st.sampled_from([10000.0, 700.0]))},
+        },
+        "tie_word_embeddings": True,
+    }
+
+
+def _phi3(draw: Draw, sizes: dict[str, Any]) -> dict[str, Any]:
+    head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
+    part = draw(st.sampled_from([0.75 if head_dim == 8 else 0.5, 1.0]))
+    pairs = int(head_dim * part) // 2
+    rope = {
+        "rope_type": draw(st.sampled_from(["longrope", "default"])),
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": part,
+        "short_factor": [1.0 + 0.1 * pair for pair in range(pairs)],
+        "long_factor": [1.5 + 0.3 * pair for pair in range(pairs)],
+    }
+    return {
+        "head_dim": head_dim,
+        "rope_parameters": rope,
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": draw(st.sampled_from([16, 48])),
+        "sliding_window": draw(st.none() | WINDOWS),
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+    }
+
+
+def _smollm3(draw: Draw, _: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "no_rope_layers": draw(st.none() | st.just([0, 1, 1, 0])),
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": draw(st.booleans()),
+        "sliding_window": draw(WINDOWS),
+        "attention_bias": draw(st.booleans()),
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def _olmo2(draw: Draw, _: dict[str, Any]) -> dict[str, Any]:
+    return {"attention_bias": draw(st.booleans()), "eos_token_id": 2}
+
+
+FAMILIES: Mapping[str, tuple[str, Callable[[Draw, dict[str, Any]], dict[str, Any]]]] = {
+    "llama": ("Llama", _llama),
+    "mistral": ("Mistral", _mistral),
+    "mixtral": ("Mixtral", _mixtral),
+    "qwen2": ("Qwen2", _qwen2),
+    "qwen3": ("Qwen3", _qwen3),
+    "qwen3_moe": ("Qwen3Moe", _qwen3_moe),
+    "gemma": ("Gemma", _gemma),
+    "gemma2": ("Gemma2", _gemma2),
+    "gemma3_text": ("Gemma3", _gemma3),
+    "phi3": ("Phi3", _phi3),
+    "smollm3": ("SmolLM3", _smollm3),
+    "olmo2": ("Olmo2", _olmo2),
+}
+CHECKS = ("forward", "gradient", "packed = alone", "cached = whole")
+
+
+@st.composite
+def configs(draw: Draw, family: str) -> dict[str, Any]:
+    """Odd sizes, and what is particular to a family."""
+    num_kv_heads, group = draw(st.sampled_from([(2, 2), (1, 3), (3, 1)]))
+    sizes = {
+        "vocab_size": 97,
+        "num_attention_heads": num_kv_heads * group,
+        "num_key_value_heads": num_kv_heads,
+        "hidden_size": num_kv_heads * group * draw(st.sampled_from([8, 12])),
+        "intermediate_size": draw(st.sampled_from([30, 22])),
+        "num_hidden_layers": draw(st.sampled_from([4, 3])),
+        "max_position_embeddings": 64,
+        "head_dim": draw(st.sampled_from([10, 6, 16])),
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-2])),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    return sizes | FAMILIES[family][1](draw, sizes)
+
+
+def make_folder(folder: Path, family: str, config: Mapping[str, Any]) -> Any:
+    """Save a random model of transformers; every weight is random, so that a mix-up of any two shows."""
+    name = FAMILIES[family][0]
+    text = "Text" if family == "gemma3_text" else ""
+    torch.manual_seed(0)
+    shape = getattr(transformers, f"{name}{text}Config")(**config)
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    reference = kind._from_config(shape, attn_implementation="eager", experts_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(std=0.2)
+    reference.save_pretrained(folder)
+    return reference
+
+
+def close(found: Tensor, wanted: Tensor, *, what: str = "") -> None:
+    """Compare with the tolerance that holds for all families."""
+    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=TOLERANCE, msg=lambda text: f"{what}: {text}")
+
+
+def check_forward(model: Decoder, reference: Any) -> None:
+    tokens = random_tokens(2, LENGTH)
+    with torch.no_grad():
+        close(model(tokens), reference(tokens).logits)
+
+
+def check_gradient(model: Decoder, reference: Any) -> None:
+    tokens = random_tokens(2, LENGTH)
+    labels = tokens.roll(-1, dims=1)
+    labels[:, :5] = labels[:, -1] = -100
+    for parameter in model.parameters():
+        parameter.grad = None
+    (model(tokens, labels_BT=labels) / (labels != -100).sum()).backward()
+    logits = reference(tokens).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    wanted = dict(_gradients(reference))
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        close(parameter.grad, wanted[name], what=name)
+
+
+def _gradients(reference: Any) -> Iterator[tuple[str, Tensor]]:
+    """The gradients under the names that the weights have in files, where experts are apart."""
+    for name, parameter in reference.named_parameters():
+        if ".experts." not in name:
+            yield name.replace(".mlp.gate.", ".block_sparse_moe.gate."), parameter.grad
+            yield name, parameter.grad
+            continue
+        experts, _, kind = name.rpartition(".")
+        for number, gradient in enumerate(parameter.grad):
+            if kind == "down_proj":
+                parts = {"down_proj": gradient, "w2": gradient}
+            else:
+                gate, up = gradient.chunk(2)
+                parts = {"gate_proj": gate, "w1": gate, "up_proj": up, "w3": up}
+            for part, value in parts.items():
+                owner = experts.replace(".mlp.", ".block_sparse_moe.") if part.startswith("w") else experts
+                yield f"{owner}.{number}.{part}.weight", value
+
+
+def check_packed(model: Decoder, reference: Any) -> None:
+    samples = [random_tokens(1, n, seed=n) for n in (7, 20, 9)]
+    with torch.no_grad():
+        packed = model(
+            torch.cat(samples, dim=1),
+            documents_BT=torch.cat([torch.full_like(sample, i) for i, sample in enumerate(samples)], dim=1),
+            positions_BT=torch.cat([torch.arange(sample.shape[1])[None] for sample in samples], dim=1),
+        )
+        for part, sample in zip(packed.split([7, 20, 9], dim=1), samples, strict=True):
+            if _changes_beyond(model, 20) and sample.shape[1] <= _context(model):
+                continue  # the longest document of a batch decides for all, as in transformers
+            close(part, reference(sample).logits)
+
+
+def check_cached(model: Decoder, reference: Any) -> None:
+    length = min(LENGTH, _context(model)) if _changes_beyond(model, LENGTH) else LENGTH  # a call by itself decides
+    tokens = random_tokens(2, length)
+    cache = KVCache(model.config, batch_size=2, max_length=length, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        parts = [model(part, cache=cache) for part in tokens.split([9, 1, 1, length - 11], dim=1)]
+        close(torch.cat(parts, dim=1), reference(tokens).logits)
+
+
+def _context(model: Decoder) -> int:
+    return model.config.rope.original_max_positions
+
+
+def _changes_beyond(model: Decoder, length: int) -> bool:
+    """Whether the frequencies of a call depend on how long its longest sequence is."""
+    return model.config.rope.kind in {"dynamic", "longrope"} and length > _context(model)
+
+
+def test_every_family_is_held_against_transformers() -> None:
+    assert set(FAMILIES) == set(families.FAMILIES)
+    for family, (name, _) in FAMILIES.items():
+        assert families.FAMILIES[family].architecture == f"{name}ForCausalLM"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_computes_what_transformers_computes(family: str) -> None:
+    @settings(
+        max_examples=4,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(config=configs(family))
+    def check(config: dict[str, Any]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            reference = make_folder(Path(folder), family, config)
+            model = load_model(folder, dtype=torch.float32)
+        checks = (check_forward, check_gradient, check_packed, check_cached)
+        for name, each in zip(CHECKS, checks, strict=True):
+            each(model, reference)
+            HELD[family, name] += 1
+
+    check()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _parity_table(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Print how many configs of each family passed each check."""
+    yield
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print(f"\n\n{'equal to transformers, configs':32}" + "".join(f"{check:>16}" for check in CHECKS))
+        for family in FAMILIES:
+            print(f"{family:32}" + "".join(f"{HELD[family, check]:>16}" for check in CHECKS))
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+REFUSED: dict[str, dict[str, Any]] = {
+    "model_type must be one of llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma, gemma2, gemma3_text, phi3, "
+    "smollm3, olmo2, got 'gemma3'": {"model_type": "gemma3", "text_config": {}},
+    "model_type must be one of llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma, gemma2, gemma3_text, phi3, "
+    "smollm3, olmo2, got None": {"model_type": None},
+    "architectures must be ['Qwen2ForCausalLM'] with model_type 'qwen2', got ['Qwen2ForSequenceClassification']": {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForSequenceClassification"],
+    },
+    "attention_bias must be False, got True": {"model_type": "mistral", "attention_bias": True},
+    "layer_types must be None, got ['full_attention', 'sliding_attention']": {
+        "model_type": "mistral",
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "layer_types must be sliding_attention or full_attention for each of 4 layers, got ['chunked_attention']": {
+        "model_type": "qwen2",
+        "layer_types": ["chunked_attention"],
+    },
+    "sliding_window must be a positive integer, got 0": {"model_type": "gemma2", "sliding_window": 0},
+    "sliding_window is missing": {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 4},
+    "num_experts_per_tok must be at most num_local_experts, got 3 and 2": {
+        "model_type": "mixtral",
+        "num_local_experts": 2,
+        "num_experts_per_tok": 3,
+    },
+    "router_jitter_noise must be 0, got 0.1": {"model_type": "mixtral", "router_jitter_noise": 0.1},
+    "hidden_act must be 'gelu_pytorch_tanh', got 'silu'": {"model_type": "gemma", "hidden_act": "silu"},
+    "hidden_activation must be 'gelu_pytorch_tanh', got 'gelu'": {"model_type": "gemma2", "hidden_activation": "gelu"},
+    "use_bidirectional_attention must be False, got True": {
+        "model_type": "gemma3_text",
+        "use_bidirectional_attention": True,
+    },
+    "attn_logit_softcapping must be a positive number, got -1": {"model_type": "gemma2", "attn_logit_softcapping": -1},
+    "resid_pdrop must be 0, got 0.1": {"model_type": "phi3", "resid_pdrop": 0.1},
+    "rope_type must be default or longrope for phi3, got 'linear'": {
+        "model_type": "phi3",
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    },
+    "partial_rotary_factor must give an even part of head_dim, got 0.4 of 8": {
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.4,
+    },
+    "rope parameter short_factor must be a list of 4 positive numbers, one for each pair of rotated dimensions, "
+    "got [1.0]": {
+        "model_type": "phi3",
+        "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0] * 4},
+    },
+    "no_rope_layers must be a 0 or 1 for each of 4 layers, got [1, 0]": {
+        "model_type": "smollm3",
+        "no_rope_layers": [1, 0],
+    },
+}
+
+
+@pytest.mark.parametrize(("message", "config"), REFUSED.items(), ids=REFUSED.keys())
+def test_a_config_that_is_not_supported_is_refused_by_key_and_value(message: str, config: dict[str, Any]) -> None:
+    with pytest.raises(DataError) as caught:
+        ModelConfig.from_hf(SIZES | config)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family, (name, _) in FAMILIES.items()])
+def test_a_file_that_leaves_keys_out_means_what_it_means_to_transformers(family: str, name: str) -> None:
+    sizes = SIZES | {
+        "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    }.get(family, {})
+    short = sizes | {"model_type": family}
+    whole = getattr(transformers, f"{name}{'Text' if family == 'gemma3_text' else ''}Config")(**sizes)
+    assert ModelConfig.from_hf(short) == ModelConfig.from_hf(whole.to_dict())
+
+
+def test_the_spellings_of_transformers_4_and_5_mean_the_same() -> None:
+    factors = {"short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 2.1, 2.2]}
+    phi = SIZES | {"model_type": "phi3", "max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    old = phi | {
+        "rope_theta": 7.0,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": factors | {"type": "su"},
+    }
+    new = phi | {
+        "rope_parameters": factors | {"rope_type": "longrope", "rope_theta": 7.0, "partial_rotary_factor": 0.75}
+    }
+    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
+    gemma = SIZES | {"model_type": "gemma3_text"}
+    old = gemma | {
+        "rope_theta": 9.0,
+        "rope_local_base_freq": 7.0,
+        "rope_scaling": {"type": "linear", "factor": 8.0},
+        "sliding_window_pattern": 2,
+    }
+    new = gemma | {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 9.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 7.0},
+        },
+    }
+    found = ModelConfig.from_hf(old)
+    assert found == ModelConfig.from_hf(new)
+    assert found.ropes[:2] == (
+        Rope(theta=7.0),
+        Rope(kind="linear", factor=8.0, theta=9.0, original_max_positions=131072),
+    )

@@ -1,0 +1,228 @@
+"""Causal self-attention: which tokens see which, the cache of keys and values, and the layer itself.
+
+It asks for the device in two places, both marked; this tree's tests run it on CPU only, never on CUDA.
+
+Shapes: B batch, T tokens, D hidden_size, N heads, K key and value heads, H head_dim, R its rotated part, S cached
+tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kubetune_trainer.loss import soft_capped
+from kubetune_trainer.model.config import ModelConfig
+from kubetune_trainer.model.norm import RMSNorm
+from kubetune_trainer.model.rope import Rope, rotary_tables, rotate
+from kubetune_trainer.names import PADDING_DOCUMENT
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, with room for `max_length` of them."""
+
+    def __init__(
+        self, config: ModelConfig, *, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.documents_BS = torch.full((batch_size, max_length), PADDING_DOCUMENT, dtype=torch.int32, device=device)
+        self.positions_BS = torch.zeros((batch_size, max_length), dtype=torch.int32, device=device)
+        self.length = 0
+
+    def append(self, layer: int, key_BKTH: Tensor, value_BKTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values; return all of that layer's, new ones included."""
+        end = self.length + key_BKTH.shape[2]
+        self.keys[layer, :, :, self.length : end] = key_BKTH
+        self.values[layer, :, :, self.length : end] = value_BKTH
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def begin_with(self, other: "KVCache") -> None:
+        """Take over the one row of another cache as the beginning of every row."""
+        self.length = other.length
+        self.keys[:, :, :, : self.length] = other.keys[:, :, :, : self.length]
+        self.values[:, :, :, : self.length] = other.values[:, :, :, : self.length]
+        self.documents_BS[:, : self.length] = other.documents_BS[:, : self.length]
+        self.positions_BS[:, : self.length] = other.positions_BS[:, : self.length]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these."""
+        index = torch.tensor(rows, device=self.keys.device)
+        self.keys, self.values = self.keys[:, index], self.values[:, index]
+        self.documents_BS, self.positions_BS = self.documents_BS[index], self.positions_BS[index]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped keys and values."""
+
+    def __init__(self, config: ModelConfig, *, layer: int) -> None:
+        super().__init__()
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.sizes = (query_size, kv_size, kv_size)
+        if config.fused_projections:
+            self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.qkv_bias)
+        else:
+            self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+            self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+            self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.output_bias)
+        self.query_key_norm = config.query_key_norm
+        if config.query_key_norm != "None":
+            widths = (config.head_dim,) * 2 if config.query_key_norm == "Head" else (query_size, kv_size)
+            self.q_norm, self.k_norm = (
+                RMSNorm(width, eps=config.norm_eps, style=config.norm_style) for width in widths
+            )
+        self.head_dim = config.head_dim
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
+        self.layer = layer
+
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """Attend; `mask` is None for plain causal attention, otherwise (B, 1, T, S), true where a query sees a key."""
+        query, key, value = self._project(x_BTD)
+        if cos is not None and sin is not None:
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if cache is not None:
+            key, value = cache.append(self.layer, key, value)
+        out_BNTH = attend(query, key, value, mask, scale=self.scale, softcap=self.softcap)
+        return self.o_proj(out_BNTH.transpose(1, 2).flatten(2))
+
+    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values by head."""
+        if hasattr(self, "qkv_proj"):
+            query, key, value = self.qkv_proj(x_BTD).split(self.sizes, dim=-1)
+        else:
+            query, key, value = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if self.query_key_norm == "Whole":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = self._heads(query), self._heads(key), self._heads(value)
+        if self.query_key_norm == "Head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query, key, value
+
+    def _heads(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class LayerInputs:
+    """What the layers are told beside the residual stream, made once for all layers of a kind.
+
+    Args:
+        config: The model's shape.
+        positions_BT: Position of each token in its document.
+        mask: What `attention_mask` returns, or any other choice among the tokens before: (B, 1, T, S).
+        cache: Holds the tokens before these, if there are any.
+        dtype: The residual stream's.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        positions_BT: Tensor,
+        *,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._config, self._positions_BT, self._dtype = config, positions_BT, dtype
+        self._tables: dict[Rope, tuple[Tensor, Tensor]] = {}
+        self._key_positions_BS = positions_BT
+        if cache is not None:
+            end = cache.length + positions_BT.shape[1]
+            cache.positions_BS[:, cache.length : end] = positions_BT
+            self._key_positions_BS = cache.positions_BS[:, :end]
+        if mask is None and config.attention_softcap is not None:
+            mask = _causal(positions_BT)
+        self._masks: dict[int | None, Tensor | None] = {None: mask}
+
+    def of(self, layer: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return cosine and sine (B, 1, T, R), None where positions do not matter, and the mask for `attend`."""
+        rope, window = self._config.ropes[layer], self._config.windows[layer]
+        if window not in self._masks:
+            self._masks[window] = self._within(window)
+        if rope is None:
+            return None, None, self._masks[window]
+        if rope not in self._tables:
+            self._tables[rope] = rotary_tables(
+                rope, self._positions_BT, head_dim=self._config.head_dim, dtype=self._dtype
+            )
+        return *self._tables[rope], self._masks[window]
+
+    def _within(self, window: int) -> Tensor | None:
+        """Narrow the mask to what lies less than `window` positions back."""
+        mask, keys_BS = self._masks[None], self._key_positions_BS
+        if keys_BS.shape[1] <= window:
+            return mask
+        if mask is None:
+            mask = _causal(self._positions_BT)
+        return mask & (self._positions_BT[:, None, :, None] - keys_BS[:, None, None, :] < window)
+
+
+def _causal(positions_BT: Tensor) -> Tensor:
+    num_tokens = positions_BT.shape[1]
+    return torch.ones(1, 1, num_tokens, num_tokens, dtype=torch.bool, device=positions_BT.device).tril()
+
+
+def attention_mask(tokens_BT: Tensor, documents_BT: Tensor | None, cache: KVCache | None) -> Tensor | None:
+    """Say which keys each query sees: (B, 1, T, S), or None where plain causal attention says the same."""
+    num_new = tokens_BT.shape[1]
+    if cache is None:
+        if documents_BT is None or _one_document_per_row(documents_BT):
+            return None
+        causal_TT = torch.ones(num_new, num_new, dtype=torch.bool, device=tokens_BT.device).tril()
+        return (documents_BT[:, None, :, None] == documents_BT[:, None, None, :]) & causal_TT
+    end = cache.length + num_new
+    if documents_BT is None:
+        documents_BT = torch.zeros_like(tokens_BT)
+    cache.documents_BS[:, cache.length : end] = documents_BT
+    slots_S = torch.arange(end, device=tokens_BT.device)
+    causal_TS = slots_S[cache.length :, None] >= slots_S
+    return (documents_BT[:, None, :, None] == cache.documents_BS[:, None, None, :end]) & causal_TS
+
+
+def _one_document_per_row(documents_BT: Tensor) -> bool:
+    """Whether a row is one document and then padding; asked on CPU only, since a GPU would have to be waited for."""
+    if documents_BT.device.type != "cpu":
+        return False
+    return bool(((documents_BT == documents_BT[:, :1]) | (documents_BT == PADDING_DOCUMENT)).all())
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attend with heads (B, N, T, H) over keys and values (B, K, S, H); a soft bound needs a mask."""
+    if softcap is not None:
+        return _attend_soft_capped(query, key, value, mask, scale=scale, softcap=softcap)
+    # On CPU the bf16 backward of torch's attention takes 3 to 4 times as long as the fp32 one (torch 2.14).
+    dtype = torch.float32 if query.device.type == "cpu" and query.requires_grad else query.dtype
+    out = functional.scaled_dot_product_attention(
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return out.to(query.dtype)
+
+
+def _attend_soft_capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None, softcap: float
+) -> Tensor:
+    """The same with all products in memory: torch's own attention has no soft bound that trains on every device."""
+    assert mask is not None, "soft-capped attention needs a mask"
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = soft_capped(scores, softcap).masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.float().softmax(dim=-1).to(query.dtype) @ value
