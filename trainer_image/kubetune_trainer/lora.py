@@ -5,7 +5,8 @@ The base keeps Hugging Face's names, `q_proj.weight`; beside it come `q_proj.lor
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         self.scale = alpha / rank
         self.dropout = dropout
+        self.enabled = True
+        """Whether the update is added; see `without_adapters`."""
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device, dtype=torch.float32)
@@ -40,6 +43,8 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in) to (…, out)."""
         out = functional.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return out
         update = functional.linear(functional.dropout(x, self.dropout, self.training), self.lora_A.weight.to(x.dtype))
         return out + functional.linear(update * self.scale, self.lora_B.weight.to(x.dtype))
 
@@ -72,6 +77,19 @@ def apply_lora(
     if not any(parameter.is_meta for parameter in model.parameters()):
         init_lora(model, seed=0)
     return names
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """While the block runs, the model computes what it would without its adapters."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 def init_lora(model: nn.Module, *, seed: int) -> None:

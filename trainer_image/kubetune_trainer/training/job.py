@@ -1,0 +1,186 @@
+"""The beginning of a training run: arguments, ranks, the model with its data, and where the last attempt stopped."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from kubetune_trainer.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
+from kubetune_trainer.config import FineTuneConfig, load_config
+from kubetune_trainer.data.prepare import Local, Prepared, fetch, prepare
+from kubetune_trainer.data.sampler import total_steps
+from kubetune_trainer.distributed import StopSignal, World, barrier, broadcast_object, join_world
+from kubetune_trainer.errors import ConfigError, PreemptedError
+from kubetune_trainer.logs import keep_log
+from kubetune_trainer.lora import apply_lora, init_lora
+from kubetune_trainer.model.config import read_config
+from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.model.weights import build_model, load_weights
+from kubetune_trainer.names import CHECKPOINTS_DIR
+from kubetune_trainer.optim import build_optimizer
+from kubetune_trainer.parallel import parallelize
+from kubetune_trainer.report import attempt, end_with, open_log, report, serve_metrics
+from kubetune_trainer.storage import open_store, scratch_dir
+from kubetune_trainer.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a loop works with."""
+
+    config: FineTuneConfig
+    world: World
+    stop: StopSignal
+    prepared: Prepared
+    local: Local
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+    checkpointer: Checkpointer
+    pad_id: int
+    total_steps: int
+
+    @property
+    def weights(self) -> list[torch.nn.Parameter]:
+        """What the optimizer changes."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def begin(arguments: Sequence[str], *, description: str, recipes: Sequence[str]) -> Iterator[Job]:
+    """Reads the config, meets the other ranks and sets the run up; when the block is left, its log is kept.
+
+    Args:
+        arguments: Those of the command line.
+        description: What `--help` says of the script, in its first line.
+        recipes: Which `recipe` of a config the script can do.
+
+    Raises:
+        ConfigError: The config is wrong, is for another script, or has a batch that the ranks cannot share.
+    """
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--config", required=True, help="a complete YAML file, as those in recipes/configs")
+    parser.add_argument("overrides", nargs="*", help="field=value each, as in training.max_steps=10")
+    options = parser.parse_args(arguments)
+    config = load_config(options.config, overrides=options.overrides)
+    if config.recipe not in recipes:
+        raise ConfigError(f"{config.title}: recipe must be {' or '.join(recipes)} for this script, got {config.recipe}")
+    stop = StopSignal(leave=lambda: end_with(PreemptedError("stopped outside of training; no finished step is lost")))
+    with join_world() as world:
+        config.accumulation_steps(world.size)  # refuses a batch that the ranks cannot share
+        serve_metrics()
+        log = scratch_dir() / f"attempt-{attempt()}.jsonl"
+        open_log(log)
+        try:
+            yield set_up(config, world, stop)
+        finally:
+            if world.is_first:
+                keep_log(config, log)
+
+
+def set_up(config: FineTuneConfig, world: World, stop: StopSignal) -> Job:
+    """Gets the model and the data to this node, and builds the model on all ranks."""
+    report("phase", phase="Downloading")
+    prepared = broadcast_object(prepare(config, report=report) if world.is_first else None)
+    if not world.is_first_of_node:
+        barrier()  # the first rank of the node downloads for all of them
+    local = fetch(prepared, config)
+    if world.is_first_of_node:
+        barrier()
+
+    report("phase", phase="Loading")
+    training = config.training
+    model = build(config, local.model_dir, world)
+    return Job(
+        config=config,
+        world=world,
+        stop=stop,
+        prepared=prepared,
+        local=local,
+        model=model,
+        optimizer=build_optimizer(model, training),
+        checkpointer=Checkpointer(
+            open_store(f"{config.run.directory}/{CHECKPOINTS_DIR}", s3=config.storage.s3),
+            settings=config.checkpoint,
+            world=world,
+            scratch=scratch_dir() / f"rank-{world.rank}",
+            record={"seed": training.seed, "configDigest": config.training_digest(), "worldSize": world.size},
+        ),
+        pad_id=load_tokenizer(local.model_dir).pad_id,
+        total_steps=total_steps(
+            len(local.train_data),
+            global_batch_size=training.global_batch_size,
+            epochs=training.epochs,
+            max_steps=training.max_steps,
+        ),
+    )
+
+
+def build(config: FineTuneConfig, model_dir: Path, world: World) -> Decoder:
+    """The model, sharded over all ranks; every rank reads only its own rows of the weights."""
+    model = build_model(read_config(model_dir))
+    if config.lora is not None:
+        apply_lora(model, **config.lora.model_dump())
+    parallelize(
+        model,
+        precision=config.training.precision,
+        activation_checkpointing=config.training.activation_checkpointing,
+        mesh=init_device_mesh(world.device.type, (world.size,)),
+    )
+    model.to_empty(device=world.device)
+    load_weights(model, model_dir)
+    init_lora(model, seed=config.training.seed)
+    return model
+
+
+def build_frozen(job: Job, model_dir: Path) -> Decoder:
+    """A second model that is only asked and never trained, sharded as the first."""
+    model = build_model(read_config(model_dir)).requires_grad_(requires_grad=False)
+    mesh = init_device_mesh(job.world.device.type, (job.world.size,))
+    parallelize(model, precision=job.config.training.precision, mesh=mesh)
+    model.to_empty(device=job.world.device)
+    load_weights(model, model_dir)
+    return model.eval()
+
+
+def resume(job: Job) -> int:
+    """Loads the newest complete checkpoint, of this run or else of the run to begin with, and says how it begins.
+
+    Returns:
+        The step that is done already.
+    """
+    step = _load_newest_checkpoint(job)
+    report(
+        "start",
+        attempt=attempt(),
+        step=step,
+        total_steps=job.total_steps,
+        world_size=job.world.size,
+        device=job.world.device.type,
+        parameters=sum(parameter.numel() for parameter in job.model.parameters()),
+        trainable_parameters=sum(weight.numel() for weight in job.weights),
+    )
+    return step
+
+
+def _load_newest_checkpoint(job: Job) -> int:
+    config, scratch = job.config, scratch_dir() / f"rank-{job.world.rank}"
+    first = config.checkpoint.resume_from
+    for place in [f"{config.run.directory}/{CHECKPOINTS_DIR}", *([first.uri] if first else [])]:
+        store = open_store(place, s3=config.storage.s3)
+        folder = broadcast_object(find_checkpoint(store) if job.world.is_first else None)
+        if folder is not None:
+            resumed = load_checkpoint(store, folder, model=job.model, optimizer=job.optimizer, scratch=scratch)
+            if resumed.record["configDigest"] != config.training_digest():
+                report("warning", message=f"{resumed.uri} was saved under another config; the loss may jump")
+            report("resume", step=resumed.step, uri=resumed.uri)
+            job.checkpointer.start_from(resumed)
+            return resumed.step
+    if first is not None:
+        raise ConfigError(
+            f"{config.title}: checkpoint.resume_from.uri must hold a complete checkpoint, got {first.uri}"
+        )
+    return 0

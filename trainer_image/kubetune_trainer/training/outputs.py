@@ -1,0 +1,77 @@
+"""The end of a training run: its outputs, where they come from, and the final message."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from kubetune_trainer.distributed import barrier
+from kubetune_trainer.export import complete_weights, save_huggingface, save_peft, trained_weights
+from kubetune_trainer.export.convert import convert
+from kubetune_trainer.export.huggingface import OutputDtype
+from kubetune_trainer.export.store import StoredOutput, store_output
+from kubetune_trainer.lineage import lineage_sources, record_lineage
+from kubetune_trainer.lora import lora_scale, lora_state_dict
+from kubetune_trainer.names import OUTPUTS_DIR
+from kubetune_trainer.report import last_step, report, write_termination_message
+from kubetune_trainer.storage import scratch_dir
+from kubetune_trainer.training.job import Job
+
+
+def finish(job: Job, outputs: list[dict[str, Any]]) -> None:
+    """Says that the run is done, and what it leaves behind."""
+    report("done", step=job.total_steps)
+    if job.world.is_first:
+        write_termination_message("Complete", exit_code=0, outputs=outputs, progress=last_step())
+
+
+def export(job: Job) -> list[dict[str, Any]]:
+    """Writes the outputs: all ranks gather the weights, rank 0 stores them; returns what it stored."""
+    report("phase", phase="Exporting")
+    stored: list[StoredOutput] = []
+    complete = scratch_dir() / "complete"
+    if any(output.type not in {"HuggingFace", "PEFT"} for output in job.config.outputs):
+        gather_model(job, complete)
+    for output in job.config.outputs:
+        folder = scratch_dir() / OUTPUTS_DIR / output.name
+        if output.type == "PEFT":
+            gather_adapters(job, folder)
+        elif output.type == "HuggingFace":
+            gather_model(job, folder, dtype=output.dtype)
+        elif job.world.is_first:
+            convert(output, complete, folder)
+        if job.world.is_first:
+            stored.append(store_output(output, folder, config=job.config))
+            report("output", **stored[-1].told())
+            shutil.rmtree(folder)
+    if job.world.is_first:
+        local = job.local
+        record_lineage(
+            job.config,
+            model=job.prepared.model,
+            model_dir=local.base_dir,
+            adapter=job.prepared.adapter,
+            adapter_dir=local.adapter_dir,
+            sources=lineage_sources(job.config.dataset.sources, job.prepared.sources),
+            outputs=stored,
+        )
+    barrier()  # no rank is done before the outputs are stored
+    return [output.told() for output in stored]
+
+
+def gather_model(job: Job, folder: Path, *, dtype: OutputDtype = "Source") -> None:
+    """Puts the complete model, with adapters merged, into a folder of rank 0; the other ranks only give their parts."""
+    source_dir, weights = job.local.model_dir, trained_weights(job.model)
+    if job.world.is_first:
+        scale = lora_scale(job.model) if job.config.lora is not None else None
+        complete = complete_weights(weights, source_dir=source_dir, lora_scale=scale)
+        save_huggingface(complete, source_dir=source_dir, target_dir=folder, dtype=dtype)
+    for _ in weights:
+        pass
+
+
+def gather_adapters(job: Job, folder: Path) -> None:
+    """Puts the adapters into a folder of rank 0; the other ranks only give their parts."""
+    adapters, model, lora = lora_state_dict(job.model), job.config.model, job.config.lora
+    if job.world.is_first and lora is not None:
+        base = model.hub.repo if model.hub else model.uri.location
+        save_peft(adapters, target_dir=folder, lora=lora, base_model=base)

@@ -1,0 +1,63 @@
+"""What a training step is a function of, so that a resumed run needs no state but the weights and the optimizer's."""
+
+import hashlib
+import math
+
+import torch
+
+from kubetune_trainer.data.sampler import rows_for_step
+from kubetune_trainer.errors import NonFiniteLossError
+from kubetune_trainer.optim import learning_rate_factor
+from kubetune_trainer.training.job import Job
+
+
+def global_rows(job: Job, step: int) -> list[int]:
+    """All ranks' rows of a step, counted from 1. Which they are does not depend on the number of ranks."""
+    training = job.config.training
+    return rows_for_step(
+        step - 1, num_rows=len(job.local.train_data), global_batch_size=training.global_batch_size, seed=training.seed
+    )
+
+
+def micro_batch_rows(job: Job, step: int) -> list[list[int]]:
+    """This rank's rows of a step, a list for each micro batch."""
+    mine, size = global_rows(job, step)[job.world.rank :: job.world.size], job.config.training.micro_batch_size
+    return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+
+def validation_rows(job: Job, num_rows: int) -> list[range]:
+    """This rank's rows of the held-out data, a range for each round; a rank with nothing left has an empty one."""
+    world, size = job.world, job.config.training.micro_batch_size
+    return [
+        range(start + world.rank, min(start + world.size * size, num_rows), world.size)
+        for start in range(0, num_rows, world.size * size)
+    ]
+
+
+def seed_dropout(*what: int) -> None:
+    """Makes dropout a function of (seed, step, micro batch, rank)."""
+    digest = hashlib.sha256(repr(what).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def set_learning_rate(job: Job, step: int) -> None:
+    """Sets what the schedule says for a step."""
+    training = job.config.training
+    factor = learning_rate_factor(
+        step - 1, scheduler=training.scheduler, warmup_steps=training.warmup_steps, total_steps=job.total_steps
+    )
+    for group in job.optimizer.param_groups:
+        group["lr"] = training.learning_rate * factor
+
+
+def check_finite(job: Job, step: int, *, loss: float, grad_norm: float) -> None:
+    """Keeps a step that went wrong out of the weights.
+
+    Raises:
+        NonFiniteLossError: The loss or the gradient norm is NaN or infinite.
+    """
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NonFiniteLossError(
+            f"{job.config.title}: step {step} has loss {loss} and gradient norm {grad_norm}",
+            hint="Lower training.learning_rate or look for broken samples; the last checkpoint is sound.",
+        )
