@@ -88,7 +88,13 @@ GOOD: dict[str, dict[str, Any]] = {
                 "format": "Text",
                 "columns": {"text": "body"},
             },
-            {"name": "c", "uri": {"location": "pvc://claim"}, "weight": "0.5"},
+            {
+                "name": "c",
+                "uri": {"location": "pvc://claim"},
+                "weight": "0.5",
+                "format": "ShareGPT",
+                "columns": {"conversations": "chat", "tools": "functions"},
+            },
         ]
     },
     "a held-out fraction": {"spec__dataset__validation": {"fraction": "0.05"}, "spec__training__validateEverySteps": 5},

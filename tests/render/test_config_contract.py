@@ -3,22 +3,25 @@
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from kubetune_operator import names as operator_names
+from kubetune_operator.api import dataset as operator_dataset
 from kubetune_operator.api import outputs as operator_outputs
 from kubetune_operator.api import quantizejob as operator_quantizejob
 from kubetune_operator.api.evaljob import EvalJobSpec
 from kubetune_operator.render.config import Resolved, dump_config, render_config
+from kubetune_trainer import config as trainer_config
 from kubetune_trainer import names as trainer_names
 from kubetune_trainer.config import FineTuneConfig, JobConfig, load_config
 from kubetune_trainer.config import outputs as trainer_outputs
 from kubetune_trainer.config import quantize as trainer_quantize
 from kubetune_trainer.config.evaluate import EvalConfig
 from kubetune_trainer.config.quantize import QuantizeConfig
+from kubetune_trainer.data import formats as trainer_formats
 from kubetune_trainer.model.config import QUANTIZATION_METHODS
 from tests.render.manifests import (
     EVAL_EVERYTHING,
@@ -144,6 +147,14 @@ def test_both_sides_have_one_table_of_schemes() -> None:
     assert operator_outputs.UNQUANTIZED == trainer_outputs.UNQUANTIZED
     assert operator_outputs.GROUPED == trainer_outputs.GROUPED
     assert operator_quantizejob.CALIBRATED == trainer_quantize.CALIBRATED
+
+
+def test_both_sides_know_the_same_formats_and_their_columns() -> None:
+    known = operator_dataset.Source.model_fields["format"].annotation
+    assert known == trainer_config.Source.model_fields["format"].annotation
+    assert set(get_args(known)) == {"Auto", *trainer_formats.REQUIRED}
+    columns = {field for fields in trainer_formats.REQUIRED.values() for field in fields}
+    assert columns <= set(operator_dataset.Columns.model_fields)
 
 
 def test_evaluations_are_given_the_formats_that_the_trainer_loads() -> None:

@@ -14,6 +14,7 @@ USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content
     ("columns", "mapping", "expected"),
     [
         (["messages", "id"], {}, "Messages"),
+        (["conversations", "id"], {}, "ShareGPT"),
         (["instruction", "input", "output"], {}, "Alpaca"),
         (["prompt", "completion"], {}, "PromptCompletion"),
         (["text"], {}, "Text"),
@@ -30,8 +31,8 @@ def test_columns_of_no_format_are_named_with_what_each_format_needs() -> None:
     with pytest.raises(DataError) as caught:
         detect(["question", "answer"], mapping={})
     assert str(caught.value) == (
-        "the columns question, answer match no format: Messages needs messages; Alpaca needs instruction and output; "
-        "PromptCompletion needs prompt and completion; Text needs text"
+        "the columns question, answer match no format: Messages needs messages; ShareGPT needs conversations; "
+        "Alpaca needs instruction and output; PromptCompletion needs prompt and completion; Text needs text"
     )
     assert "dataset.sources[].columns" in caught.value.hint
 
@@ -40,6 +41,16 @@ def test_columns_of_no_format_are_named_with_what_each_format_needs() -> None:
     ("record", "format_", "expected"),
     [
         ({"messages": [USER, ANSWER], "tools": [1]}, "Messages", Chat(messages=[USER, ANSWER], tools=[1])),
+        ({"messages": [USER], "tools": '[{"type": "function"}]'}, "Messages",
+         Chat(messages=[USER], tools=[{"type": "function"}])),
+        ({"messages": [USER], "tools": ""}, "Messages", Chat(messages=[USER])),
+        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [1]}]}, "Messages",
+         Chat(messages=[USER, {"role": "assistant", "content": None, "tool_calls": [1]}])),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], "system": "Brief."},
+         "ShareGPT", Chat(messages=[{"role": "system", "content": "Brief."}, USER, ANSWER])),
+        ({"conversations": [{"from": "tool", "value": "1"}]}, "ShareGPT",
+         Chat(messages=[{"role": "tool", "content": "1"}])),
+        ({"conversations": [USER, ANSWER]}, "ShareGPT", Chat(messages=[USER, ANSWER])),
         ({"instruction": "Hi", "output": "Ho"}, "Alpaca", Chat(messages=[USER, ANSWER])),
         (
             {"instruction": "Add", "input": "1+1", "output": "2", "system": "Be brief."},
@@ -57,7 +68,7 @@ def test_columns_of_no_format_are_named_with_what_each_format_needs() -> None:
         ({"prompt": [USER], "completion": [ANSWER]}, "PromptCompletion", Chat(messages=[USER, ANSWER])),
         ({"text": "Once"}, "Text", Text(prompt="", completion="Once")),
     ],
-)
+)  # fmt: skip
 def test_a_record_becomes_a_conversation_or_text(record: Any, format_: Any, expected: object) -> None:
     assert convert(record, format_, mapping={}) == expected
 
@@ -74,10 +85,15 @@ def test_a_mapped_column_is_read_under_the_datas_own_name() -> None:
         ({"messages": []}, "Messages", r"messages must be a list of messages, got \[\]"),
         ({"messages": ["Hi"]}, "Messages", r"messages\[0\] must have role and content, got 'Hi'"),
         ({"messages": [USER, {"role": "assistant"}]}, "Messages", r"messages\[1\]\.content is missing"),
+        ({"conversations": [{"from": "human"}]}, "ShareGPT", r"conversations\[0\] must have from and value"),
+        ({"conversations": [{"from": "me", "value": "Hi"}]}, "ShareGPT",
+         r"conversations\[0\]\.from must be one of human, user, gpt, .*, got 'me'"),
+        ({"messages": [USER], "tools": "{"}, "Messages", "tools is not JSON: Expecting property name"),
+        ({"messages": [USER], "tools": "{}"}, "Messages", r"tools must be a list of tools, got \{\}"),
         ({"output": "Ho"}, "Alpaca", "instruction must be text, got None"),
         ({"text": list(range(99))}, "Text", r"got \[0, 1, 2.*\.\.\.$"),
     ],
-)
+)  # fmt: skip
 def test_a_record_that_is_not_of_its_format_says_what_is_wrong(record: Any, format_: Any, message: str) -> None:
     with pytest.raises(RecordError, match=message):
         convert(record, format_, mapping={})

@@ -18,6 +18,8 @@ def write(folder: Path, name: str) -> Path:
     path = folder / name
     if name.endswith(".parquet"):
         parquet.write_table(pa.Table.from_pylist(RECORDS), path, row_group_size=2)
+    elif name.endswith(".csv"):
+        path.write_text('text,id\nGrüße,1\n"b",2\n,3\n', encoding="utf-8-sig")
     elif name == "list.json":
         path.write_text("\n " + json.dumps(RECORDS, ensure_ascii=False), encoding="utf-8-sig")
     else:
@@ -25,9 +27,10 @@ def write(folder: Path, name: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "bom.jsonl", "a.ndjson", "lines.json", "list.json", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "bom.jsonl", "a.ndjson", "lines.json", "list.json", "a.csv", "a.parquet"])
 def test_every_kind_of_file_gives_the_same_records(name: str, tmp_path: Path) -> None:
-    assert [record for _, record in read_records(write(tmp_path, name), name=f"s3://data/{name}")] == RECORDS
+    records = [record for _, record in read_records(write(tmp_path, name), name=f"s3://data/{name}")]
+    assert [{"text": record["text"]} for record in records] == RECORDS
 
 
 @pytest.mark.parametrize(
@@ -56,13 +59,33 @@ def test_a_record_knows_its_place(name: str, places: list[str], tmp_path: Path) 
         ("a.json", b'["a"]', r"s3://data/a\.json item 1 must be an object, got str"),
         ("a.json", b'["\xff"]', r"s3://data/a\.json is not UTF-8: byte 2 is 0xff"),
         ("a.parquet", b"PAR1 cut off", r"s3://data/a\.parquet is not a whole parquet file: "),
-        ("a.csv", b"text\na\n", r"s3://data/a\.csv must be a file of type \.jsonl, \.ndjson, \.json, \.parquet"),
+        ("a.csv", b"a,b\n1,2\n3\n", r"s3://data/a\.csv line 3 must have a cell for each of the columns a, b"),
+        ("a.csv", b"a,b\n1,2,3\n", r"s3://data/a\.csv line 2 must have a cell for each of the columns a, b"),
+        ("a.csv", b'a,b\n"1"2,3\n', r"s3://data/a\.csv line 2 is not CSV: "),
+        ("a.csv", b"a\n\xff\n", r"s3://data/a\.csv is not UTF-8: byte 2 is 0xff"),
+        ("a.txt", b"a", r"s3://data/a\.txt must be a file of type \.jsonl, \.ndjson, \.json, \.csv, \.parquet"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(read_records(tmp_path / name, name=f"s3://data/{name}"))
+
+
+def test_a_csv_file_has_cells_of_text_over_several_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt,completion\n"1, 2\n3",""\n4,"say ""5"""\n')
+    assert list(read_records(tmp_path / "a.csv", name="a.csv")) == [
+        ("a.csv line 3", {"prompt": "1, 2\n3", "completion": None}),
+        ("a.csv line 4", {"prompt": "4", "completion": 'say "5"'}),
+    ]
+
+
+def test_what_parquet_adds_to_messages_is_left_out(tmp_path: Path) -> None:
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    other = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "g", "arguments": {"y": 2}}}]}
+    records = [{"messages": [{"role": "user", "content": "Hi"}, calls]}, {"messages": [other]}]
+    parquet.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    assert [record for _, record in read_records(tmp_path / "a.parquet", name="a.parquet")] == records
 
 
 def test_records_come_before_the_file_is_read_to_its_end(tmp_path: Path) -> None:

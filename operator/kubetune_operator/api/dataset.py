@@ -42,7 +42,7 @@ class HubDataset(ApiModel):
 
 
 class UriDataset(ApiModel):
-    """Data files (json, jsonl or parquet) in storage."""
+    """Data files (json, jsonl, csv or parquet) in storage."""
 
     location: Uri
     """A file, or a folder of files: s3://bucket/path, pvc://claim/path or, for local runs, file:///path."""
@@ -63,6 +63,10 @@ class Columns(ApiModel):
     """Column of the system message."""
     messages: ColumnName | None = None
     """Column of the list of messages."""
+    conversations: ColumnName | None = None
+    """Column of a ShareGPT sample's list of turns."""
+    tools: ColumnName | None = None
+    """Column of the tools that the assistant may call."""
     prompt: ColumnName | None = None
     """Column of the prompt."""
     completion: ColumnName | None = None
@@ -84,7 +88,7 @@ class Source(ApiModel):
     """Data files in storage."""
     config_map: ConfigMapKeyRef | None = None
     """A jsonl file in a ConfigMap, for small data."""
-    format: Literal["Auto", "Alpaca", "Messages", "PromptCompletion", "Text"] = "Auto"
+    format: Literal["Auto", "Alpaca", "ShareGPT", "Messages", "PromptCompletion", "Text"] = "Auto"
     """What a record looks like. Auto: told from its columns."""
     columns: Columns | None = None
     """Names of the columns where they differ from the format's own."""

@@ -3,26 +3,36 @@
 | Format           | Columns                                             | Trained                             |
 |------------------|-----------------------------------------------------|-------------------------------------|
 | Messages         | messages: list of {role, content}; tools            | as dataset.train_on says            |
+| ShareGPT         | conversations: list of {from, value}; system, tools | as Messages                         |
 | Alpaca           | instruction, output; input, system                  | as Messages                         |
 | PromptCompletion | prompt, completion: two texts, or two message lists | texts: the completion; else as above |
 | Text             | text                                                | every token                         |
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from kubetune_trainer.errors import DataError
 
-Format = Literal["Messages", "Alpaca", "PromptCompletion", "Text"]
+Format = Literal["Messages", "ShareGPT", "Alpaca", "PromptCompletion", "Text"]
 
 REQUIRED: Mapping[Format, tuple[str, ...]] = {
     "Messages": ("messages",),
+    "ShareGPT": ("conversations",),
     "Alpaca": ("instruction", "output"),
     "PromptCompletion": ("prompt", "completion"),
     "Text": ("text",),
 }
 """What a record must have to be of a format; Auto takes the first that matches."""
+
+SHAREGPT_ROLES: Final = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool",
+    "observation": "tool",
+}  # fmt: skip
+"""What ShareGPT's own words for speakers are in the words of chat templates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +92,15 @@ def convert(record: Mapping[str, Any], format_: Format, *, mapping: Mapping[str,
     """
     fields = _Fields(record, mapping)
     if format_ == "Messages":
-        return Chat(messages=fields.messages("messages"), tools=fields.optional("tools"))
+        return Chat(messages=fields.messages("messages"), tools=fields.tools())
+    if format_ == "ShareGPT":
+        return _sharegpt(fields)
     if format_ == "Alpaca":
         return _alpaca(fields)
     if format_ == "Text":
         return Text(prompt="", completion=fields.text("text"))
     if isinstance(fields.optional("prompt"), list):
-        return Chat(
-            messages=[*fields.messages("prompt"), *fields.messages("completion")], tools=fields.optional("tools")
-        )
+        return Chat(messages=[*fields.messages("prompt"), *fields.messages("completion")], tools=fields.tools())
     return Text(prompt=fields.text("prompt"), completion=fields.text("completion"))
 
 
@@ -102,6 +112,26 @@ def _alpaca(fields: "_Fields") -> Chat:
         {"role": "assistant", "content": fields.text("output")},
     ]
     return Chat(messages=[{"role": "system", "content": system}, *messages] if system else messages)
+
+
+def _sharegpt(fields: "_Fields") -> Chat:
+    """Says who speaks in the words of chat templates; data with role and content already does."""
+    system, turns = fields.optional_text("system"), fields.optional("conversations")
+    if isinstance(turns, list) and turns and isinstance(turns[0], Mapping) and "role" in turns[0]:
+        messages = fields.messages("conversations")
+    else:
+        messages = [_message(turn, place=place) for place, turn in fields.items("conversations")]
+    return Chat(
+        messages=[{"role": "system", "content": system}, *messages] if system else messages, tools=fields.tools()
+    )
+
+
+def _message(turn: Any, *, place: str) -> Mapping[str, Any]:
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+        raise RecordError(f"{place} must have from and value, got {_shown(turn)}")
+    if turn.get("from") not in SHAREGPT_ROLES:
+        raise RecordError(f"{place}.from must be one of {', '.join(SHAREGPT_ROLES)}, got {_shown(turn.get('from'))}")
+    return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
 
 
 class _Fields:
@@ -125,16 +155,33 @@ class _Fields:
     def optional_text(self, field: str) -> str:
         return "" if self.optional(field) is None else self.text(field)
 
-    def messages(self, field: str) -> list[Mapping[str, Any]]:
+    def items(self, field: str) -> list[tuple[str, Any]]:
+        """The parts of a conversation, each with its place."""
         value = self.optional(field)
         if not isinstance(value, list) or not value:
             raise RecordError(f"{self.column(field)} must be a list of messages, got {_shown(value)}")
-        for number, message in enumerate(value):
+        return [(f"{self.column(field)}[{number}]", item) for number, item in enumerate(value)]
+
+    def messages(self, field: str) -> list[Mapping[str, Any]]:
+        items = self.items(field)
+        for place, message in items:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise RecordError(f"{self.column(field)}[{number}] must have role and content, got {_shown(message)}")
+                raise RecordError(f"{place} must have role and content, got {_shown(message)}")
             if message.get("content") is None and not message.get("tool_calls"):
-                raise RecordError(f"{self.column(field)}[{number}].content is missing")
-        return value
+                raise RecordError(f"{place}.content is missing")
+        return [message for _, message in items]
+
+    def tools(self) -> list[Any] | None:
+        """What the assistant may call: a list, or a list written as JSON, as tables that cannot hold one have it."""
+        value = self.optional("tools")
+        if isinstance(value, str):
+            try:
+                value = json.loads(value) if value else None
+            except json.JSONDecodeError as error:
+                raise RecordError(f"{self.column('tools')} is not JSON: {error.msg}") from error
+        if value is not None and not isinstance(value, list):
+            raise RecordError(f"{self.column('tools')} must be a list of tools, got {_shown(value)}")
+        return value or None
 
 
 def _shown(value: Any) -> str:

@@ -1,5 +1,6 @@
-"""Records from json, jsonl and parquet files, one at a time; whatever is wrong names the file and the line."""
+"""Records from json, jsonl, csv and parquet files, one at a time; whatever is wrong names the file and the line."""
 
+import csv
 import fnmatch
 import json
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,12 @@ from pyarrow import parquet
 
 from kubetune_trainer.errors import DataError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 PARQUET_BATCH_ROWS = 1024
+CSV_FIELD_BYTES = 2**27
+"""The longest cell of a csv file; longer ones are broken quotes."""
+ALWAYS_THERE = frozenset({"role", "content"})
+"""Fields of a message that templates expect, empty or not."""
 
 Record = Mapping[str, Any]
 
@@ -31,6 +36,8 @@ def read_records(file: Path, *, name: str) -> Iterator[tuple[str, Record]]:
         raise DataError(f"{name} must be a file of type {', '.join(SUFFIXES)}")
     if name.endswith(".parquet"):
         records = _read_parquet(file, name)
+    elif name.endswith(".csv"):
+        records = _read_csv(file, name)
     elif name.endswith(".json") and _begins_with_a_list(file):
         records = _read_json_list(file, name)
     else:
@@ -97,6 +104,26 @@ def _read_json_list(file: Path, name: str) -> Iterator[tuple[str, Any]]:
         yield f"{name} item {number}", record
 
 
+def _read_csv(file: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """Reads a file whose first line names the columns; every cell is text, and an empty one is None."""
+    csv.field_size_limit(CSV_FIELD_BYTES)
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        table = csv.DictReader(stream, strict=True)
+        try:
+            for record in table:
+                place = f"{name} line {table.line_num}"
+                if None in record or None in record.values():
+                    raise DataError(
+                        f"{place} must have a cell for each of the columns {', '.join(table.fieldnames or ())}",
+                        hint="Put cells with commas or line breaks into double quotes.",
+                    )
+                yield place, {column: cell or None for column, cell in record.items()}
+        except csv.Error as error:
+            raise DataError(f"{name} line {table.reader.line_num} is not CSV: {error}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
+
+
 def _read_parquet(file: Path, name: str) -> Iterator[tuple[str, Any]]:
     try:
         with parquet.ParquetFile(file) as table:
@@ -104,6 +131,13 @@ def _read_parquet(file: Path, name: str) -> Iterator[tuple[str, Any]]:
             for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
                 for record in batch.to_pylist():
                     number += 1
-                    yield f"{name} row {number}", record
+                    yield f"{name} row {number}", {column: _without_empty(value) for column, value in record.items()}
     except pa.ArrowException as error:
         raise DataError(f"{name} is not a whole parquet file: {error}") from error
+
+
+def _without_empty(value: Any) -> Any:
+    """Leaves empty fields out of objects: parquet gives every message the fields of all, and templates ask for them."""
+    if isinstance(value, dict):
+        return {key: _without_empty(inner) for key, inner in value.items() if inner is not None or key in ALWAYS_THERE}
+    return [_without_empty(item) for item in value] if isinstance(value, list) else value

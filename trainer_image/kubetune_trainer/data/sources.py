@@ -102,7 +102,7 @@ def _open_uri(source: Source, *, s3: S3Storage | None) -> OpenSource:
     if not paths:
         raise DataError(
             f"dataset source {source.name}: {location} has no data files",
-            hint="Give a .jsonl, .json or .parquet file, a folder of them, or wildcards as in part-*.jsonl.",
+            hint="Give a .jsonl, .json, .csv or .parquet file, a folder of them, or wildcards as in part-*.jsonl.",
         )
 
     def file(path: str) -> DataFile:
