@@ -28,11 +28,11 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """A random model in Hugging Face format."""
+def write_model(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A random model in Hugging Face format; changes of its config.json make another family of it."""
     folder.mkdir(parents=True)
     vocab_size = write_tokenizer(folder)
-    config = {**SHAPE, "vocab_size": vocab_size, "torch_dtype": str(dtype).removeprefix("torch.")}
+    config = {**SHAPE, "vocab_size": vocab_size, "torch_dtype": str(dtype).removeprefix("torch."), **changes}
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     model = Decoder(ModelConfig.from_hf(config))

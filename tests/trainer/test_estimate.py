@@ -99,10 +99,20 @@ def test_activations_follow_the_micro_batch(change: str, factor: Any, tmp_path: 
     [
         {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2},
         {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4},
+        {
+            "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4,
+            "num_experts_per_tok": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+        {
+            "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "head_dim": 16, "hidden_size": 64,
+            "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2,
+        },
     ],
-)
+    ids=["llama", "wide llama", "mixtral", "gemma2"],
+)  # fmt: skip
 def test_activations_are_what_torch_keeps_for_the_backward_pass(
-    precision: str, shape: dict[str, int], tmp_path: Path
+    precision: str, shape: dict[str, Any], tmp_path: Path
 ) -> None:
     model_shape = ModelConfig.from_hf(model_config(**shape, num_hidden_layers=6))
     model = build_model(model_shape).to(torch.float32 if precision == "FP32" else torch.bfloat16).to_empty(device="cpu")

@@ -1,5 +1,6 @@
 """Rounding a whole model block by block, on data."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from kubetune_trainer.data.sampler import Batch, collate
 from kubetune_trainer.data.store import Row
@@ -18,6 +20,7 @@ from kubetune_trainer.quantize.calibrate import calibrate, observe_inputs
 from kubetune_trainer.quantize.layers import linear_layers
 from kubetune_trainer.quantize.verify import Logits, compare
 from tests.recipes.tiny import write_model
+from tests.trainer.tiny import TINY
 
 
 def batches(*lengths: int, seed: int = 0, multiple: int = 8) -> list[Batch]:
@@ -94,6 +97,30 @@ def test_padding_changes_nothing(folder: Path, tmp_path: Path) -> None:
         same = (found[0][name].values == found[1][name].values).float().mean()
         assert same > 0.99, name  # sums in another order may tip a value over
     assert steps == [14, 14]
+
+
+def test_experts_are_rounded_by_the_tokens_that_chose_them(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    shape = TINY | {"num_local_experts": 40, "num_experts_per_tok": 1, "num_hidden_layers": 1}
+    MixtralForCausalLM(MixtralConfig(**shape)).to(torch.bfloat16).save_pretrained(tmp_path / "moe")
+    found = []
+    for multiple in (1, 64):
+        rows = batches(33, 21, multiple=multiple)
+        folder = tmp_path / str(multiple)
+        found.append(calibrate(tmp_path / "moe", rows, bits=8, group_size=None, folder=folder))
+    layers = set(linear_layers(load_model(tmp_path / "moe").config))
+    assert set(found[0]) == set(found[1])
+    assert len(set(found[0])) < len(layers), "some expert is chosen by no token"
+    assert not any(name.endswith(".gate") for name in layers)
+    for name in found[0]:
+        assert (found[0][name].values == found[1][name].values).float().mean() > 0.99, name
+    save_compressed_tensors(
+        tmp_path / "moe", tmp_path / "int8", scheme="Int8WeightOnly", group_size=32, rounded=found[0]
+    )
+    told = json.loads((tmp_path / "int8" / "config.json").read_text())["quantization_config"]
+    assert told["ignore"] == ["lm_head", r"re:.*\.gate$"]
+    source, artifact = (logits_of(load_model(tmp_path / name, dtype=torch.float32)) for name in ("moe", "int8"))
+    assert compare(source, artifact, batches(24)).mean_kl < 1e-2
 
 
 def test_layers_with_one_input_share_one_matrix_of_its_products() -> None:

@@ -15,7 +15,7 @@ from kubetune_trainer.config import FineTuneConfig
 from kubetune_trainer.lora import apply_lora
 from kubetune_trainer.loss import CHUNK_TOKENS
 from kubetune_trainer.model.config import ModelConfig
-from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.model.decoder import NORMS, Decoder
 from kubetune_trainer.model.weights import build_model
 from kubetune_trainer.parallel import stays_gathered
 
@@ -89,13 +89,19 @@ def activation_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:
 
     Per token and block: of each norm the input in fp32, the scaled input and the output; queries, keys, values and the
     attention's output in fp32, the latter once more for the output projection, and a row of the mask; four times the
-    inner width of the feed-forward block. Recomputation keeps the blocks' inputs and has one block whole at a time.
+    inner width of the feed-forward block, or of the experts that a token passes, and the token's copies for each of
+    them; where attention has a soft bound, two rows of its products in place of the mask's. Recomputation keeps the
+    blocks' inputs and has one block whole at a time.
     """
     compute, length = _compute_bytes(config), config.dataset.max_sequence_length
     norm = shape.hidden_size * (FP32 + 2 * compute)
     heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * FP32
     output = shape.num_heads * shape.head_dim * compute
-    block = 2 * norm + heads + output + length * FP32 + 4 * shape.intermediate_size * compute
+    # In fp32 a mask; with a soft bound, of each head the bounded products and their softmax.
+    rows = length * FP32 * (1 if shape.attention_softcap is None else 2 * shape.num_heads)
+    block = len(NORMS[shape.norm_places]) * norm + heads + output + rows + 4 * shape.token_width * compute
+    if shape.experts is not None:
+        block += shape.experts.num_chosen * shape.hidden_size * (2 * compute + FP32)
     root = 2 * norm
     if config.training.activation_checkpointing == "Full":
         blocks = shape.num_layers * shape.hidden_size * compute + block

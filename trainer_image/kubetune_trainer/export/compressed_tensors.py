@@ -20,7 +20,7 @@ from kubetune_trainer.export.huggingface import COMPANION_FILES
 from kubetune_trainer.export.shards import MAX_SHARD_BYTES, Planned, ShardWriter
 from kubetune_trainer.model.config import CONFIG_FILE, read_config, read_json
 from kubetune_trainer.model.weights import WeightFiles
-from kubetune_trainer.quantize.layers import KEPT, check_groups, linear_layers
+from kubetune_trainer.quantize.layers import check_groups, kept_layers, linear_layers
 from kubetune_trainer.quantize.rounding import Rounded, integer_range, round_to_nearest
 
 PACKED: Final = "pack-quantized"
@@ -105,7 +105,7 @@ def save_compressed_tensors(
                     if chosen.format == PACKED:
                         writer.write(f"{layer}.weight_shape", torch.tensor(files.shape(name)))
                 done()
-    _copy_companions(source, target, quantization=_describe(chosen, group_size=size))
+    _copy_companions(source, target, quantization=_describe(chosen, group_size=size, ignore=kept_layers(config)))
 
 
 def pack(values: Tensor, *, bits: int) -> Tensor:
@@ -177,7 +177,7 @@ def _stored(layer: str, rounded: Rounded, *, scheme: Scheme, scale_dtype: torch.
     yield f"{layer}.weight_scale", rounded.scales.to(scale_dtype)
 
 
-def _describe(scheme: Scheme, *, group_size: int | None) -> dict[str, Any]:
+def _describe(scheme: Scheme, *, group_size: int | None, ignore: list[str]) -> dict[str, Any]:
     """Return what config.json says of the quantized layers."""
     weights = {
         "num_bits": scheme.bits,
@@ -199,7 +199,7 @@ def _describe(scheme: Scheme, *, group_size: int | None) -> dict[str, Any]:
         "format": scheme.format,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": [KEPT],
+        "ignore": ignore,
         "kv_cache_scheme": None,
     }
 

@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, N tokens that are not padding, O outputs, I inputs.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from kubetune_trainer.data.sampler import Batch
 from kubetune_trainer.model.blockwise import pass_blocks
 from kubetune_trainer.model.config import read_config
+from kubetune_trainer.model.feed_forward import Router
 from kubetune_trainer.model.weights import WeightFiles
 from kubetune_trainer.names import PADDING_DOCUMENT
 from kubetune_trainer.quantize.gptq import gptq
@@ -71,8 +74,12 @@ def calibrate(
 
     def round_block(name: str, block: nn.Module, passes: Iterable[Batch]) -> None:
         layers = {inner: layer for inner, layer in block.named_modules() if isinstance(layer, nn.Linear)}
-        hessians = observe_inputs(layers, passes)
+        routers = {inner: module for inner, module in block.named_modules() if isinstance(module, Router)}
+        hessians = observe_inputs(layers, passes, routers=routers)
         for inner, layer in layers.items():
+            if inner not in hessians:  # an expert that no token chose: left to be rounded to the nearest
+                done()
+                continue
             full = f"{name}.{inner}"
             weight = layer.weight.data.to(dtypes[f"{full}.weight"])  # its scales must be numbers of that type
             rounded = gptq(weight, hessians.pop(inner), bits=bits, group_size=group_size)
@@ -84,14 +91,18 @@ def calibrate(
     return found
 
 
-def observe_inputs(layers: Mapping[str, nn.Linear], passes: Iterable[Batch]) -> dict[str, Tensor]:
+def observe_inputs(
+    layers: Mapping[str, nn.Linear], passes: Iterable[Batch], *, routers: Mapping[str, Router] = MappingProxyType({})
+) -> dict[str, Tensor]:
     """Return X^T X / N of each layer's inputs, fp32 (I, I); layers with one input share one matrix.
 
     Args:
         layers: The layers, by name.
         passes: Yields each batch right after it went through them.
+        routers: Those that choose experts among the layers, by name. A layer that saw no token is left out.
     """
     inputs: dict[str, Tensor] = {}
+    chosen: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
     first_with: dict[str, str] = {}
     tokens = 0
@@ -99,21 +110,40 @@ def observe_inputs(layers: Mapping[str, nn.Linear], passes: Iterable[Batch]) -> 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _layer, given: inputs.__setitem__(name, given[0])
 
+    def watch_router(name: str) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor]], None]:
+        return lambda _router, _given, found: chosen.__setitem__(name, found[1])
+
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    handles += [router.register_forward_hook(watch_router(name)) for name, router in routers.items()]
     try:
         for batch in passes:
             real_BT = batch.documents != PADDING_DOCUMENT
             tokens += int(real_BT.sum())
-            first_with = {name: next(other for other in inputs if inputs[other] is inputs[name]) for name in inputs}
-            for name in set(first_with.values()):
-                x_NI = inputs[name][real_BT.to(inputs[name].device)].float()
+            first_of = {name: next(other for other in inputs if inputs[other] is inputs[name]) for name in inputs}
+            first_with |= first_of
+            for name in set(first_of.values()):
+                real = _real_rows(name, real_BT.to(inputs[name].device), chosen)
+                x_NI = inputs[name][real].float()
+                if not len(x_NI):
+                    continue
                 sums[name] = sums[name].addmm_(x_NI.T, x_NI) if name in sums else x_NI.T @ x_NI
             inputs.clear()
+            chosen.clear()
     finally:
         for handle in handles:
             handle.remove()
     means = {name: total / tokens for name, total in sums.items()}
-    return {name: means[first] for name, first in first_with.items()}
+    return {name: means[first] for name, first in first_with.items() if first in means}
+
+
+def _real_rows(name: str, real_BT: Tensor, chosen: Mapping[str, Tensor]) -> Tensor:
+    """Say which rows of a layer's input are no padding; an expert's rows are those of the tokens that chose it."""
+    mixture, found, rest = name.partition(".experts.")
+    if not found:
+        return real_BT
+    chosen_NC = chosen[f"{mixture}.gate"]
+    of_expert = (chosen_NC.flatten() == int(rest.partition(".")[0])).nonzero()[:, 0]
+    return real_BT.flatten()[of_expert // chosen_NC.shape[1]]
 
 
 def _stored_dtypes(source: Path) -> dict[str, torch.dtype]:

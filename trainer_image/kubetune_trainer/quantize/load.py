@@ -11,7 +11,7 @@ from kubetune_trainer.export.compressed_tensors import PACKED, SCHEMES, Scheme, 
 from kubetune_trainer.model.config import CONFIG_FILE, quantization_method, read_config, read_json
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import WeightFiles, build_model
-from kubetune_trainer.quantize.layers import linear_layers
+from kubetune_trainer.quantize.layers import KEPT, ROUTERS, linear_layers
 from kubetune_trainer.quantize.linear import IntegerLinear
 
 
@@ -105,7 +105,7 @@ def _same(told: dict[str, Any], scheme: Scheme) -> bool:
     weights, activations = groups[0].get("weights") or {}, groups[0].get("input_activations")
     return (
         groups[0].get("targets") == ["Linear"]
-        and set(told.get("ignore", ())) <= {"lm_head"}
+        and set(told.get("ignore", ())) <= {KEPT, ROUTERS}
         and (weights.get("num_bits"), weights.get("type"), weights.get("symmetric")) == (scheme.bits, "int", True)
         and weights.get("strategy") == ("group" if scheme.grouped else "channel")
         and bool(activations) == scheme.rounds_activations
