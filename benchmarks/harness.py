@@ -1,0 +1,300 @@
+"""What the tables share: a process per side and round, in turn, calibrated, in an environment of its own if need be.
+
+A table is one file here. It defines sides, rows and targets and ends in `run_table(TABLE)`:
+
+    python benchmarks/lora.py               every row, all sides in turn (A B A B ...), then RESULTS.md and one JSON line
+    python benchmarks/lora.py --side NAME   one side once, its settings on stdin, one JSON line
+
+Only the standard library is imported at the top: peers' environments read this file too.
+"""
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).parent.parent
+CACHE: Final = Path(os.environ.get("KUBETUNE_CACHE") or Path.home() / ".cache" / "kubetune")
+RESULTS: Final = Path(__file__).parent / "RESULTS.md"
+DRIFT_ALLOWED: Final = 0.10
+"""A round is void if the calibration matmul's time differs by more than this between its processes."""
+LOSS_TOLERANCE: Final = 2e-4
+"""By how much the sides' first losses may differ, relative: sides that do other work are not compared."""
+
+Settings = dict[str, Any]
+Measures = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One of those compared."""
+
+    run: Callable[[Settings], Measures]
+    """Does the work once and returns what it measured; imports its libraries itself."""
+    environment: str | None = None
+    """A file in peers/ (without .txt) whose packages it runs with; unset is this project's environment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One setting, the same for all its sides."""
+
+    name: str
+    settings: Settings
+    sides: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """Ours divided by a peer's, and what it should be."""
+
+    name: str
+    row: int
+    """Number of the row."""
+    measure: str
+    peer: str
+    """The side to divide by."""
+    target: str
+    """As in `>= 1.3`."""
+    side: str = "ours"
+    """The side that is divided."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One benchmark."""
+
+    name: str
+    file: str
+    """`__file__` of the table."""
+    title: str
+    notes: str
+    """What a reader must know: what is equal, what is not, which limits there are."""
+    sides: Mapping[str, Side]
+    rows: Sequence[Row]
+    ratios: Sequence[Ratio]
+    rounds: int = 3
+    derive: Callable[[Row, Mapping[str, Measures]], dict[str, Measures]] = field(default=lambda _, best: dict(best))
+    """Adds measures that follow from several sides."""
+
+
+def run_table(table: Table) -> None:
+    """Runs a table, or one side of it, as the command line says."""
+    parser = argparse.ArgumentParser(description=table.title)
+    parser.add_argument("--side", choices=table.sides, help="run one side once, with the settings on stdin")
+    parser.add_argument("--rounds", type=int, default=table.rounds)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(run_side(table.sides[options.side], json.load(sys.stdin))))
+        return
+    best = [run_row(table, row, rounds=options.rounds, threads=options.threads) for row in table.rows]
+    ratios = find_ratios(table, best)
+    write_section(table, best, ratios, options)
+    print(json.dumps({"table": table.name, **ratios}))
+
+
+def run_side(side: Side, settings: Settings) -> Measures:
+    """Runs a side in this process; whatever it prints goes to stderr."""
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    with contextlib.redirect_stdout(sys.stderr):
+        before = calibrate()
+        measures = side.run(settings)
+        return {**measures, "calibration": [before, calibrate()], "torch": torch.__version__}
+
+
+def calibrate() -> float:
+    """Returns the seconds of a matmul that every process does the same."""
+    import torch
+
+    matrix = torch.ones(768, 768)
+    times = []
+    for _ in range(30):
+        began = time.perf_counter()
+        torch.mm(matrix, matrix)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def run_row(table: Table, row: Row, *, rounds: int, threads: int) -> dict[str, Measures]:
+    """Runs all sides in turn until enough rounds count, and returns each side's best."""
+    counted: list[dict[str, Measures]] = []
+    for number in range(rounds + 1):  # one may be void
+        found = {name: start_side(table, name, {**row.settings, "threads": threads}) for name in row.sides}
+        drift = drift_of(found.values())
+        void = drift > DRIFT_ALLOWED
+        print(f"{row.name}: round {number + 1}, drift {drift:.0%}{', void' if void else ''}: {found}", file=sys.stderr)
+        if not void:
+            counted.append(found)
+        if len(counted) == rounds:
+            break
+    if not counted:
+        raise SystemExit(f"{table.name}, {row.name}: every round is void; the machine is too busy to measure")
+    check_losses(row, counted[0])
+    best = {name: best_of([found[name] for found in counted]) for name in row.sides}
+    return table.derive(row, best)
+
+
+def start_side(table: Table, name: str, settings: Settings) -> Measures:
+    """Runs one side in a process of its own."""
+    threads = str(settings["threads"])
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    environment |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [python_of(table.sides[name].environment), table.file, "--side", name],
+        input=json.dumps(settings),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{table.name}: side {name} failed with exit code {done.returncode}:\n{done.stderr[-4000:]}")
+    measures: Measures = json.loads(done.stdout.splitlines()[-1])
+    return measures
+
+
+def python_of(environment: str | None) -> str:
+    """Returns the interpreter of a peer's environment, which is made the first time."""
+    if environment is None:
+        return sys.executable
+    requirements = Path(__file__).parent / "peers" / f"{environment}.txt"
+    key = hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
+    folder = CACHE / "bench" / key
+    python = folder / "bin" / "python"
+    if not (folder / ".complete").exists():
+        print(f"== environment of {environment} into {folder}", file=sys.stderr)
+        uv = str(CACHE / "uv" / "bin" / "uv")
+        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", "3.11", folder], check=True)
+        install = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", python]
+        subprocess.run([*install, "--requirement", requirements], check=True)
+        (folder / ".complete").touch()
+    return str(python)
+
+
+def drift_of(found: Any) -> float:
+    """Returns by how much the slowest calibration of a round took longer than the fastest."""
+    times = [seconds for measures in found for seconds in measures["calibration"]]
+    return max(times) / min(times) - 1
+
+
+def check_losses(row: Row, found: Mapping[str, Measures]) -> None:
+    """Refuses to compare sides whose first loss differs."""
+    losses = {name: measures["loss"] for name, measures in found.items() if "loss" in measures}
+    if losses and max(losses.values()) - min(losses.values()) > LOSS_TOLERANCE * max(losses.values()):
+        raise SystemExit(f"{row.name}: the sides do not compute the same loss: {losses}")
+
+
+def best_of(rounds: Sequence[Measures]) -> Measures:
+    """Returns the best of each number and, under `spread`, by how much the worst was worse."""
+    best: Measures = {"spread": {}}
+    for name, value in rounds[0].items():
+        if not isinstance(value, float | int):
+            continue
+        values = [measures[name] for measures in rounds]
+        best[name] = max(values) if name.endswith("PerSecond") else min(values)
+        best["spread"][name] = (max(values) - min(values)) / best[name] if best[name] else 0.0
+    return {**best, "rounds": len(rounds)}
+
+
+def find_ratios(table: Table, best: Sequence[Mapping[str, Measures]]) -> dict[str, float]:
+    """Returns all ratios of a table."""
+    return {
+        ratio.name: round(best[ratio.row][ratio.side][ratio.measure] / best[ratio.row][ratio.peer][ratio.measure], 3)
+        for ratio in table.ratios
+    }
+
+
+def write_section(
+    table: Table, best: Sequence[Mapping[str, Measures]], ratios: Mapping[str, float], options: argparse.Namespace
+) -> None:
+    """Puts a table's section into RESULTS.md, in the place of an older one."""
+    text = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
+    head, *sections = text.split("\n## ")
+    kept = {section.split("\n")[0]: section.rstrip() for section in sections}
+    kept[table.name] = section_of(table, best, ratios, options)
+    RESULTS.write_text("\n\n## ".join([head.rstrip(), *(kept[name] for name in sorted(kept))]) + "\n")
+
+
+def section_of(
+    table: Table, best: Sequence[Mapping[str, Measures]], ratios: Mapping[str, float], options: argparse.Namespace
+) -> str:
+    """Returns a table as Markdown."""
+    lines = [table.name, "", f"{table.title} {table.notes}", "", f"`make bench TABLE={table.name}`; {machine(options)}.", ""]
+    for row, found in zip(table.rows, best, strict=True):
+        names = [name for name in next(iter(found.values())) if name not in {"spread", "rounds"}]
+        lines += [f"**{row.name}**, best of {next(iter(found.values()))['rounds']} (spread)", ""]
+        lines += [f"| side | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        lines += [f"| {side} | {' | '.join(shown(measures, name) for name in names)} |" for side, measures in found.items()]
+        lines += [""]
+    lines += ["| ratio | found | target | |", "|---|---|---|---|"]
+    for ratio in table.ratios:
+        value = ratios[ratio.name]
+        lines.append(f"| {ratio.name} | {value} | {ratio.target} | {'met' if meets(value, ratio.target) else 'missed'} |")
+    return "\n".join(lines)
+
+
+def shown(measures: Measures, name: str) -> str:
+    """Returns a measure with its spread."""
+    value, spread = measures.get(name), measures["spread"].get(name)
+    if value is None:
+        return ""
+    number = f"{value / 2**20:.0f} MiB" if name.endswith("Bytes") else f"{value:.4g}"
+    return f"{number} ({spread:.0%})" if spread is not None else number
+
+
+def meets(value: float, target: str) -> bool:
+    """Whether a ratio is what was wanted."""
+    sign, bound = target.split()
+    return value >= float(bound) if sign == ">=" else value <= float(bound)
+
+
+def machine(options: argparse.Namespace) -> str:
+    """Returns where and when this was measured."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{cpu}, {capability}, {options.threads} threads, torch {torch.__version__}, {today}"
+
+
+def resident_bytes() -> int:
+    """Returns what this process holds in memory now; taken after the imports it is the baseline."""
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Returns the most that this process has held in memory, or since `forget_peak`."""
+    return _status("VmHWM")
+
+
+def forget_peak() -> None:
+    """Makes the peak what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def smollm2() -> str:
+    """Returns the folder of SmolLM2-135M-Instruct, which is made the first time."""
+    folder = CACHE / "models" / "smollm2-135m-instruct"
+    if not (folder / "model.safetensors").exists():
+        subprocess.run([sys.executable, ROOT / "examples" / "fetch_smollm2.py", folder], check=True)
+    return str(folder)
