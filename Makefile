@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env check test demo generate cluster cluster-down clean
+.PHONY: help env check test bench demo generate cluster cluster-down clean
 
 export KUBETUNE_CACHE ?= $(HOME)/.cache/kubetune
 CACHE := $(KUBETUNE_CACHE)
@@ -57,6 +57,11 @@ test: $(VENV)/.engines ## Every test tier: unit, control plane, a real node
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not cluster" --numprocesses 3 --dist loadfile --no-loadscope-reorder \
 		--durations=15
 	$(PY) -m pytest tests -m cluster --durations=15
+
+# Sides take turns, each in a process of its own; peers that cannot share our environment get one beside it, once.
+TABLE ?= lora sft full mfu packing loss load checkpoint decode start
+bench: env ## Measure beside peers into benchmarks/RESULTS.md (TABLE=lora for one table)
+	@for table in $(TABLE); do $(PY) benchmarks/$$table.py; done
 
 demo: env ## Fine-tune a real model on a real cluster, from nothing to the answers before and after
 	$(PY) examples/demo.py

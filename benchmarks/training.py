@@ -6,12 +6,11 @@ row after the other in the batch is full, so nothing is padded.
 """
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, Measures, Settings, Side, peak_bytes, resident_bytes
+from harness import ROOT, Measures, Settings, Side, now, peak_bytes, resident_bytes
 
 LEARNING_RATE = 1e-4
 Step = Callable[[], float]
@@ -37,9 +36,9 @@ def measure(step: Step, settings: Settings, *, baseline: int) -> Measures:
     loss = step()
     times = []
     for _ in range(settings["steps"]):
-        began = time.perf_counter()
+        began = now()
         step()
-        times.append(time.perf_counter() - began)
+        times.append(now() - began)
     tokens = settings["rows"] * settings["length"]
     return {"tokensPerSecond": tokens / min(times), "peakBytes": peak_bytes() - baseline, "loss": loss}
 
@@ -107,7 +106,7 @@ def transformers(settings: Settings) -> Measures:
 
 
 def torchtune(settings: Settings) -> Measures:
-    """torchtune 0.6.1, with its chunked loss."""
+    """Torchtune 0.6.1, with its chunked loss."""
     import torch
     from safetensors.torch import load_file
     from torchtune.models.convert_weights import hf_to_tune
@@ -155,8 +154,8 @@ def torchtune(settings: Settings) -> Measures:
 def litgpt(settings: Settings) -> Measures:
     """litgpt, with its chunked head and loss."""
     import torch
-    from litgpt import Config as PlainConfig
     from litgpt import GPT as PlainGPT  # noqa: N811
+    from litgpt import Config as PlainConfig
     from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
     from litgpt.utils import chunked_cross_entropy

@@ -1,0 +1,88 @@
+"""Writing answers with a cache of keys and values: tokens per second beside transformers.generate."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from harness import Measures, Ratio, Row, Settings, Side, Table, now, run_table, smollm2
+
+
+def prompts(settings: Settings) -> list[list[int]]:
+    """Returns prompts of one length with different beginnings."""
+    return [list(range(100 + row, 100 + row + settings["prompt"])) for row in range(settings["batch"])]
+
+
+def measure(write: Callable[[int], int], settings: Settings) -> Measures:
+    """Writes a little to warm up, then three times what counts; reading the prompt is part of it."""
+    write(2)
+    times = []
+    for _ in range(3):
+        began = now()
+        written = write(settings["tokens"])
+        times.append(now() - began)
+        if written != settings["batch"] * settings["tokens"]:
+            raise ValueError(f"wrote {written} tokens")
+    return {"tokensPerSecond": settings["batch"] * settings["tokens"] / min(times)}
+
+
+def ours(settings: Settings) -> Measures:
+    """Our generate."""
+    import torch
+
+    from kubetune_trainer import generate, load_model
+
+    model = load_model(Path(settings["model"]), dtype=torch.float32)
+
+    def write(tokens: int) -> int:
+        return sum(map(len, generate(model, prompts(settings), max_new_tokens=tokens, stop_ids=set())))
+
+    return measure(write, settings)
+
+
+def transformers(settings: Settings) -> Measures:
+    """transformers.generate, greedy, with its dynamic cache."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
+    ids = torch.tensor(prompts(settings))
+
+    def write(tokens: int) -> int:
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+        )
+        return int(out.numel() - ids.numel())
+
+    return measure(write, settings)
+
+
+FIXED = {"model": smollm2(), "prompt": 32, "tokens": 48}
+SIDES = ("ours", "transformers")
+TABLE = Table(
+    name="decode",
+    file=__file__,
+    title="Greedy decoding of SmolLM2-135M-Instruct in fp32, 48 tokens behind a prompt of 32.",
+    notes="Each token reads all 538 MB of weights, which bounds both sides alike: memory bandwidth is the limit here.",
+    sides={"ours": Side(run=ours), "transformers": Side(run=transformers)},
+    rows=[
+        Row(name="one answer", settings={**FIXED, "batch": 1}, sides=SIDES),
+        Row(name="four answers", settings={**FIXED, "batch": 4}, sides=SIDES),
+    ],
+    ratios=[
+        Ratio(name="tokens/s ÷ transformers", row=0, measure="tokensPerSecond", peer="transformers", target=">= 2.0"),
+        Ratio(
+            name="tokens/s ÷ transformers, four answers",
+            row=1,
+            measure="tokensPerSecond",
+            peer="transformers",
+            target=">= 2.0",
+        ),
+    ],
+    rounds=2,
+)
+
+if __name__ == "__main__":
+    run_table(TABLE)

@@ -1,0 +1,71 @@
+"""Loading a model's folder: time and memory beside transformers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harness import Measures, Ratio, Row, Settings, Side, Table, now, peak_bytes, resident_bytes, run_table, smollm2
+
+
+def measure(load: Callable[[], Any]) -> Measures:
+    """Loads once, then again for the time: the file is in the page cache for both sides then."""
+    baseline = resident_bytes()
+    model = load()
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    peak = peak_bytes() - baseline
+    times = []
+    for _ in range(3):
+        del model
+        began = now()
+        model = load()
+        times.append(now() - began)
+    return {"seconds": min(times), "peakBytes": peak, "modelBytes": size}
+
+
+def ours(settings: Settings) -> Measures:
+    """Our loader."""
+    import torch
+
+    from kubetune_trainer.model.weights import load_model
+
+    return measure(lambda: load_model(Path(settings["model"]), dtype=getattr(torch, settings["dtype"])))
+
+
+def transformers(settings: Settings) -> Measures:
+    """AutoModelForCausalLM."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return measure(
+        lambda: AutoModelForCausalLM.from_pretrained(settings["model"], dtype=getattr(torch, settings["dtype"]))
+    )
+
+
+SIDES = ("ours", "transformers")
+TABLE = Table(
+    name="load",
+    file=__file__,
+    title="From a Hugging Face folder (bf16, one file) to a model in memory.",
+    notes=(
+        "SmolLM2-135M-Instruct, the file in the page cache. Time is the best of three loads after a first; memory is the "
+        "peak of the first above what the imports took, pages of the mapped file included."
+    ),
+    sides={"ours": Side(run=ours), "transformers": Side(run=transformers)},
+    rows=[
+        Row(name="as stored, bf16", settings={"model": smollm2(), "dtype": "bfloat16"}, sides=SIDES),
+        Row(name="into fp32", settings={"model": smollm2(), "dtype": "float32"}, sides=SIDES),
+    ],
+    ratios=[
+        Ratio(name="seconds ÷ transformers", row=0, measure="seconds", peer="transformers", target="<= 1.0"),
+        Ratio(name="seconds ÷ transformers, fp32", row=1, measure="seconds", peer="transformers", target="<= 1.0"),
+        Ratio(name="peak ÷ model", row=0, measure="peakBytes", peer="size", target="<= 1.2"),
+        Ratio(name="peak ÷ model, fp32", row=1, measure="peakBytes", peer="size", target="<= 1.2"),
+    ],
+    derive=lambda _, best: {
+        **best,
+        "size": {"peakBytes": best["ours"]["modelBytes"], "spread": {}, "rounds": best["ours"]["rounds"]},
+    },
+)
+
+if __name__ == "__main__":
+    run_table(TABLE)

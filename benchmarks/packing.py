@@ -1,0 +1,89 @@
+"""What packing gains: rows as `packing: BestFit` makes them beside rows that are padded."""
+
+from pathlib import Path
+
+from harness import Measures, Ratio, Row, Settings, Side, Table, now, run_table, smollm2
+
+ROW_LENGTH = 512
+
+
+def lengths(settings: Settings) -> list[int]:
+    """Returns lengths as instruction data has them: log-normal, a mean of about 180 tokens, at most 512."""
+    import numpy as np
+
+    drawn = np.random.default_rng(0).lognormal(mean=4.95, sigma=0.7, size=settings["samples"])
+    return [int(length) for length in drawn.clip(16, ROW_LENGTH)]
+
+
+def train(settings: Settings, rows: list[list[int]], *, micro_batch: int) -> Measures:
+    """Takes a LoRA step over the rows, each a list of lengths of samples, in micro batches."""
+    import numpy as np
+    import torch
+
+    from kubetune_trainer.data.sampler import collate
+    from kubetune_trainer.data.store import Row as DataRow
+    from kubetune_trainer.lora import apply_lora
+    from kubetune_trainer.model.weights import load_model
+
+    model = load_model(Path(settings["model"]), dtype=torch.float32)
+    apply_lora(model, rank=16, alpha=32)
+    model.train()
+    random = np.random.default_rng(1)
+    stored = []
+    for row in rows:
+        samples = [DataRow.of(random.integers(10, 4000, length).tolist(), [True] * length) for length in row]
+        stored.append(
+            DataRow(
+                tokens=np.concatenate([sample.tokens for sample in samples]),
+                labels=np.concatenate([sample.labels for sample in samples]),
+                documents=np.concatenate([sample.documents + number for number, sample in enumerate(samples)]),
+            )
+        )
+    batches = [collate(stored[at : at + micro_batch], pad_id=2) for at in range(0, len(stored), micro_batch)]
+    seconds = 0.0
+    for warm_up, batch in ((True, batches[-1]), *((False, batch) for batch in batches)):
+        began = now()
+        model(
+            batch.tokens, positions_BT=batch.positions, documents_BT=batch.documents, labels_BT=batch.labels
+        ).backward()
+        seconds += 0.0 if warm_up else now() - began
+    tokens = sum(batch.num_tokens for batch in batches)
+    return {
+        "tokensPerSecond": tokens / seconds,
+        "realShare": tokens / sum(batch.tokens.numel() for batch in batches),
+    }
+
+
+def packed(settings: Settings) -> Measures:
+    """Several samples a row; attention stays inside each."""
+    from kubetune_trainer.data.pack import pack
+
+    found = lengths(settings)
+    rows = [[found[sample] for sample in row] for row in pack(found, row_length=ROW_LENGTH)]
+    return train(settings, rows, micro_batch=2)
+
+
+def padded(settings: Settings) -> Measures:
+    """One sample a row, in the order of the data, as long as the longest of the micro batch."""
+    return train(settings, [[length] for length in lengths(settings)], micro_batch=settings["batch"])
+
+
+SIDES = ("packed", "padded")
+TABLE = Table(
+    name="packing",
+    file=__file__,
+    title="Real tokens per second of a LoRA step with rows of 512 packed tokens, 2 at once, and with padded rows.",
+    notes=(
+        "SmolLM2-135M-Instruct in fp32; 24 samples with log-normal lengths like those of instruction data; forward and "
+        "backward over every sample once."
+    ),
+    sides={"packed": Side(run=packed), "padded": Side(run=padded)},
+    rows=[Row(name="8 padded rows", settings={"model": smollm2(), "samples": 24, "batch": 8}, sides=SIDES)],
+    ratios=[
+        Ratio(name="packed ÷ padded", row=0, measure="tokensPerSecond", side="packed", peer="padded", target=">= 1.6"),
+    ],
+    rounds=1,
+)
+
+if __name__ == "__main__":
+    run_table(TABLE)
