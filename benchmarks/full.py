@@ -8,8 +8,8 @@ TABLE = Table(
     file=__file__,
     title="Full fine-tuning of SmolLM2-135M-Instruct: tokens per second and peak memory of a training step.",
     notes=(
-        "fp32, no activation checkpointing, no packing, 2 rows of 256 tokens, all real; the last 37.5 % of each row are "
-        "trained. Fused AdamW and clipping to 1.0 on every side; weights, gradients and optimizer take 2.1 GB on each."
+        "fp32, no activation checkpointing, no packing, 2 rows of 256 tokens, all real; the last 37.5 % of each row "
+        "are trained. Fused AdamW and clipping to 1.0 on every side; weights, gradients and optimizer take 2.1 GB each."
     ),
     sides=SIDES,
     rows=[

@@ -2,16 +2,16 @@
 
 A table is one file here. It defines sides, rows and targets and ends in `run_table(TABLE)`:
 
-    python benchmarks/lora.py               every row, all sides in turn (A B A B ...), then RESULTS.md and one JSON line
+    python benchmarks/lora.py               every row, all sides in turn (A B A B), then RESULTS.md and one JSON line
     python benchmarks/lora.py --side NAME   one side once, its settings on stdin, one JSON line
 
-On a machine that is never quiet, `--clock cpu --threads 1` measures the time that the process had a core instead of the
-time on the wall. Only the standard library is imported at the top: peers' environments read this file too.
+On a machine that is never quiet, `--clock cpu --threads 1` measures the time that the process had a core instead of
+the time on the wall. Only the standard library is imported at the top: peers' environments read this file too.
 """
 
 import argparse
 import contextlib
-import datetime
+import datetime as dt
 import hashlib
 import json
 import os
@@ -287,7 +287,7 @@ def machine(options: argparse.Namespace) -> str:
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    today = dt.datetime.now(tz=dt.UTC).date().isoformat()
     capability = torch.backends.cpu.get_cpu_capability()
     clock = "wall clock" if options.clock == "wall" else "clock of the process's CPU time, since the machine was busy"
     cores = len(os.sched_getaffinity(0))

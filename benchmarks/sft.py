@@ -158,8 +158,8 @@ TABLE = Table(
     file=__file__,
     title="recipes/finetune.py beside TRL's SFTTrainer: LoRA of rank 16 on all linear layers of SmolLM2-135M-Instruct.",
     notes=(
-        "40 tickets of examples/data, once each, in 5 steps of 8 rows, not packed, padded to the longest of a batch; the "
-        "answers are trained. fp32 on both sides, since torch multiplies bf16 10 to 40 times slower on a CPU without "
+        "40 tickets of examples/data, once each, in 5 steps of 8 rows, not packed, padded to the longest of a batch; "
+        "answers are trained. fp32 on both sides, since torch multiplies bf16 10 to 40 times slower on CPUs without "
         "bf16 arithmetic: TRL's default there, bf16, is switched off. Time from the loop's beginning to the end of its "
         "last step, tokens without padding. Memory is the peak above what the imports took."
     ),

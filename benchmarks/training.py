@@ -1,8 +1,8 @@
 """The training step of each project, for the tables lora, full and mfu: the same model, rows, optimizer and clipping.
 
-Settings: model (folder), rows, length, share (of each row's tokens that are trained, at its end), tuning (LoRA or Full),
-rank, targets (attention: q and v; all: every linear layer), steps. fp32 throughout, no activation checkpointing, one
-row after the other in the batch is full, so nothing is padded.
+Settings: model (folder), rows, length, share (of a row's tokens that are trained, at its end), tuning (LoRA or Full),
+rank, targets (attention: q and v; all: every linear layer), steps. fp32 throughout, no activation checkpointing; rows
+are full, so nothing is padded.
 """
 
 import json
@@ -17,7 +17,7 @@ Step = Callable[[], float]
 
 
 def token_rows(settings: Settings) -> tuple[Any, Any]:
-    """Returns tokens and labels (not shifted), made of the example tickets; their words do not matter, their number does."""
+    """Returns tokens and labels (not shifted), made of the example tickets."""
     import torch
     from tokenizers import Tokenizer
 
