@@ -57,3 +57,11 @@ def test_no_tensor_is_as_large_as_all_logits() -> None:
         sum_cross_entropy(hidden, head, labels, chunk_tokens=chunk).backward()
     largest = max(event.self_cpu_memory_usage / max(1, event.count) for event in profile.key_averages())
     assert largest <= chunk * vocabulary * 4 * 2 < tokens * vocabulary * 4 / 4
+
+
+def test_gradients_are_scaled_in_place_and_so_only_once() -> None:
+    hidden, head, labels = _inputs(trained=0.5)
+    loss = sum_cross_entropy(hidden, head, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        loss.backward()

@@ -76,15 +76,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 hidden_gradient[chunk] = logits_gradient @ head_VD
             if head_gradient is not None:
                 head_gradient.addmm_(logits_gradient.T, hidden_ND[chunk])
-        ctx.save_for_backward(hidden_gradient, head_gradient)
+        ctx.gradients = hidden_gradient, head_gradient
         return total.float()
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        hidden_gradient, head_gradient = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("sum_cross_entropy can be differentiated only once")
+        # Scaled where they are: the head's gradient is as large as the head.
+        hidden_gradient, head_gradient = ctx.gradients
+        ctx.gradients = None
         return (
-            None if hidden_gradient is None else hidden_gradient * scale,
-            None if head_gradient is None else head_gradient * scale,
+            None if hidden_gradient is None else hidden_gradient.mul_(scale),
+            None if head_gradient is None else head_gradient.mul_(scale),
             None,
             None,
             None,
