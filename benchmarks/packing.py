@@ -31,7 +31,9 @@ def train(settings: Settings, rows: list[list[int]], *, micro_batch: int) -> Mea
     random = np.random.default_rng(1)
     stored = []
     for row in rows:
-        samples = [DataRow.of(random.integers(10, 4000, length).tolist(), [True] * length) for length in row]
+        samples = [
+            DataRow.of(random.integers(0, model.config.vocab_size, length).tolist(), [True] * length) for length in row
+        ]
         stored.append(
             DataRow(
                 tokens=np.concatenate([sample.tokens for sample in samples]),

@@ -29,6 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_model(tmp_path_factory.mktemp("benchmarks") / "model"))
 
 
+@pytest.mark.filterwarnings("ignore")  # the peers warn of their own ways
 @pytest.mark.parametrize("name", TABLES)
 def test_each_side_of_a_table_runs_one_small_step(name: str, model: str) -> None:
     table = importlib.import_module(name).TABLE
