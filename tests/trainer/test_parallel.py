@@ -25,8 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def results(folder: Path, request: pytest.FixtureRequest) -> Results:
-    """What came out on two ranks and on three."""
-    multiprocessing.spawn(run, args=(request.param, folder), nprocs=request.param)
+    """What came out on two ranks and on three; what these import is imported once."""
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "tests.trainer.parallel_ranks"])
+    multiprocessing.start_processes(run, args=(request.param, folder), nprocs=request.param, start_method="forkserver")
     return torch.load(folder / f"ranks-{request.param}.pt")
 
 

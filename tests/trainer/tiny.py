@@ -1,10 +1,12 @@
 """Tiny random Llama models in Hugging Face folders, made by transformers, and its own copy of each to compare with."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 VOCAB_SIZE = 97
 
@@ -25,8 +27,10 @@ TINY: dict[str, Any] = {
 
 def make_folder(
     folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: Any
-) -> LlamaForCausalLM:
+) -> "LlamaForCausalLM":
     """Save a random model; every weight is random, norms and biases too, so that a mix-up of any two shows."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 (slow, and ranks need only the tokens)
+
     torch.manual_seed(0)
     reference = LlamaForCausalLM(LlamaConfig(**(TINY | changes))).eval()
     with torch.no_grad():

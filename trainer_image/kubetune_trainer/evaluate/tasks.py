@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -133,32 +134,38 @@ class _TaskFinder:
         Raises:
             ConfigError: There is none of that name.
         """
-        for folders in ([], self._mentioning(name), [self._library]):
+        for folders in self._places(name):
             manager = lm_eval.tasks.TaskManager(include_path=[*folders, *self._folders], include_defaults=False)
             manager._factory = _LocalFactory(self._find_dataset, own_folders=self._folders)  # noqa: SLF001 (no other way)
             if _is_whole(name, manager.task_index):
                 with _translated(name):
                     return dict(manager.load([name]))
-            if folders == [] and self._mentioning(name) == []:
-                break
         near = difflib.get_close_matches(name, self._names(), n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else "lm_eval's documentation lists its tasks."
         raise ConfigError(f"{place} must be a task of lm_eval or of task_files, got {name}", hint=hint)
 
+    def _places(self, name: str) -> Iterator[list[Path]]:
+        """Yield in which of the library's folders to look beside one's own: none, some, all."""
+        yield []
+        if mentioning := self._mentioning(name):
+            yield mentioning
+            yield [self._library]
+
     def _mentioning(self, name: str) -> list[Path]:
         """Return which of the library's folders have a file in which the name stands."""
         pattern = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
-        parts = {path.relative_to(self._library).parts[0] for path, text in self._texts() if pattern.search(text)}
+        parts = {path.relative_to(self._library).parts[0] for path, text in self._texts if pattern.search(text)}
         return [self._library / part for part in sorted(parts)]
 
     def _names(self) -> list[str]:
         own = (path.read_text(errors="replace") for folder in self._folders for path in folder.rglob("*.yaml"))
-        texts = [*own, *(text for _, text in self._texts())]
+        texts = [*own, *(text for _, text in self._texts)]
         return sorted({name for text in texts for name in _NAMES.findall(text)})
 
-    def _texts(self) -> Iterator[tuple[Path, str]]:
-        for path in self._library.rglob("*.yaml"):
-            yield path, path.read_text(errors="replace")
+    @cached_property
+    def _texts(self) -> list[tuple[Path, str]]:
+        """The library's files, read once and only if a name is not in one's own."""
+        return [(path, path.read_text(errors="replace")) for path in self._library.rglob("*.yaml")]
 
 
 class _LocalFactory(TaskFactory):  # type: ignore[misc]  # lm_eval has no types
