@@ -21,6 +21,7 @@ LONGEST_FIRST: Final = (
     "trainer/test_parallel.py",
     "controller/test_restarts.py",
     "controller/test_suspend.py",
+    "controller/test_lost_node.py",
     "trainer/test_generation.py",
     "controller/test_pipeline.py",
     "recipes/test_finetune.py",

@@ -341,10 +341,10 @@ class Cluster:
             found += await self.list_all("Event", namespace=namespace, fields=f"involvedObject.uid={uid}")
         return sorted(found, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
 
-    async def nodes(self) -> list[Json] | None:
-        """Read all nodes, None where we may not."""
+    async def nodes(self, *, name: str = "") -> list[Json] | None:
+        """Read all nodes, or the one of a name; None where we may not."""
         try:
-            return await self.list_all("Node")
+            return await self.list_all("Node", fields=f"metadata.name={name}" if name else "")
         except RefusedError:
             return None
 

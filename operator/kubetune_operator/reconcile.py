@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 import yaml
@@ -48,6 +48,9 @@ from kubetune_operator.status import (
     is_deleting,
     is_true,
     job_condition,
+    lost_node,
+    may_be_lost,
+    must_be_lost,
     phase_of,
     pods_of,
     report_of,
@@ -163,6 +166,7 @@ class Reconciler:
             events=await self._events(active, pods=pods, now=now) if active else (),
             log=log,
             poll_seconds=self._poll_seconds(ref),
+            lost=await self._lost(pods, now=now),
             nodes=await self._nodes(job, jobs),
             refused=self._refused.get(ref, ""),
         )
@@ -239,6 +243,18 @@ class Reconciler:
         if ready or not any(job_condition(item, "Complete") for item in jobs):
             return None
         return await self.cluster.nodes()
+
+    async def _lost(self, pods: Sequence[Json], *, now: datetime) -> dict[str, str]:
+        """The nodes that will not see the end of their pods; read only for pods that should have ended."""
+        names = {pod["spec"]["nodeName"] for pod in pods if may_be_lost(pod, now=now)}
+        found = await self.cluster.nodes(name=next(iter(names)) if len(names) == 1 else "") if names else None
+        if found is None:
+            told = {pod["spec"].get("nodeName", ""): must_be_lost(pod, now=now) for pod in pods}
+            return {name: what for name, what in told.items() if what}
+        nodes = {node["metadata"]["name"]: node for node in found}
+        patience = timedelta(seconds=self.settings.lost_node_seconds)
+        told = {name: lost_node(name, nodes.get(name), now=now, patience=patience) for name in names}
+        return {name: what for name, what in told.items() if what}
 
     async def _log(self, ref: JobRef, *, work: Json | None, pods: Sequence[Json]) -> str:
         """The tail of rank 0's log, when a poll is due or the attempt is ending."""

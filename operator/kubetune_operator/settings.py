@@ -74,6 +74,9 @@ class Settings(BaseModel):
     """How often the log of a running job is read, at most; also the shortest time between its progress writes."""
     stuck_seconds: float = Field(default=5.0, ge=0)
     """How long a pod may be pending before its Events are read for the reason."""
+    lost_node_seconds: int = Field(default=60, ge=0)
+    """How long a node may be out of touch before its pods are given up and their jobs restart elsewhere. It begins when
+    Kubernetes calls the node unreachable, 40 to 50 seconds after its last word."""
     api_qps: float = Field(default=50.0, gt=0)
     """Requests per second to the API server, on average, without watches."""
     api_burst: int = Field(default=100, ge=1)

@@ -4,7 +4,7 @@ import json
 import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
 from kubetune_operator.api.common import Condition
@@ -24,6 +24,9 @@ from kubetune_operator.names import (
 Json = dict[str, Any]
 
 MESSAGE_LENGTH: Final = 2048
+NODE_LOST: Final = "NodeLost"
+SLOW_END: Final = timedelta(seconds=30)
+"""How long a pod may take to end before its node is looked at; most checkpoints take less."""
 
 IMAGE_REASONS: Final = {
     "ErrImagePull",
@@ -168,8 +171,13 @@ def report_of(pod: Json) -> Json:
     return report if isinstance(report, dict) else {}
 
 
-def ending_of(pod: Json) -> Ending:
-    """Read how a pod ended, or why it is about to."""
+def ending_of(pod: Json, *, lost: str = "") -> Ending:
+    """Read how a pod ended, or why it is about to.
+
+    Args:
+        pod: A pod.
+        lost: What is known of its node, if that will never say how the pod ended.
+    """
     terminated = _terminated(pod)
     report = report_of(pod)
     code = terminated.get("exitCode")
@@ -177,6 +185,8 @@ def ending_of(pod: Json) -> Ending:
     deleted = is_deleting(pod) and code is None
     preempted = code == ExitCode.PREEMPTED or disrupted is not None or deleted
     reason, message, hint = _explain(pod, terminated=terminated, report=report, disrupted=disrupted)
+    if lost and code is None:
+        reason, message, hint = NODE_LOST, f"{lost}; pod {pod['metadata']['name']} is given up", ""
     failure = LastFailure(
         pod=pod["metadata"]["name"],
         index=index_of(pod),
@@ -196,6 +206,50 @@ def ending_of(pod: Json) -> Ending:
         permanent=code in PERMANENT_EXIT_CODES,
         report=report,
     )
+
+
+def lost_node(node: str, found: Json | None, *, now: datetime, patience: timedelta) -> str:
+    """What is wrong with a node that will say nothing any more of its pods, empty if it may.
+
+    A node whose kubelet says that it is not ready is not lost: it stops its pods by itself.
+
+    Args:
+        node: Its name.
+        found: The Node, None if there is none of that name.
+        now: The time.
+        patience: How long a node may be out of touch.
+    """
+    if found is None:
+        return f"node {node} is gone"
+    for item in found.get("status", {}).get("conditions") or []:
+        since = parse_time(item.get("lastTransitionTime"))
+        if (item["type"], item["status"]) == ("Ready", "Unknown") and since is not None and now - since >= patience:
+            return f"node {node} is out of touch since {item['lastTransitionTime']}"
+    return ""
+
+
+def may_be_lost(pod: Json, *, now: datetime) -> bool:
+    """Whether a pod that was told to go ends so late that its node is worth a look."""
+    if not is_deleting(pod) or not pod["spec"].get("nodeName") or phase_of(pod) in {"Succeeded", "Failed"}:
+        return False
+    told = ends_by(pod) - timedelta(seconds=pod["metadata"].get("deletionGracePeriodSeconds") or 0)
+    return _is_evicted_by_taint(pod) or now - told >= SLOW_END
+
+
+def must_be_lost(pod: Json, *, now: datetime) -> str:
+    """What is wrong with a node that nobody may look at: it told a pod to go, and did not see it end."""
+    if may_be_lost(pod, now=now) and _is_evicted_by_taint(pod) and now - ends_by(pod) >= SLOW_END:
+        return f"node {pod['spec']['nodeName']} has a taint and does not end its pods"
+    return ""
+
+
+def ends_by(pod: Json) -> datetime:
+    """When the grace period of a pod that is being deleted is over."""
+    return datetime.fromisoformat(pod["metadata"]["deletionTimestamp"])
+
+
+def _is_evicted_by_taint(pod: Json) -> bool:
+    return (_pod_condition(pod, "DisruptionTarget") or {}).get("reason") == "DeletionByTaintManager"
 
 
 def vanished(*, name: str, uid: str, index: int) -> Ending:

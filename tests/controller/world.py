@@ -30,6 +30,7 @@ from tests.ports import free_ports
 Json = dict[str, Any]
 
 KIND = "FineTuneJob"
+HEARTBEAT_SECONDS = 5.0
 RIGHTS: list[Json] = [
     {
         "apiGroups": ["kubetune.dev"], "resources": ["finetunejobs", "evaljobs", "quantizejobs"],
@@ -208,6 +209,7 @@ class World:
         self.control_plane = control_plane
         self.cluster = Cluster(qps=1000, burst=1000)
         self.node = f"node-of-{namespace}"
+        self.node_lives = True
         self.logs: dict[str, str] = {}
         self.polls: list[str] = []
 
@@ -329,13 +331,34 @@ class World:
         )
 
     async def play_kubelet(self) -> None:
-        """Let pods that are deleted end, as a kubelet does: the trainer writes a checkpoint and exits with 75."""
-        while True:
+        """Let pods that are deleted end, as a kubelet does: the trainer writes a checkpoint and exits with 75.
+
+        And say again and again that the node lives: Kubernetes evicts its pods otherwise, after a minute or two.
+        """
+        told = time.monotonic()
+        while self.node_lives:
             with contextlib.suppress(ClusterError):
+                if time.monotonic() - told >= HEARTBEAT_SECONDS:
+                    await self.say_of_node("True")
+                    told = time.monotonic()
                 for pod in await self.cluster.list_all("Pod", namespace=self.namespace):
                     if is_deleting(pod) and pod["spec"].get("nodeName"):
                         await self._evict(pod)
             await asyncio.sleep(0.1)
+
+    async def say_of_node(self, ready: str) -> None:
+        """Set the Ready condition of the node."""
+        condition = {"type": "Ready", "status": ready, "lastHeartbeatTime": _now()}
+        if ready != "True":
+            condition["lastTransitionTime"] = _now()
+        patch = {"status": {"conditions": [condition]}}
+        await self.cluster.patch("Node", namespace=None, name=self.node, patch=patch, subresource="status")
+
+    async def lose_node(self) -> None:
+        """Have the node fall silent, and Kubernetes notice it; that takes it 50 seconds elsewhere."""
+        self.node_lives = False
+        await asyncio.sleep(0.5)
+        await self.say_of_node("Unknown")
 
     async def _evict(self, pod: Json) -> None:
         with contextlib.suppress(ClusterError):  # gone meanwhile
@@ -479,6 +502,13 @@ def _grant(control_plane: ControlPlane, *, namespace: str, rights: list[Json]) -
     ]
     control_plane.kubectl("create", "-f", "-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))
     return control_plane.kubeconfig_for(user)
+
+
+def grant_nodes(control_plane: ControlPlane, *, namespace: str) -> None:
+    """Let the operator of a namespace list nodes, as the chart does unless it is installed for single namespaces."""
+    name, user = f"nodes-of-{namespace}", user_of(namespace)
+    control_plane.kubectl("create", "clusterrole", name, "--verb=list", "--resource=nodes")
+    control_plane.kubectl("create", "clusterrolebinding", name, f"--clusterrole={name}", f"--user={user}")
 
 
 def _now() -> str:

@@ -91,9 +91,10 @@ def trainer_error_classes() -> list[type[trainer_errors.TrainerError]]:
 NOT_REASONS = {
     # Conditions and states of ours, which are good news or stand for what comes below them.
     "Accepted", "Checkpointed", "CheckpointComplete", "Complete", "DataReady", "Failed", "GatePassed", "GatesPassed",
-    "ReportNotUnderstood", "Running", "Training", "Workload",
+    "CalibrationIgnored", "ReportNotUnderstood", "Running", "Training", "Workload",
     # Words of Kubernetes that are read and not passed on.
-    "BackoffLimitExceeded", "DisruptionTarget", "ErrImageNeverPull", "ErrImagePull", "FailedAttachVolume",
+    "BackoffLimitExceeded", "DeletionByTaintManager", "DisruptionTarget", "ErrImageNeverPull", "ErrImagePull",
+    "FailedAttachVolume",
     "FailedMapVolume", "FailureTarget", "ImagePullBackOff", "InvalidImageName", "Job", "Normal", "PodScheduled",
     "RegistryUnavailable", "Service", "Succeeded", "SuccessCriteriaMet", "True", "False", "Unknown", "Warning",
     # Words of Kueue.

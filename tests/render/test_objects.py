@@ -139,3 +139,28 @@ def test_a_config_map_is_mounted_with_the_keys_that_are_named_or_as_a_whole() ->
         "/var/run/kubetune/configmaps/ca": [{"key": "ca.crt", "path": "ca.crt"}],
         "/var/run/kubetune/configmaps/tasks": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("toleration", "ours"),
+    [
+        ({"key": "gpu", "operator": "Exists"}, ["unreachable", "not-ready"]),
+        (
+            {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoSchedule"},
+            ["unreachable", "not-ready"],
+        ),
+        ({"key": "node.kubernetes.io/unreachable", "operator": "Exists", "tolerationSeconds": 9}, ["not-ready"]),
+        ({"operator": "Exists", "effect": "NoExecute"}, []),
+    ],
+)
+def test_a_silent_node_is_tolerated_for_a_while_unless_the_job_says_otherwise(
+    toleration: Json, ours: list[str]
+) -> None:
+    job = finetunejob(SMALL, compute={"tolerations": [toleration]})
+    rendered = render_all(job, Settings(identity="test", lost_node_seconds=7))
+    pods = [each["spec"]["template"]["spec"] for each in rendered if each["kind"] == "Job"]
+    added = [
+        {"key": f"node.kubernetes.io/{key}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 7}
+        for key in ours
+    ]
+    assert [pod["tolerations"] for pod in pods] == [[toleration, *added]] * 2

@@ -1,6 +1,7 @@
 """Decisions that depend on timing or on objects that are hard to come by, taken by the pure function alone."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -200,3 +201,50 @@ def test_a_prepare_job_whose_message_is_lost_runs_again() -> None:
 def test_local_folders_are_refused_by_the_field(spec: Json, path: str) -> None:
     [problem] = spec_problems(finetunejob(SMALL, **spec), ranks=1)
     assert problem.startswith(f"{path}: Invalid value: 'file:///")
+
+
+SILENT = "node n is out of touch since 2026-01-01T11:58:00Z"
+
+
+def deleted(pod: Json, **status: Any) -> Json:
+    metadata = pod["metadata"] | {"deletionTimestamp": MOMENT, "deletionGracePeriodSeconds": 0}
+    return pod | {"metadata": metadata, "status": pod["status"] | status}
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_pod_on_a_lost_node_begins_another_attempt_that_waits_for_nothing(nodes: int) -> None:
+    pods = [pod(index) for index in range(nodes - 1)] + [deleted(pod(nodes - 1))]
+    seen = observe(nodes=nodes, pods=pods, lost={"n": SILENT}, spec={"lifecycle": {"maxRestarts": 0}})
+    decision = decided(seen)
+    status = decision.status
+    assert (status.attempt, status.restarts, status.preemptions, status.state) == (2, 1, 1, "Restarting")
+    assert status.last_failure is not None
+    assert (status.last_failure.reason, status.last_failure.node) == ("NodeLost", "n")
+    assert status.last_failure.message == f"{SILENT}; pod p{nodes - 1} is given up"
+    assert decision.actions[0] == Delete(kind="Job", name="small-train-1", uid="train")
+
+    [job] = seen.jobs
+    job["metadata"]["deletionTimestamp"] = MOMENT
+    left = [deleted(each) for each in pods]
+    after = replace(seen, job=seen.job.model_copy(update={"status": status}), pods=left)
+    created = [action for action in decided(after).actions if isinstance(action, Create)]
+    assert created[-1].manifest["metadata"]["name"] == "small-train-2"
+    for waits in (replace(after, lost={}), replace(after, pods=[*left, pod(0)]), replace(after, pods=[])):
+        assert decided(waits).actions == (), "something of the attempt before may still work"
+
+
+def test_a_lost_node_is_named_where_a_peer_could_only_tell_that_it_lost_one() -> None:
+    failure = {"pod": "p0", "index": 0, "exitCode": 78, "reason": "PeerLost", "message": "m"}
+    status = TRAINING | {"attempt": 2, "restarts": 1, "lastFailure": failure}
+    seen = observe(nodes=2, status=status, pods=[deleted(pod(1))], lost={"n": SILENT})
+    [job] = seen.jobs
+    job["metadata"]["deletionTimestamp"] = MOMENT
+    told = decided(seen).status.last_failure
+    assert told is not None
+    assert (told.reason, told.pod) == ("NodeLost", "p1")
+
+
+@pytest.mark.parametrize("status", ["True", "False"])
+def test_a_pod_of_one_node_that_is_told_to_go_is_left_to_the_job_controller(status: str) -> None:
+    going = deleted(pod(0), conditions=[{"type": "DisruptionTarget", "status": status, "reason": "R"}])
+    assert decided(observe(pods=[going])).status.attempt == 1

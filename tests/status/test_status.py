@@ -1,11 +1,19 @@
 """What pods and Events say, in the words of the status."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from kubetune_operator.status import ending_of, first_cause, pending_reason, with_condition
+from kubetune_operator.status import (
+    ending_of,
+    first_cause,
+    lost_node,
+    may_be_lost,
+    must_be_lost,
+    pending_reason,
+    with_condition,
+)
 
 Json = dict[str, Any]
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -155,3 +163,45 @@ def test_the_time_of_a_condition_moves_only_when_its_status_changes() -> None:
     assert third[0].last_transition_time == "2026-01-01T13:00:00Z"
     same = with_condition(third, "Running", status="True", reason="C", message="c", now=later, generation=2)
     assert same == third
+
+
+def ready(status: str) -> Json:
+    conditions = [{"type": "Ready", "status": status, "lastTransitionTime": "2026-01-01T00:00:00Z"}]
+    return {"metadata": {"name": "n"}, "status": {"conditions": conditions}}
+
+
+@pytest.mark.parametrize(
+    ("node", "seconds", "what"),
+    [
+        (None, 0, "node n is gone"),
+        (ready("Unknown"), 59, ""),
+        (ready("Unknown"), 60, "node n is out of touch since 2026-01-01T00:00:00Z"),
+        (ready("False"), 600, ""),
+        (ready("True"), 600, ""),
+        ({"metadata": {"name": "n"}}, 600, ""),
+    ],
+)
+def test_a_node_is_lost_when_it_is_gone_or_silent_for_long(node: Json | None, seconds: int, what: str) -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
+    assert lost_node("n", node, now=now, patience=timedelta(seconds=60)) == what
+
+
+@pytest.mark.parametrize(
+    ("reason", "seconds", "may", "must"),
+    [
+        ("DeletionByTaintManager", 0, True, False),
+        ("DeletionByTaintManager", 149, True, False),
+        ("DeletionByTaintManager", 150, True, True),
+        ("EvictionByEvictionAPI", 29, False, False),
+        ("EvictionByEvictionAPI", 150, True, False),
+    ],
+)
+def test_a_pod_that_does_not_end_is_worth_a_look_at_its_node(reason: str, seconds: int, may: bool, must: bool) -> None:
+    told = datetime(2026, 1, 1, tzinfo=UTC)
+    going = pod(conditions=[{"type": "DisruptionTarget", "status": "True", "reason": reason}], phase="Running")
+    going["spec"] = {"nodeName": "n"}
+    going["metadata"] |= {"deletionTimestamp": "2026-01-01T00:02:00Z", "deletionGracePeriodSeconds": 120}
+    now = told + timedelta(seconds=seconds)
+    assert (may_be_lost(going, now=now), bool(must_be_lost(going, now=now))) == (may, must)
+    going["status"]["phase"] = "Failed"
+    assert not may_be_lost(going, now=now)

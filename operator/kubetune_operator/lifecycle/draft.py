@@ -9,7 +9,7 @@ from kubetune_operator.api.jobs import Job, JobStatus, State
 from kubetune_operator.api.references import JobKey
 from kubetune_operator.names import prepare_name, work_name
 from kubetune_operator.settings import Settings
-from kubetune_operator.status import with_condition
+from kubetune_operator.status import is_deleting, with_condition
 
 Json = dict[str, Any]
 
@@ -32,6 +32,7 @@ class Observed:
         events: Events about pods that do not start and their Job; read only for these.
         log: The tail of rank 0's log; read only when it is due.
         poll_seconds: When the log is due again.
+        lost: Nodes that will say nothing any more of pods that were told to go, and what is known of them.
         nodes: The cluster's nodes; read only when a capacity is needed, None where that is not allowed.
         refused: Why the API server refused what the last pass wanted to create, empty if it did not.
     """
@@ -50,6 +51,7 @@ class Observed:
     log: str = ""
     poll_seconds: float = 10.0
     refused: str = ""
+    lost: Mapping[str, str] = field(default_factory=dict)
     nodes: Sequence[Json] | None = None
 
     @property
@@ -60,6 +62,10 @@ class Observed:
     def work(self, attempt: int) -> Json | None:
         """The Job of an attempt."""
         return self._named(work_name(self.job.kind, self.job.metadata.name, attempt=attempt))
+
+    def lost_with(self, pod: Json) -> str:
+        """What is known of the node of a pod that it will not see end, empty if it may."""
+        return self.lost.get(pod["spec"].get("nodeName") or "", "") if is_deleting(pod) else ""
 
     def _named(self, name: str) -> Json | None:
         return next((job for job in self.jobs if job["metadata"]["name"] == name), None)

@@ -22,6 +22,7 @@ from kubetune_operator.status import (
     job_condition,
     pending_reason,
     phase_of,
+    pods_of,
 )
 
 Json = dict[str, Any]
@@ -63,6 +64,16 @@ def delete_attempt(job: Json) -> list[Action]:
     if attempt_of(job) and job["spec"].get("completions", 1) > 1:
         actions.append(Delete(kind="Service", name=name))
     return actions
+
+
+def given_up(draft: Draft, *, job: Json) -> bool:
+    """Whether all that is left of a deleted Job are pods on nodes that are lost: they may stay for ever."""
+    left = [
+        pod
+        for pod in pods_of(draft.seen.pods, job=job["metadata"]["name"])
+        if phase_of(pod) not in {"Succeeded", "Failed"}
+    ]
+    return is_deleting(job) and bool(left) and all(draft.seen.lost_with(pod) for pod in left)
 
 
 def blocked_by(draft: Draft, *, job: Json, pods: list[Json]) -> tuple[str, str] | None:

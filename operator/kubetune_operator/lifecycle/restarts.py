@@ -16,7 +16,11 @@ def new_endings(draft: Draft, *, pods: list[Json]) -> list[Ending]:
     known = {pod.uid: pod for pod in draft.status.pods or []}
     counted = {uid for uid, pod in known.items() if pod.ended}
     gang = compute_of(draft.job).nodes > 1
-    endings = [ending_of(pod) for pod in pods if pod["metadata"]["uid"] not in counted and _has_ended(pod, gang=gang)]
+    endings = [
+        ending_of(pod, lost=lost)
+        for pod in pods
+        if pod["metadata"]["uid"] not in counted and ((lost := draft.seen.lost_with(pod)) or _has_ended(pod, gang=gang))
+    ]
     present = {pod["metadata"]["uid"] for pod in pods}
     gone = [pod for uid, pod in known.items() if uid not in present and not pod.ended]
     return endings + [vanished(name=pod.name, uid=pod.uid, index=pod.index) for pod in gone]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from kubetune_operator.lifecycle.draft import Draft
-from kubetune_operator.lifecycle.moves import delete_attempt, read_log
+from kubetune_operator.lifecycle.moves import delete_attempt, given_up, read_log
 from kubetune_operator.lifecycle.queueing import pause
 from kubetune_operator.progress import timestamp
 from kubetune_operator.status import is_true, job_condition
@@ -17,7 +17,7 @@ def suspend(draft: Draft) -> bool:
         return _suspend(draft)
     if not is_true(draft.status.conditions, "Suspended"):
         return False
-    if [job for job in draft.seen.jobs if not job_condition(job, "Complete", "Failed")]:
+    if [job for job in draft.seen.jobs if not (job_condition(job, "Complete", "Failed") or given_up(draft, job=job))]:
         return True  # the pods are still writing their checkpoint
     draft.condition("Suspended", status="False", reason="Resumed", message="spec.suspend is false again")
     draft.waiting("Pending", reason="Resumed", message="the job goes on")

@@ -1,19 +1,20 @@
 """The attempts: starting them, answering the ends of their pods, following their progress."""
 
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final
 
 from kubetune_operator.api.jobs import AttemptPod, State
 from kubetune_operator.lifecycle.draft import Create, Draft, PatchJob
-from kubetune_operator.lifecycle.moves import blocked_by, delete_attempt, read_log
+from kubetune_operator.lifecycle.moves import blocked_by, delete_attempt, given_up, read_log
 from kubetune_operator.lifecycle.queueing import admitted_attempt
 from kubetune_operator.lifecycle.restarts import count_endings, new_endings, next_attempt
-from kubetune_operator.names import KINDS
+from kubetune_operator.names import KINDS, ExitCode
 from kubetune_operator.render.job import backoff_limit, compute_of, render_service, render_work_job
 from kubetune_operator.status import (
     Ending,
     attempt_of,
     ending_of,
+    ends_by,
     first_cause,
     index_of,
     is_deleting,
@@ -51,8 +52,9 @@ def work(draft: Draft) -> bool:
     pods = pods_of(draft.seen.pods, job=current["metadata"]["name"])
     endings = new_endings(draft, pods=pods)
     nodes = compute_of(draft.job).nodes
-    if endings and nodes > 1 and not _whole_again(pods, endings=endings, nodes=nodes):
-        return _restart_gang(draft, current=current, pods=pods, endings=endings)
+    together = nodes > 1 or any(draft.seen.lost_with(pod) for pod in pods)
+    if endings and together and not _whole_again(pods, endings=endings, nodes=nodes):
+        return _restart(draft, current=current, pods=pods, endings=endings)
     count_endings(draft, endings=endings)
     _remember(draft, pods=pods)
     _follow_max_restarts(draft, current=current)
@@ -65,12 +67,14 @@ def _waiting_state(draft: Draft) -> State:
 
 
 def _start_attempt(draft: Draft, *, attempt: int) -> bool:
-    """Create the Job of an attempt, as soon as nothing of the ones before is left."""
-    older = [job for job in draft.seen.jobs if attempt_of(job) and attempt_of(job) < attempt]
+    """Create the Job of an attempt, as soon as nothing of the ones before is left that may still work."""
+    before = [job for job in draft.seen.jobs if 0 < attempt_of(job) < attempt]
+    older = [job for job in before if not given_up(draft, job=job)]
     if older:
         draft.do(*(action for job in older for action in delete_attempt(job)))
         _say_what_lingers(draft, attempt=attempt)
         return True
+    _blame_lost_node(draft, jobs=before)
     if draft.status.pods:  # the Job was deleted behind our back, and its pods with it
         endings = [vanished(name=pod.name, uid=pod.uid, index=pod.index) for pod in draft.status.pods if not pod.ended]
         if endings:
@@ -90,6 +94,19 @@ def _start_attempt(draft: Draft, *, attempt: int) -> bool:
     return True
 
 
+def _blame_lost_node(draft: Draft, *, jobs: list[Json]) -> None:
+    """Name the node that is lost where only its peers could tell, and knew no more than that they lost one."""
+    failure = draft.status.last_failure
+    lost = [
+        pod
+        for job in jobs
+        for pod in pods_of(draft.seen.pods, job=job["metadata"]["name"])
+        if draft.seen.lost_with(pod)
+    ]
+    if lost and failure is not None and failure.exit_code == ExitCode.PEER_LOST:
+        draft.set(last_failure=ending_of(lost[-1], lost=draft.seen.lost_with(lost[-1])).failure)
+
+
 def _say_what_lingers(draft: Draft, *, attempt: int) -> None:
     """Name the pods of an attempt before that are still there after their grace period, as on a node that is dead."""
     draft.look_again(seconds=LINGERING_SECONDS)
@@ -97,16 +114,11 @@ def _say_what_lingers(draft: Draft, *, attempt: int) -> None:
     lingering = [
         f"{pod['metadata']['name']} on node {pod['spec'].get('nodeName')}"
         for pod in draft.seen.pods
-        if 0 < attempt_of(pod) < attempt and is_deleting(pod) and _ends_by(pod) < patience
+        if 0 < attempt_of(pod) < attempt and is_deleting(pod) and ends_by(pod) < patience
     ]
     if lingering:
         message = f"attempt {attempt} waits for pods that do not end: {', '.join(lingering)}; are their nodes alive?"
         draft.waiting(_waiting_state(draft), reason="WaitingForPods", message=message)
-
-
-def _ends_by(pod: Json) -> datetime:
-    """When the grace period of a pod that is being deleted is over."""
-    return datetime.fromisoformat(pod["metadata"]["deletionTimestamp"])
 
 
 def _whole_again(pods: list[Json], *, endings: list[Ending], nodes: int) -> bool:
@@ -116,8 +128,8 @@ def _whole_again(pods: list[Json], *, endings: list[Ending], nodes: int) -> bool
     return len(replaced) == nodes
 
 
-def _restart_gang(draft: Draft, *, current: Json, pods: list[Json], endings: list[Ending]) -> bool:
-    """Answer the end of a gang's pod: a new attempt for all of them."""
+def _restart(draft: Draft, *, current: Json, pods: list[Json], endings: list[Ending]) -> bool:
+    """Answer the end of a pod by a new attempt: its peers cannot go on, or nobody will ever see it end."""
     cause = first_cause(endings)
     ended = parse_time(cause.failure.time)
     if cause.peer_lost and any(is_live(pod) for pod in pods) and ended is not None:

@@ -3,10 +3,10 @@
 Everything that a pod mounts follows from the rendered config, so an attempt needs only the job and its ConfigMap.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from kubetune_operator.api.common import Compute, Lifecycle
+from kubetune_operator.api.common import Compute, Lifecycle, Toleration
 from kubetune_operator.api.jobs import Job
 from kubetune_operator.names import (
     ANNOTATION_COMPLETION_INDEX,
@@ -58,6 +58,8 @@ Json = dict[str, Any]
 
 USER_ID: Final = 65532
 PREPARE_RETRIES: Final = 3
+LOST_NODE_TAINTS: Final = ("node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready")
+"""What Kubernetes puts on a node that is out of touch, or that says that it cannot run pods."""
 UNLIMITED_RETRIES: Final = 2_147_483_647
 """Back-off limit of a gang's Job: the operator counts its restarts, the Job controller must not give up before."""
 
@@ -294,13 +296,23 @@ def _scheduling(compute: Compute, *, settings: Settings) -> Json:
         spec["priorityClassName"] = compute.priority_class_name
     if compute.node_selector:
         spec["nodeSelector"] = dict(compute.node_selector)
-    if compute.tolerations:
-        spec["tolerations"] = [toleration.to_manifest() for toleration in compute.tolerations]
+    spec["tolerations"] = [toleration.to_manifest() for toleration in compute.tolerations or ()]
+    spec["tolerations"] += _patience(compute.tolerations or (), seconds=settings.lost_node_seconds)
     if compute.affinity:
         expressions = [item.to_manifest() for item in compute.affinity.required_node_labels]
         terms = {"nodeSelectorTerms": [{"matchExpressions": expressions}]}
         spec["affinity"] = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
     return spec
+
+
+def _patience(tolerations: Sequence[Toleration], *, seconds: int) -> list[Json]:
+    """How long pods stay on a node that is out of touch; Kubernetes would wait five minutes. What a user says goes."""
+    said = {toleration.key for toleration in tolerations if toleration.effect in {None, "NoExecute"}}
+    return [
+        {"key": taint, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": seconds}
+        for taint in LOST_NODE_TAINTS
+        if not said & {None, taint}
+    ]
 
 
 def _resources(compute: Compute, *, on_cpu: bool) -> Json:
