@@ -10,7 +10,7 @@ from typing import Any
 import boto3
 import pytest
 
-from kubetune_operator.api.finetunejob import parse_finetunejob
+from kubetune_operator.api.kinds import parse_job
 from kubetune_operator.cli.bundle import Bundle
 from kubetune_operator.cli.local import local_config
 from kubetune_operator.render.config import dump_config
@@ -28,9 +28,12 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def probe(folder: Path, **changes: Any) -> dict[str, dict[str, Any]]:
     """What the probe says, by field."""
-    job = manifest(**changes)
+    return probe_job(folder, manifest(**changes))
+
+
+def probe_job(folder: Path, job: dict[str, Any]) -> dict[str, dict[str, Any]]:
     config = folder / "config.yaml"
-    config.write_text(dump_config(local_config(Bundle(job=parse_finetunejob(job), manifest=job), processes=1)))
+    config.write_text(dump_config(local_config(Bundle(job=parse_job(job), manifest=job), processes=1)))
     command = [sys.executable, "-m", "kubetune_trainer.probe", "--config", str(config)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return {place["field"]: place for place in map(json.loads, said.splitlines())}
@@ -79,3 +82,39 @@ def test_a_model_folder_without_config_json_is_a_problem(tmp_path: Path) -> None
         tmp_path, spec__model__uri__location=f"file://{tmp_path}/model", spec__workspace__uri=f"file://{tmp_path}"
     )
     assert "config.json" in found["spec.model.uri.location"]["problem"]
+
+
+def test_every_kind_says_where_it_reads_and_writes(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    empty, gone = {"location": f"file://{tmp_path}/empty"}, {"location": f"file://{tmp_path}/gone"}
+    common = {"model": {"uri": gone}, "workspace": {"uri": f"file://{tmp_path}/runs"}}
+    rows = {"dataset": {"sources": [{"name": "rows", "uri": gone}]}}
+    specs = {
+        "EvalJob": {
+            "tasks": [{"name": "mine"}],
+            "taskFiles": [{"name": "mine", "configMap": {"name": "tasks"}}, {"name": "more", "uri": empty}],
+        },
+        "QuantizeJob": {
+            "outputs": [
+                {"name": "int4", "type": "CompressedTensors", "scheme": "Int4WeightOnly", "uri": empty["location"]}
+            ],
+            "calibration": rows,
+            "verify": rows,
+        },
+    }
+    found, bad = {}, {}
+    for kind, spec in specs.items():
+        job = {"apiVersion": "kubetune.dev/v1alpha1", "kind": kind, "metadata": {"name": "run", "namespace": "default"}}
+        found[kind] = probe_job(tmp_path, job | {"spec": common | spec})
+        bad[kind] = {field: bool(place["problem"]) for field, place in found[kind].items()}
+    assert bad == {
+        "EvalJob": {
+            "spec.model.uri.location": True, "spec.taskFiles[1].uri.location": True, "spec.workspace.uri": False,
+        },
+        "QuantizeJob": {
+            "spec.model.uri.location": True, "spec.calibration.dataset.sources[0].uri.location": True,
+            "spec.verify.dataset.sources[0].uri.location": True, "spec.workspace.uri": False,
+            "spec.outputs[0].uri": False,
+        },
+    }  # fmt: skip
+    assert found["EvalJob"]["spec.taskFiles[1].uri.location"]["problem"] == "task_files more has no .yaml files"

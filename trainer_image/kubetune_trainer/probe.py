@@ -10,13 +10,23 @@ import argparse
 import json
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from kubetune_trainer.config import FineTuneConfig, HubModel, S3Storage, Source, load_config
+from kubetune_trainer.config import (
+    EvalConfig,
+    FineTuneConfig,
+    HubModel,
+    JobConfig,
+    QuantizeConfig,
+    S3Storage,
+    Source,
+    UriSource,
+    load_config,
+)
 from kubetune_trainer.data.sources import open_source
-from kubetune_trainer.errors import StorageError, TrainerError
+from kubetune_trainer.errors import DataError, StorageError, TrainerError
 from kubetune_trainer.hub import find_repo
 from kubetune_trainer.model_files import find_model, model_s3
 from kubetune_trainer.storage import open_store
@@ -41,7 +51,7 @@ def main() -> int:
     """Looks at every place of a config; returns 0 whatever is found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="a complete YAML file")
-    for place in places(load_config(parser.parse_args().config)):
+    for place in places(load_config(parser.parse_args().config, expect=JobConfig)):
         found: dict[str, object] = {"field": place.field, "uri": place.uri, "problem": None, "unreachable": False}
         try:
             place.check()
@@ -52,22 +62,49 @@ def main() -> int:
     return 0
 
 
-def places(config: FineTuneConfig) -> Iterator[Place]:
+def places(config: JobConfig) -> Iterator[Place]:
     """Every place that a run of this config needs."""
     yield _model(config)
-    for index, source in enumerate(config.dataset.sources):
-        yield _source(source, config, field=f"spec.dataset.sources[{index}]")
-    held_out = config.dataset.validation.sources if config.dataset.validation is not None else None
-    for index, source in enumerate(held_out or ()):
-        yield _source(source, config, field=f"spec.dataset.validation.sources[{index}]")
+    for field, sources in _sources(config).items():
+        for index, source in enumerate(sources or ()):
+            yield _source(source, config, field=f"spec.{field}[{index}]")
+    if isinstance(config, EvalConfig):
+        yield from _task_files(config)
     s3 = config.storage.s3
     yield Place("spec.workspace.uri", config.workspace.uri, partial(_write, config.workspace.uri, s3))
-    for index, output in enumerate(config.outputs):
+    for index, output in enumerate(getattr(config, "outputs", ())):
         if output.uri is not None:
             yield Place(f"spec.outputs[{index}].uri", output.uri, partial(_write, output.uri, s3))
 
 
-def _model(config: FineTuneConfig) -> Place:
+def _sources(config: JobConfig) -> dict[str, Sequence[Source] | None]:
+    """The data that a config names, by the field that names them."""
+    match config:
+        case FineTuneConfig(dataset=dataset):
+            held_out = dataset.validation.sources if dataset.validation is not None else None
+            return {"dataset.sources": dataset.sources, "dataset.validation.sources": held_out}
+        case QuantizeConfig():
+            rows = {"calibration": config.calibration, "verify": config.verify}
+            return {
+                f"{field}.dataset.sources": each.dataset.sources for field, each in rows.items() if each is not None
+            }
+    return {}
+
+
+def _task_files(config: EvalConfig) -> Iterator[Place]:
+    for index, files in enumerate(config.task_files):
+        if files.uri is not None:
+            check = partial(_look_for_tasks, files.uri, config=config, name=files.name)
+            yield Place(f"spec.taskFiles[{index}].uri.location", files.uri.location, check)
+
+
+def _look_for_tasks(folder: UriSource, *, config: EvalConfig, name: str) -> None:
+    files = open_store(folder.location, s3=folder.s3 or config.storage.s3).list()
+    if not any(file.path.endswith(".yaml") for file in files):
+        raise DataError(f"task_files {name} has no .yaml files")
+
+
+def _model(config: JobConfig) -> Place:
     if config.model.hub is not None:
         hub = config.model.hub
         return Place("spec.model.hub", _repository(hub), partial(find_repo, hub, kind="model"))
@@ -76,7 +113,7 @@ def _model(config: FineTuneConfig) -> Place:
     return Place("spec.model.uri.location", uri.location, partial(find_model, uri.location, s3=model_s3(config)))
 
 
-def _source(source: Source, config: FineTuneConfig, *, field: str) -> Place:
+def _source(source: Source, config: JobConfig, *, field: str) -> Place:
     check = partial(open_source, source, config=config)
     if source.hub is not None:
         return Place(f"{field}.hub", _repository(source.hub), check)

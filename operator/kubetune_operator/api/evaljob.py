@@ -17,10 +17,10 @@ from kubetune_operator.api.common import (
 from kubetune_operator.api.jobs import (
     Count,
     Figure,
+    GateResult,
     Job,
     JobSpec,
     JobStatus,
-    Text,
     WorkProgress,
     frozen,
     parse_as,
@@ -151,29 +151,19 @@ class EvalResult(StatusModel):
     """Samples that it was computed on."""
 
 
-class EvalGateResult(StatusModel):
+class EvalGateResult(GateResult):
     """What became of one gate."""
 
-    name: Annotated[str, Field(max_length=63)]
-    """Name of the gate."""
     task: Annotated[str, Field(max_length=128)]
     """The task."""
     metric: Annotated[str, Field(max_length=128)]
     """The metric."""
     filter: Annotated[str, Field(max_length=128)]
     """The filter of the metric."""
-    rule: Annotated[str, Field(max_length=256)]
-    """What was asked for, for example atLeast 0.40."""
-    value: Figure | None = None
-    """The value that was judged. Unset: there is none, and the gate has failed."""
-    passed: bool
-    """Whether it holds."""
     difference: Figure | None = None
     """Value minus the other job's, paired per sample."""
     stderr: Figure | None = None
     """Standard error of the difference."""
-    message: Text | None = None
-    """The verdict in a sentence."""
 
 
 class Artifacts(StatusModel):

@@ -267,6 +267,21 @@ class AttemptPod(StatusModel):
 State = Literal["Pending", "Queued", "Preparing", "Running", "Restarting", "Suspended", "Complete", "Failed"]
 
 
+class GateResult(StatusModel):
+    """What became of one gate, in the words of every kind that has gates."""
+
+    name: Annotated[str, Field(max_length=63)]
+    """Name of the gate."""
+    rule: Annotated[str, Field(max_length=256)]
+    """What was asked for, for example atLeast 0.40 or maxPerplexityIncreasePercent 2.0."""
+    value: Figure | None = None
+    """The value that was judged. Unset: there is none, and the gate has failed."""
+    passed: bool
+    """Whether it holds."""
+    message: Text | None = None
+    """The verdict in a sentence."""
+
+
 class JobStatus(StatusModel):
     """What the operator saw. Users read it; only the operator writes it."""
 

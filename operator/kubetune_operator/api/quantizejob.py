@@ -10,10 +10,10 @@ from kubetune_operator.api.dataset import Samples
 from kubetune_operator.api.jobs import (
     Count,
     Figure,
+    GateResult,
     Job,
     JobSpec,
     JobStatus,
-    Text,
     WorkProgress,
     frozen,
     parse_as,
@@ -174,21 +174,11 @@ class MeasuredOutput(FinishedOutput):
     """Memory that it took to make and to measure. Unset: the node does not say."""
 
 
-class QuantizeGateResult(StatusModel):
+class QuantizeGateResult(GateResult):
     """What became of one gate on one output."""
 
-    name: Annotated[str, Field(max_length=63)]
-    """Name of the gate."""
     output: Annotated[str, Field(max_length=63)]
     """The output that was judged."""
-    rule: Annotated[str, Field(max_length=256)]
-    """What was asked for, for example maxPerplexityIncreasePercent 2.0."""
-    value: Figure | None = None
-    """The value that was judged. Unset: there is none, and the gate has failed."""
-    passed: bool
-    """Whether it holds."""
-    message: Text | None = None
-    """The verdict in a sentence."""
 
 
 class QuantizeJobStatus(JobStatus):

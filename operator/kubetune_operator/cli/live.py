@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kubetune_operator.api.finetunejob import FineTuneJob
 from kubetune_operator.cli.bundle import Bundle, Objects, Reference, references
 from kubetune_operator.cli.cluster import Connection, asking, connect, message_of
 from kubetune_operator.cli.local import local_config, local_environment, require_trainer
@@ -139,9 +138,6 @@ def _probe(bundle: Bundle, *, found: dict[str, Objects], say: Say) -> list[str]:
 
     What cannot be reached from here (a server inside the cluster) is said and no problem: pods may reach it.
     """
-    if not isinstance(bundle.job, FineTuneJob):
-        say(f"note: the storage is not looked at for {bundle.job.kind}; the prepare pod does")
-        return []
     held = Bundle(
         job=bundle.job,
         manifest=bundle.manifest,

@@ -6,6 +6,7 @@ from typing import Any, Final
 from kubetune_operator import progress as progresses
 from kubetune_operator.api.evaljob import Artifacts, EvalGateResult, EvalJob, EvalProgress, EvalResult
 from kubetune_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus, Progress
+from kubetune_operator.api.jobs import GateResult
 from kubetune_operator.api.outputs import FinishedOutput
 from kubetune_operator.api.quantizejob import MeasuredOutput, QuantizeGateResult, QuantizeJob, QuantizeProgress
 from kubetune_operator.lifecycle.draft import Draft
@@ -109,7 +110,7 @@ def _located(outputs: Sequence[FinishedOutput]) -> str:
 # ------------------------------------------------------------------------------------------------------ gates
 
 
-def judge(draft: Draft, *, names: Sequence[str], gates: Sequence[EvalGateResult | QuantizeGateResult]) -> None:
+def judge(draft: Draft, *, names: Sequence[str], gates: Sequence[GateResult]) -> None:
     """Say whether the gates passed. One that nothing was reported about has not."""
     if not names:
         return
@@ -126,7 +127,7 @@ def judge(draft: Draft, *, names: Sequence[str], gates: Sequence[EvalGateResult 
     draft.note("GatesPassed", message)
 
 
-def _verdict(gate: EvalGateResult | QuantizeGateResult) -> str:
+def _verdict(gate: GateResult) -> str:
     return f"gate {gate.name}: {gate.message or f'{gate.rule}, got {gate.value}'}"
 
 
