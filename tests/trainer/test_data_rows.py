@@ -3,15 +3,21 @@
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from kubetune_trainer.config import load_config
-from kubetune_trainer.data.prepare import fetch, prepare
+from kubetune_trainer.config import Dataset, load_config
+from kubetune_trainer.data import workers
+from kubetune_trainer.data.chunks import ChunkEncoder
+from kubetune_trainer.data.prepare import Local, fetch, prepare
 from kubetune_trainer.data.store import DataStore
+from kubetune_trainer.errors import DataError, DoesNotFitError
 from kubetune_trainer.storage import scratch_dir
+from kubetune_trainer.tokenizer import load_tokenizer
 from tests.trainer.tiny_model import write_model
 
 
@@ -60,6 +66,25 @@ def digest(store: DataStore | None) -> str:
     return hashed.hexdigest()[:16]
 
 
+def prepared_rows(folder: Path, tmp_path: Path, overrides: Sequence[str] = (), name: str = "run") -> tuple[Any, Local]:
+    values = {
+        "model": {"uri": {"location": f"file://{folder}/model"}},
+        "dataset": {
+            "sources": [
+                {"name": name, "uri": {"location": f"file://{folder}/{name}.jsonl"}, "weight": weight}
+                for name, weight in {"chats": 1.0, "alpaca": 2.5, "texts": 0.5}.items()
+            ],
+            "max_sequence_length": 256,
+        },
+        "training": {"epochs": 1, "seed": 7},
+        "workspace": {"uri": f"file://{tmp_path}/{name}"},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    config = load_config(tmp_path / "run.yaml", overrides=overrides)
+    prepared = prepare(config, report=lambda *_, **__: None)
+    return prepared.data, fetch(prepared, config)
+
+
 @pytest.mark.parametrize(
     ("overrides", "train", "validation", "statistics"),
     [
@@ -78,24 +103,47 @@ def digest(store: DataStore | None) -> str:
 def test_rows_are_those_of_earlier_versions(
     *, overrides: list[str], train: str, validation: str, statistics: list[float], folder: Path, tmp_path: Path
 ) -> None:
-    values = {
-        "model": {"uri": {"location": f"file://{folder}/model"}},
-        "dataset": {
-            "sources": [
-                {"name": name, "uri": {"location": f"file://{folder}/{name}.jsonl"}, "weight": weight}
-                for name, weight in {"chats": 1.0, "alpaca": 2.5, "texts": 0.5}.items()
-            ],
-            "max_sequence_length": 256,
-        },
-        "training": {"epochs": 1, "seed": 7},
-        "workspace": {"uri": f"file://{tmp_path}/runs"},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    config = load_config(tmp_path / "run.yaml", overrides=overrides)
-    prepared = prepare(config, report=lambda *_, **__: None)
-    local, data = fetch(prepared, config), prepared.data
+    data, local = prepared_rows(folder, tmp_path, overrides)
     assert (digest(local.train_data), digest(local.validation_data)) == (train, validation)
     assert statistics == [
         data.samples, data.rows, data.tokens, data.trainable_token_percent, data.dropped_samples,
         data.truncated_samples,
     ]  # fmt: skip
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that encode from the first record on."""
+    monkeypatch.setattr(workers, "CHUNK_SAMPLES", 16)
+    monkeypatch.setattr(workers, "ALONE_CHUNKS", 0)
+    monkeypatch.setattr(workers, "num_workers", lambda: 2)
+
+
+def test_rows_do_not_depend_on_how_many_processes_encode(
+    folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    alone_data, alone = prepared_rows(folder, tmp_path)
+    request.getfixturevalue("processes")
+    data, together = prepared_rows(folder, tmp_path, name="together")
+    assert data == alone_data
+    assert digest(together.train_data) == digest(alone.train_data)
+
+
+@pytest.mark.usefixtures("processes")
+def test_of_several_wrong_records_the_first_is_named(folder: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "a"})] * 100
+    lines[20], lines[60], lines[70] = '{"text": 3}', '{"text": 4}', "{"
+    (tmp_path / "wrong.jsonl").write_text("\n".join(lines))
+    source = f"[{{name: wrong, uri: {{location: 'file://{tmp_path}/wrong.jsonl'}}}}]"
+    with pytest.raises(DataError, match=r"dataset source wrong: .*wrong\.jsonl line 21: text must be text, got 3"):
+        prepared_rows(folder, tmp_path, [f"dataset.sources={source}"])
+
+
+def test_a_killed_process_is_said_to_have_had_too_little_memory(folder: Path) -> None:
+    encoder = ChunkEncoder(
+        Dataset(sources=[{"name": "a", "uri": {"location": "file:///a"}}]), load_tokenizer(folder / "model")
+    )
+    with workers._Worker(encoder) as worker:
+        worker._process.kill()
+        with pytest.raises(DoesNotFitError, match="a process that tokenizes was killed"):
+            worker.answer()

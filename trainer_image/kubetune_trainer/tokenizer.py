@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from kubetune_trainer.errors import DataError
-from kubetune_trainer.model.config import CONFIG_FILE, read_json
+from kubetune_trainer.model_json import CONFIG_FILE, read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"

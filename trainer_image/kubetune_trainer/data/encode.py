@@ -1,40 +1,32 @@
 """From records to rows of tokens on disk, in two passes: every record becomes a sample, then samples become rows.
 
-Between the passes samples lie in a store of their own and only their lengths and digests are in memory.
+Between the passes samples lie in a store of their own. What stays in memory is numbers alone, some 60 bytes a sample.
 """
 
 import dataclasses
-import hashlib
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from kubetune_trainer.chat import ChatTemplate, TemplateError, encode_messages
 from kubetune_trainer.config import Dataset
-from kubetune_trainer.data.formats import Chat, Format, RecordError, Text, convert, detect
+from kubetune_trainer.data import workers
+from kubetune_trainer.data.chunks import Chunk, ChunkEncoder, Counts
+from kubetune_trainer.data.formats import Format, detect
 from kubetune_trainer.data.pack import pack
 from kubetune_trainer.data.read import Record
 from kubetune_trainer.data.sources import OpenSource
-from kubetune_trainer.data.store import DataStore, DataWriter, Row
+from kubetune_trainer.data.store import DataStore, DataWriter
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.report import Report
 from kubetune_trainer.tokenizer import Tokenizer
 
 SECONDS_BETWEEN_REPORTS = 2.0
-
-
-@dataclasses.dataclass(kw_only=True)
-class Counts:
-    """What became of the samples."""
-
-    samples: int = 0
-    """Read."""
-    dropped_samples: int = 0
-    """Left out: longer than allowed, or with nothing in them that is trained."""
-    truncated_samples: int = 0
-    """Cut at the limit."""
+BLOCK_TOKENS = 2**20
+"""About so many tokens are copied together from samples to rows."""
+NOTHING_HELD = np.empty(0, dtype=np.uint64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,18 +37,18 @@ class TokenizedSource:
     """The dataset's name."""
     weight: float
     """How often it appears in an epoch."""
-    samples: np.ndarray
-    """Its samples, as indexes into the store."""
+    first: int
+    """Its first sample in the store; the others follow."""
     digests: np.ndarray
     """For each a number made from its tokens; equal samples have equal ones."""
 
-    def pairs(self) -> Iterator[tuple[int, int]]:
-        """Yields every sample with its digest."""
-        return zip(self.samples.tolist(), self.digests.tolist(), strict=True)
+    def samples(self, *, held: np.ndarray, are_held: bool) -> np.ndarray:
+        """Returns those that are held out, or those that are not."""
+        return self.first + np.flatnonzero(_is_in(self.digests, held) == are_held)
 
 
 class SampleEncoder:
-    """Turns records into samples of token ids.
+    """Turns the records of datasets into samples of token ids.
 
     Args:
         dataset: The config's block.
@@ -65,10 +57,7 @@ class SampleEncoder:
     """
 
     def __init__(self, dataset: Dataset, *, tokenizer: Tokenizer, report: Report) -> None:
-        self._dataset, self._tokenizer, self._report = dataset, tokenizer, report
-        source = dataset.chat_template or tokenizer.chat_template
-        self._template = ChatTemplate(source, tokenizer.special_tokens) if source else None
-        self._starts_with_bos = tokenizer.encode("a", add_special_tokens=True)[:1] == [tokenizer.bos_id]
+        self._encoder, self._report = ChunkEncoder(dataset, tokenizer), report
         self.counts = Counts()
 
     def write_samples(self, opened: OpenSource, writer: DataWriter, *, count: bool = True) -> TokenizedSource:
@@ -82,84 +71,59 @@ class SampleEncoder:
         Raises:
             DataError: A record is wrong; names the dataset, the file and the line.
         """
-        first, digests, counts = len(writer), [], Counts()
-        format_: Format | None = None
+        first, digests, counts = len(writer), array("Q"), Counts()
         last_report = time.monotonic()
-        for place, record in opened.records():
-            try:
-                format_ = format_ or self._format(opened, record)
-                sample = self._encode(convert(record, format_, mapping=opened.source.columns))
-                pieces = self._cut(sample, counts)
-            except (RecordError, TemplateError, DataError) as error:
-                raise DataError(
-                    f"dataset source {opened.source.name}: {place}: {error}", hint=getattr(error, "hint", "")
-                ) from error
-            counts.samples += 1
-            for piece in pieces:
-                writer.append([piece])
-                digests.append(_digest(sample))
+        for encoded in workers.encode_chunks(self._chunks(opened), self._encoder):
+            writer.append_rows(
+                encoded.lengths, tokens=encoded.tokens, labels=encoded.labels, documents=encoded.documents
+            )
+            digests.frombytes(encoded.digests.tobytes())
+            counts.add(encoded.counts)
             if time.monotonic() - last_report > SECONDS_BETWEEN_REPORTS:
                 last_report = time.monotonic()
                 self._report("prepare", stage=f"Tokenizing {opened.source.name}", done=counts.samples)
         self._check_not_empty(opened, counts, written=len(digests))
         if count:
-            self._add(counts)
+            self.counts.add(counts)
         return TokenizedSource(
             name=opened.source.name,
             weight=opened.source.weight,
-            samples=np.arange(first, len(writer)),
-            digests=np.array(digests, dtype=np.uint64),
+            first=first,
+            digests=np.frombuffer(digests, dtype=np.uint64),
         )
 
-    def _format(self, opened: OpenSource, record: Record) -> Format:
+    def _chunks(self, opened: OpenSource) -> Iterator[Chunk]:
+        """Yields the records in chunks; those before a broken one come before its error."""
+        format_: Format | None = None
+        records: list[tuple[str, Record]] = []
+        failure: DataError | None = None
+        try:
+            for place, record in opened.records():
+                format_ = format_ or self._format(opened, place, record)
+                records.append((place, record))
+                if len(records) == workers.CHUNK_SAMPLES:
+                    yield self._chunk(opened, records, format_)
+                    records = []
+        except DataError as error:
+            failure = error
+        if records and format_ is not None:
+            yield self._chunk(opened, records, format_)
+        if failure is not None:
+            raise failure
+
+    @staticmethod
+    def _chunk(opened: OpenSource, records: list[tuple[str, Record]], format_: Format) -> Chunk:
+        source = opened.source
+        return Chunk(source=source.name, records=records, format=format_, columns=dict(source.columns))
+
+    def _format(self, opened: OpenSource, place: str, record: Record) -> Format:
         chosen = opened.source.format
-        return detect(list(record), mapping=opened.source.columns) if chosen == "Auto" else chosen
-
-    def _encode(self, sample: Chat | Text) -> Row:
-        if isinstance(sample, Text):
-            return self._encode_text(sample)
-        if self._template is None:
-            raise DataError("the model has no chat template", hint="Give one in dataset.chatTemplate.")
-        return Row.of(
-            *encode_messages(
-                sample.messages,
-                tokenizer=self._tokenizer,
-                template=self._template,
-                train_on=self._dataset.train_on,
-                tools=sample.tools,
-            )
-        )
-
-    def _encode_text(self, text: Text) -> Row:
-        """Encodes plain text with the beginning that the model knows, if any, and an end that it shall learn."""
-        tokenizer = self._tokenizer
-        prompt = tokenizer.encode(text.prompt)
-        completion = tokenizer.encode(text.completion)
-        ids = prompt + completion
-        begin = [tokenizer.bos_id] if self._starts_with_bos and ids[:1] != [tokenizer.bos_id] else []
-        end = [] if completion[-1:] == [tokenizer.eos_id] else [tokenizer.eos_id]
-        trained = [self._dataset.train_on == "All"] * len(prompt) + [True] * len(completion + end)
-        return Row.of([*begin, *ids, *end], [*[False] * len(begin), *trained])
-
-    def _cut(self, sample: Row, counts: Counts) -> list[Row]:
-        """Applies dataset.overlong, and leaves out what has nothing to learn in it."""
-        limit, length = self._dataset.max_sequence_length, len(sample.tokens)
-        pieces = [sample]
-        if length > limit and self._dataset.overlong == "Fail":
-            raise DataError(
-                f"the sample has {length} tokens, and dataset.maxSequenceLength is {limit} with overlong: Fail",
-                hint="Raise dataset.maxSequenceLength, or choose Truncate, Split or Drop for dataset.overlong.",
-            )
-        if length > limit and self._dataset.overlong == "Drop":
-            pieces = []
-        elif length > limit and self._dataset.overlong == "Truncate":
-            counts.truncated_samples += 1
-            pieces = [sample.part(0, limit)]
-        elif length > limit:
-            pieces = [sample.part(begin, begin + limit) for begin in range(0, length, limit)]
-        learned = [piece for piece in pieces if piece.trained_tokens]
-        counts.dropped_samples += not learned
-        return learned
+        if chosen != "Auto":
+            return chosen
+        try:
+            return detect(list(record), mapping=opened.source.columns)
+        except DataError as error:
+            raise DataError(f"dataset source {opened.source.name}: {place}: {error}", hint=error.hint) from error
 
     def _check_not_empty(self, opened: OpenSource, counts: Counts, *, written: int) -> None:
         if not counts.samples:
@@ -171,27 +135,23 @@ class SampleEncoder:
                 hint="Look at dataset.trainOn, dataset.maxSequenceLength and dataset.overlong.",
             )
 
-    def _add(self, counts: Counts) -> None:
-        for field in dataclasses.fields(Counts):
-            setattr(self.counts, field.name, getattr(self.counts, field.name) + getattr(counts, field.name))
 
-
-def hold_out(sources: Sequence[TokenizedSource], *, fraction: float) -> set[int]:
+def hold_out(sources: Sequence[TokenizedSource], *, fraction: float) -> np.ndarray:
     """Chooses what is held out, as digests of samples, so that copies of a sample never stand on both sides.
 
     Args:
         sources: The datasets.
         fraction: The part of each one's different samples; at least one, if it has two.
     """
-    held: set[int] = set()
+    held = []
     for source in sources:
         different = np.unique(source.digests)  # ascending, and a digest is as good as a random number
         wanted = max(1, round(fraction * len(different))) if len(different) > 1 else 0
-        held.update(different[:wanted].tolist())
-    return held
+        held.append(different[:wanted])
+    return np.unique(np.concatenate(held))
 
 
-def epoch_of(sources: Sequence[TokenizedSource], *, held: set[int], seed: int) -> list[int]:
+def epoch_of(sources: Sequence[TokenizedSource], *, held: np.ndarray, seed: int) -> np.ndarray:
     """Returns the samples of one epoch: each dataset as often as its weight says, the rest of a weight by lot.
 
     Args:
@@ -199,39 +159,63 @@ def epoch_of(sources: Sequence[TokenizedSource], *, held: set[int], seed: int) -
         held: Digests of samples that are held out.
         seed: Decides the lot.
     """
-    epoch: list[int] = []
+    epoch = []
     for number, source in enumerate(sources):
-        samples = [
-            i for i, digest in zip(source.samples.tolist(), source.digests.tolist(), strict=True) if digest not in held
-        ]
+        samples = source.samples(held=held, are_held=False)
         whole, rest = divmod(source.weight, 1.0)
-        lot = np.random.default_rng([seed, number]).permutation(len(samples))[: round(rest * len(samples))]
-        epoch += samples * int(whole) + [samples[index] for index in sorted(lot)]
-    return epoch
+        epoch += [samples] * int(whole)
+        if rest:
+            lot = np.random.default_rng([seed, number]).permutation(len(samples))[: round(rest * len(samples))]
+            epoch.append(samples[np.sort(lot)])
+    return np.concatenate(epoch)
 
 
-def held_samples(sources: Sequence[TokenizedSource], *, held: set[int]) -> list[int]:
+def held_samples(sources: Sequence[TokenizedSource], *, held: np.ndarray) -> np.ndarray:
     """Returns the samples that are held out."""
-    return [index for source in sources for index, digest in source.pairs() if digest in held]
+    return np.concatenate([source.samples(held=held, are_held=True) for source in sources])
 
 
-def write_rows(samples: DataStore, chosen: Sequence[int], folder: Path, *, dataset: Dataset) -> DataStore:
+def all_samples(sources: Sequence[TokenizedSource]) -> np.ndarray:
+    """Returns the samples of all datasets."""
+    return np.concatenate([np.arange(source.first, source.first + len(source.digests)) for source in sources])
+
+
+def write_rows(samples: DataStore, chosen: np.ndarray, folder: Path, *, dataset: Dataset) -> DataStore:
     """Writes rows of the chosen samples, packed if the config says so, and returns them."""
     if dataset.packing == "BestFit":
-        lengths = [len(samples[index].tokens) for index in chosen]
-        rows = [[chosen[index] for index in row] for row in pack(lengths, row_length=dataset.max_sequence_length)]
+        order, begins = pack(samples.lengths(chosen), row_length=dataset.max_sequence_length)
+        chosen = chosen[order]
+        del order
     else:
-        rows = [[index] for index in chosen]
+        begins = np.arange(len(chosen) + 1)
     with DataWriter(folder) as writer:
-        for row in rows:
-            writer.append([samples[index] for index in row])
+        for first, last in _blocks(samples.lengths(chosen), begins):
+            _write_block(samples, chosen[begins[first] : begins[last]], begins[first : last + 1], writer)
     return DataStore.open(folder)
 
 
-def trainable_tokens(store: DataStore) -> int:
-    """Returns how many positions of all rows carry loss."""
-    return sum(row.trained_tokens for row in store)
+def _blocks(lengths: np.ndarray, begins: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yields the first row of every block of rows, and the one after its last."""
+    ends = np.cumsum(lengths, dtype=np.int64)[begins[1:] - 1]  # of the tokens of each row
+    first = 0
+    while first < len(ends):
+        upto = (ends[first - 1] if first else 0) + BLOCK_TOKENS
+        last = max(first + 1, int(np.searchsorted(ends, upto, side="right")))
+        yield first, last
+        first = last
 
 
-def _digest(sample: Row) -> int:
-    return int.from_bytes(hashlib.blake2b(sample.tokens.tobytes(), digest_size=8).digest(), "little")
+def _write_block(samples: DataStore, chosen: np.ndarray, begins: np.ndarray, writer: DataWriter) -> None:
+    """Writes some rows: their samples, and where each begins. A sample's place in its row is its document's number."""
+    lengths, gathered = samples.lengths(chosen), samples.gather(chosen)
+    in_row = np.diff(begins)
+    places = np.arange(len(chosen)) - np.repeat(begins[:-1] - begins[0], in_row)
+    gathered["documents"] = gathered["documents"] + np.repeat(places, lengths)
+    writer.append_rows(np.add.reduceat(lengths, begins[:-1] - begins[0], dtype=np.int64), **gathered)
+
+
+def _is_in(digests: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Tells of each digest whether it is held out; `held` is in ascending order."""
+    if not len(held):
+        return np.zeros(len(digests), dtype=bool)
+    return held[np.minimum(np.searchsorted(held, digests), len(held) - 1)] == digests

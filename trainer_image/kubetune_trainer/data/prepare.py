@@ -16,7 +16,15 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
 from kubetune_trainer.config import FineTuneConfig, JobConfig
-from kubetune_trainer.data.encode import SampleEncoder, epoch_of, held_samples, hold_out, trainable_tokens, write_rows
+from kubetune_trainer.data.encode import (
+    NOTHING_HELD,
+    SampleEncoder,
+    all_samples,
+    epoch_of,
+    held_samples,
+    hold_out,
+    write_rows,
+)
 from kubetune_trainer.data.sampler import total_steps
 from kubetune_trainer.data.sources import FoundSource, OpenSource, open_source
 from kubetune_trainer.data.store import DataStore, DataWriter
@@ -276,16 +284,16 @@ def _tokenize(
         validated = [encoder.write_samples(opened, writer, count=False) for opened in held_out]
     samples = DataStore.open(staging / "samples")
     fraction = dataset.validation.fraction if dataset.validation else None
-    held = hold_out(trained, fraction=fraction) if fraction else set()
+    held = hold_out(trained, fraction=fraction) if fraction else NOTHING_HELD
     epoch = epoch_of(trained, held=held, seed=config.training.seed)
-    if not epoch:
+    if not len(epoch):
         raise DataError(f"{config.title}: no samples are left to train on, by dataset.sources[].weight and validation")
-    kept = held_samples(trained, held=held) or [index for source in validated for index, _ in source.pairs()]
-    if fraction and not kept:
+    kept = all_samples(validated) if validated else held_samples(trained, held=held)
+    if fraction and not len(kept):
         report("warning", message="dataset.validation.fraction holds nothing out: there is only one sample")
     report("prepare", stage="Packing" if dataset.packing == "BestFit" else "Writing rows")
     train = write_rows(samples, epoch, staging / TRAIN_DIR, dataset=dataset)
-    validation = write_rows(samples, kept, staging / VALIDATION_DIR, dataset=dataset) if kept else None
+    validation = write_rows(samples, kept, staging / VALIDATION_DIR, dataset=dataset) if len(kept) else None
     return PreparedData(
         train=_stored(train),
         validation=_stored(validation) if validation else None,
@@ -293,7 +301,7 @@ def _tokenize(
             **vars(encoder.counts),
             rows=len(train),
             tokens=train.num_tokens,
-            trainable_token_percent=round(100 * trainable_tokens(train) / train.num_tokens, 2),
+            trainable_token_percent=round(100 * train.trained_tokens / train.num_tokens, 2),
         ),
     )
 

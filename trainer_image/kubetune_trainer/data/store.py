@@ -4,6 +4,7 @@ A folder with four arrays: `offsets.bin` says where each row begins and ends in 
 `documents.bin`. `COMPLETE`, written last, makes the folder count.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ ARRAYS = ("tokens", "labels", "documents")
 _OFFSETS = "offsets"
 _ITEM = np.dtype("<i4")
 _OFFSET = np.dtype("<i8")
+_BLOCK_TOKENS = 2**22
+"""How many tokens are looked at together."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,17 +84,36 @@ class DataStore(Sequence[Row]):
         folder = Path(folder)
         if not (folder / COMPLETE_MARKER).is_file():
             raise DataError(f"data store {folder}: {COMPLETE_MARKER} is missing, so it was not written to its end")
-        offsets = np.fromfile(folder / f"{_OFFSETS}.bin", dtype=_OFFSET)
+        offsets = _map(folder / f"{_OFFSETS}.bin", dtype=_OFFSET)
         arrays = {name: _map(folder / f"{name}.bin") for name in ARRAYS}
-        for name, array in arrays.items():
-            if len(array) != offsets[-1]:
-                raise DataError(f"data store {folder}: {name}.bin must hold {offsets[-1]} items, got {len(array)}")
+        for name, items in arrays.items():
+            if len(items) != offsets[-1]:
+                raise DataError(f"data store {folder}: {name}.bin must hold {offsets[-1]} items, got {len(items)}")
         return cls(folder, offsets, arrays)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all rows."""
         return int(self._offsets[-1])
+
+    @property
+    def trained_tokens(self) -> int:
+        """Positions of all rows that carry loss."""
+        labels = self._arrays["labels"]
+        blocks = range(0, len(labels), _BLOCK_TOKENS)
+        return sum(int(np.count_nonzero(labels[at : at + _BLOCK_TOKENS] != IGNORE_LABEL)) for at in blocks)
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the tokens of some rows, int32."""
+        ends, begins = self._offsets[rows + 1], self._offsets[rows]
+        return np.subtract(ends, begins, dtype=np.int64).astype(np.int32)
+
+    def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the arrays of some rows, one row after the other."""
+        lengths = self.lengths(rows)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        places = np.arange(ends[-1]) + np.repeat(np.asarray(self._offsets[rows]) - ends + lengths, lengths)
+        return {name: np.asarray(items[places]) for name, items in self._arrays.items()}
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -101,7 +123,7 @@ class DataStore(Sequence[Row]):
             raise IndexError(index)
         index %= len(self)
         part = slice(self._offsets[index], self._offsets[index + 1])
-        return Row(**{name: array[part] for name, array in self._arrays.items()})
+        return Row(**{name: items[part] for name, items in self._arrays.items()})
 
 
 class DataWriter:
@@ -112,7 +134,7 @@ class DataWriter:
         (folder / COMPLETE_MARKER).unlink(missing_ok=True)
         self._folder = folder
         self._files: dict[str, IO[bytes]] = {name: (folder / f"{name}.bin").open("wb") for name in ARRAYS}
-        self._offsets = [0]
+        self._offsets = array("q", [0])
 
     def __enter__(self) -> Self:
         return self
@@ -123,7 +145,9 @@ class DataWriter:
         for file in self._files.values():
             file.close()
         if kind is None:
-            np.array(self._offsets, dtype=_OFFSET).tofile(self._folder / f"{_OFFSETS}.bin")
+            np.frombuffer(self._offsets, dtype=np.int64).astype(_OFFSET, copy=False).tofile(
+                self._folder / f"{_OFFSETS}.bin"
+            )
             (self._folder / COMPLETE_MARKER).touch()
 
     def __len__(self) -> int:
@@ -137,11 +161,22 @@ class DataWriter:
             self._write("documents", np.full(len(sample.tokens), document))
         self._offsets.append(self._offsets[-1] + sum(len(sample.tokens) for sample in samples))
 
+    def append_rows(self, lengths: np.ndarray, **arrays: np.ndarray) -> None:
+        """Writes many rows.
+
+        Args:
+            lengths: Tokens of each.
+            arrays: What `Row` has, of all rows one after the other.
+        """
+        for name, values in arrays.items():
+            self._write(name, values)
+        self._offsets.frombytes((self._offsets[-1] + np.cumsum(lengths, dtype=np.int64)).tobytes())
+
     def _write(self, name: str, values: np.ndarray) -> None:
-        self._files[name].write(values.astype(_ITEM).tobytes())
+        self._files[name].write(np.ascontiguousarray(values, dtype=_ITEM).data)
 
 
-def _map(path: Path) -> np.ndarray:
+def _map(path: Path, *, dtype: np.dtype = _ITEM) -> np.ndarray:
     if path.stat().st_size == 0:  # an empty file cannot be mapped
-        return np.empty(0, dtype=_ITEM)
-    return np.memmap(path, dtype=_ITEM, mode="r")
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")

@@ -4,16 +4,14 @@ Sizes come from the file, so there are no tables of sizes. What differs between 
 a family is one function in `families` that turns the file into those fields.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kubetune_trainer.errors import DataError
 from kubetune_trainer.model.rope import Rope
+from kubetune_trainer.model_json import CONFIG_FILE, read_json
 
-CONFIG_FILE = "config.json"
 QUANTIZATION_METHODS = ("compressed-tensors", "torchao")
 """Formats of quantized weights that `load_model` reads."""
 
@@ -146,23 +144,3 @@ def quantization_method(folder: Path) -> str | None:
     """Return how a model folder's weights are quantized, by the name that transformers gives it; None: not at all."""
     quantization = read_json(folder / CONFIG_FILE).get("quantization_config")
     return quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object of a model folder.
-
-    Raises:
-        DataError: The file is missing or is not a JSON object.
-    """
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(
-            f"Model folder {file.parent}: {file.name} is missing",
-            hint="The model must be a folder in Hugging Face format: config.json, tokenizer.json and *.safetensors.",
-        ) from error
-    except ValueError as error:
-        raise DataError(f"Model folder {file.parent}: {file.name} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"Model folder {file.parent}: {file.name} must hold an object, got {type(content).__name__}")
-    return content

@@ -12,11 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
 from kubetune_trainer.config import Calibration, Dataset, ExecuTorch, QuantizeConfig, Verification
-from kubetune_trainer.data.encode import SampleEncoder, epoch_of, write_rows
+from kubetune_trainer.data.encode import NOTHING_HELD, SampleEncoder, epoch_of, write_rows
 from kubetune_trainer.data.prepare import StoredRows, fetch_rows
 from kubetune_trainer.data.sampler import Batch, collate
 from kubetune_trainer.data.sources import FoundSource, open_source
@@ -180,8 +181,8 @@ def _store_rows(
     with DataWriter(staging / "samples") as writer:
         tokenized = [encoder.write_samples(source, writer) for source in opened]
     samples = DataStore.open(staging / "samples")
-    chosen = list(_enough(epoch_of(tokenized, held=set(), seed=0), samples, block=block))
-    if not chosen:
+    chosen = np.fromiter(_enough(epoch_of(tokenized, held=NOTHING_HELD, seed=0), samples, block=block), dtype=np.int64)
+    if not len(chosen):
         raise DataError(f"{config.title}: {name}.dataset has no samples, by the weights of its sources")
     rows = write_rows(samples, chosen, staging / "rows", dataset=block.dataset)
     store = open_store(f"{config.run.directory}/{name}", s3=config.storage.s3)
@@ -192,7 +193,7 @@ def _store_rows(
     return stored, [source.found for source in opened]
 
 
-def _enough(epoch: Sequence[int], samples: DataStore, *, block: Calibration | Verification) -> Iterator[int]:
+def _enough(epoch: np.ndarray, samples: DataStore, *, block: Calibration | Verification) -> Iterator[int]:
     """Yield the first samples of an epoch, as many as fill the rows that are asked for."""
     dataset: Dataset = block.dataset
     left = block.samples * (dataset.max_sequence_length if dataset.packing == "BestFit" else 1)

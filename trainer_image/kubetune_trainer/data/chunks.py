@@ -1,0 +1,164 @@
+"""Records to token ids, a chunk at a time: what every process that tokenizes does."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from kubetune_trainer.chat import ChatTemplate, TemplateError, encode_messages
+from kubetune_trainer.config import Dataset
+from kubetune_trainer.data.formats import Chat, Format, RecordError, Text, convert
+from kubetune_trainer.data.read import Record
+from kubetune_trainer.data.store import Row
+from kubetune_trainer.errors import DataError
+from kubetune_trainer.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(kw_only=True)
+class Counts:
+    """What became of the samples."""
+
+    samples: int = 0
+    """Read."""
+    dropped_samples: int = 0
+    """Left out: longer than allowed, or with nothing in them that is trained."""
+    truncated_samples: int = 0
+    """Cut at the limit."""
+
+    def add(self, other: "Counts") -> None:
+        """Adds up."""
+        for field in dataclasses.fields(Counts):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Some records of one dataset, in order."""
+
+    source: str
+    """The dataset's name."""
+    records: Sequence[tuple[str, Record]]
+    """Each with its place."""
+    format: Format
+    """Their shape."""
+    columns: Mapping[str, str]
+    """From the format's field to the data's own column."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedChunk:
+    """What became of a chunk: one sample per record, or several where overlong ones are split, or none."""
+
+    tokens: np.ndarray
+    """Token ids of all samples, one after the other."""
+    labels: np.ndarray
+    """Their labels."""
+    documents: np.ndarray
+    """Their documents."""
+    lengths: np.ndarray
+    """Tokens of each sample."""
+    digests: np.ndarray
+    """For each a number made from the tokens of its record; equal records have equal ones."""
+    counts: Counts
+    """What became of the records."""
+
+
+class ChunkEncoder:
+    """Turns records into samples. `parts` is what makes another one in another process.
+
+    Args:
+        dataset: The config's block.
+        tokenizer: The model's.
+    """
+
+    def __init__(self, dataset: Dataset, tokenizer: Tokenizer) -> None:
+        self.parts = dataset, tokenizer
+        self._dataset, self._tokenizer = dataset, tokenizer
+        source = dataset.chat_template or tokenizer.chat_template
+        self._template = ChatTemplate(source, tokenizer.special_tokens) if source else None
+        self._starts_with_bos = tokenizer.encode("a", add_special_tokens=True)[:1] == [tokenizer.bos_id]
+
+    def encode(self, chunk: Chunk) -> EncodedChunk:
+        """Encodes every record.
+
+        Raises:
+            DataError: A record is wrong; names the dataset, the file and the line.
+        """
+        counts, pieces, digests = Counts(), list[Row](), list[int]()
+        for place, record in chunk.records:
+            try:
+                cut, digest = self._pieces(record, chunk, counts)
+            except (RecordError, TemplateError, DataError) as error:
+                message = f"dataset source {chunk.source}: {place}: {error}"
+                raise DataError(message, hint=getattr(error, "hint", "")) from error
+            counts.samples += 1
+            pieces += cut
+            digests += [digest] * len(cut)
+        return EncodedChunk(
+            tokens=_joined([piece.tokens for piece in pieces]),
+            labels=_joined([piece.labels for piece in pieces]),
+            documents=_joined([piece.documents for piece in pieces]),
+            lengths=np.array([len(piece.tokens) for piece in pieces], dtype=np.int32),
+            digests=np.array(digests, dtype=np.uint64),
+            counts=counts,
+        )
+
+    def _pieces(self, record: Record, chunk: Chunk, counts: Counts) -> tuple[list[Row], int]:
+        """Returns what becomes of a record, and a digest that is the same for equal ones."""
+        sample = self._encode(convert(record, chunk.format, mapping=chunk.columns))
+        return self._cut(sample, counts), _digest(sample)
+
+    def _encode(self, sample: Chat | Text) -> Row:
+        if isinstance(sample, Text):
+            return self._encode_text(sample)
+        if self._template is None:
+            raise DataError("the model has no chat template", hint="Give one in dataset.chatTemplate.")
+        return Row.of(
+            *encode_messages(
+                sample.messages,
+                tokenizer=self._tokenizer,
+                template=self._template,
+                train_on=self._dataset.train_on,
+                tools=sample.tools,
+            )
+        )
+
+    def _encode_text(self, text: Text) -> Row:
+        """Encodes plain text with the beginning that the model knows, if any, and an end that it shall learn."""
+        tokenizer = self._tokenizer
+        prompt = tokenizer.encode(text.prompt)
+        completion = tokenizer.encode(text.completion)
+        ids = prompt + completion
+        begin = [tokenizer.bos_id] if self._starts_with_bos and ids[:1] != [tokenizer.bos_id] else []
+        end = [] if completion[-1:] == [tokenizer.eos_id] else [tokenizer.eos_id]
+        trained = [self._dataset.train_on == "All"] * len(prompt) + [True] * len(completion + end)
+        return Row.of([*begin, *ids, *end], [*[False] * len(begin), *trained])
+
+    def _cut(self, sample: Row, counts: Counts) -> list[Row]:
+        """Applies dataset.overlong, and leaves out what has nothing to learn in it."""
+        limit, length = self._dataset.max_sequence_length, len(sample.tokens)
+        pieces = [sample]
+        if length > limit and self._dataset.overlong == "Fail":
+            raise DataError(
+                f"the sample has {length} tokens, and dataset.maxSequenceLength is {limit} with overlong: Fail",
+                hint="Raise dataset.maxSequenceLength, or choose Truncate, Split or Drop for dataset.overlong.",
+            )
+        if length > limit and self._dataset.overlong == "Drop":
+            pieces = []
+        elif length > limit and self._dataset.overlong == "Truncate":
+            counts.truncated_samples += 1
+            pieces = [sample.part(0, limit)]
+        elif length > limit:
+            pieces = [sample.part(begin, begin + limit) for begin in range(0, length, limit)]
+        learned = [piece for piece in pieces if piece.trained_tokens]
+        counts.dropped_samples += not learned
+        return learned
+
+
+def _digest(sample: Row) -> int:
+    return int.from_bytes(hashlib.blake2b(sample.tokens.tobytes(), digest_size=8).digest(), "little")
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int32)
