@@ -103,6 +103,11 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "steps instead of epochs": {"spec__training": {"maxSteps": 10}},
     "full tuning": {"spec__tuning": "Full"},
+    "adapters with magnitudes": {
+        "spec__tuning": "DoRA",
+        "spec__lora": {"rankStabilized": True, "learningRateRatio": "16"},
+        "spec__outputs": [{"name": "adapter", "type": "PEFT"}],
+    },
     "an adapter of one's own": {"spec__lora": {"rank": 8, "dropout": "0.1", "targetModules": ["q_proj", "v_proj"]}},
     "a learning rate in exponent form": {"spec__training__learningRate": "1.5e-05"},
     "quantities as numbers and strings": {
@@ -193,8 +198,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     # Values
     "an unknown choice": (
-        {"spec__tuning": "QLoRA"},
-        'spec.tuning: Unsupported value: "QLoRA": supported values: "LoRA", "Full"',
+        {"spec__tuning": "IA3"},
+        'spec.tuning: Unsupported value: "IA3": supported values: "LoRA", "DoRA", "Full"',
     ),
     "three choices": (
         {"spec__training__precision": "FP16"},
@@ -348,11 +353,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     # Across fields
     "LoRA's settings with full tuning": (
         {"spec__tuning": "Full", "spec__lora": {}},
-        "spec.lora is allowed only with tuning: LoRA",
+        "spec.lora is not allowed with tuning: Full",
     ),
     "adapters from full tuning": (
         {"spec__tuning": "Full", "spec__outputs": [{"name": "a", "type": "PEFT"}]},
-        "an output of type PEFT is allowed only with tuning: LoRA",
+        "an output of type PEFT is not allowed with tuning: Full",
     ),
     "a type for adapters": (
         {"spec__outputs": [{"name": "a", "type": "PEFT", "dtype": "BF16"}]},

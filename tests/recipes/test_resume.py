@@ -98,6 +98,25 @@ def test_a_finished_run_started_again_trains_nothing_and_exports_again(zygote: Z
     assert again.message()["progress"]["step"] == 12
 
 
+def test_dora_with_a_faster_second_matrix_goes_on_bit_for_bit(zygote: Zygote, place: Path) -> None:
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.1, "rank_stabilized": True, "learning_rate_ratio": 4.0}
+    outputs = [{"name": "merged", "type": "HuggingFace"}, {"name": "adapter", "type": "PEFT"}]
+    config = write_config(
+        place / "run.yaml", tuning="DoRA", lora=lora, outputs=outputs, checkpoint={"every_steps": 3, "mode": "Sync"}
+    )
+    whole = Gang.start(zygote, place / "whole", config, "run.name=whole", ranks=RANKS).succeed()
+    assert whole.losses()[12] < whole.losses()[1] * 0.9, "it learns"
+    killed = Gang.start(zygote, place / "killed", config, ranks=RANKS)
+    killed.wait_for(lambda event: event["event"] == "step" and event["step"] >= 5)
+    killed.kill(1)
+    killed.wait()
+    gone_on = Gang.start(zygote, place / "on", config, ranks=RANKS).succeed()
+    assert gone_on.events("resume")
+    assert steps([killed, gone_on]) == {step: {loss} for step, loss in whole.losses().items()}
+    digests = [[output["digest"] for output in gang.message()["outputs"]] for gang in (whole, gone_on)]
+    assert digests[0] == digests[1]
+
+
 @pytest.mark.parametrize("ranks", [(2, 1), (1, 2)], ids=["fewer", "more"])
 def test_another_number_of_ranks_goes_on_with_the_same_state(
     zygote: Zygote, place: Path, ranks: tuple[int, int]

@@ -39,7 +39,8 @@ spec:
     maxSequenceLength: 512
     packing: None
     trainOn: LastAssistant
-  lora: {rank: 8, alpha: 16, dropout: "0.1", targetModules: [q_proj, v_proj]}
+  lora:
+    {rank: 8, alpha: 16, dropout: "0.1", targetModules: [q_proj, v_proj], rankStabilized: true, learningRateRatio: "16"}
   training:
     maxSteps: 100
     globalBatchSize: 64

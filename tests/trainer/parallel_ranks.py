@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full bf16 mixed": {"precision": "BF16Mixed", "lora": False, "checkpointing": "None"},
     "lora bf16 mixed": {"precision": "BF16Mixed", "lora": True, "checkpointing": "Full"},
     "lora bf16": {"precision": "BF16", "lora": True, "checkpointing": "None"},
+    "dora fp32": {"precision": "FP32", "lora": True, "checkpointing": "None", "has_magnitude": True},
 }
 
 
@@ -43,11 +44,18 @@ def run(rank: int, num_ranks: int, folder: Path) -> None:
 
 
 def _train(
-    model_folder: Path, *, rank: int, num_ranks: int, precision: str, lora: bool, checkpointing: str
+    model_folder: Path,
+    *,
+    rank: int,
+    num_ranks: int,
+    precision: str,
+    lora: bool,
+    checkpointing: str,
+    has_magnitude: bool = False,
 ) -> dict[str, Any]:
     model = build_model(read_config(model_folder))
     if lora:
-        apply_lora(model, rank=2, alpha=4)  # two rows over three ranks: one rank has none
+        apply_lora(model, rank=2, alpha=4, has_magnitude=has_magnitude)  # two rows over three ranks: one rank has none
     mesh = init_device_mesh("cpu", (num_ranks,))
     parallelize(model, precision=precision, activation_checkpointing=checkpointing, mesh=mesh)
     model.to_empty(device="cpu")

@@ -84,7 +84,7 @@ def test_an_override_reaches_into_a_list(tmp_path: Path) -> None:
         (["model=null"], "model must be a valid dictionary"),
         (["lora.rank=0"], "lora.rank must be greater than or equal to 1, got 0"),
         (["tuning=Full", "lora.rank=4"], "lora must not be set with tuning Full"),
-        (["tuning=Full", "outputs=[{name: a, type: PEFT}]"], "outputs of type PEFT need tuning LoRA"),
+        (["tuning=Full", "outputs=[{name: a, type: PEFT}]"], "outputs of type PEFT need adapters"),
         (["outputs=[{name: a, type: PEFT}, {name: a, type: PEFT}]"], "outputs with names of their own, got a twice"),
         (["outputs=[{name: a, type: ONNX}]"], "outputs[0].type must be 'HuggingFace', 'PEFT', 'GGUF', 'ExecuTorch' or"),
         (["outputs=[{name: a, type: GGUF}]"], "outputs[0] must have gguf with type GGUF, and only with it, got"),

@@ -19,6 +19,7 @@ from kubetune_trainer.model.adapter import save_merged
 from tests.trainer.tiny import make_folder, random_tokens
 
 TARGETS = [("all-linear",), ("q_proj", "v_proj"), ("layers.1.mlp.up_proj",)]
+SETTINGS: list[dict[str, bool]] = [{}, {"rank_stabilized": True}, {"has_magnitude": True}]
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -31,14 +32,16 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     )
 
 
-def with_trained_adapters(folder: Path, *, targets: tuple[str, ...] = ("all-linear",)) -> Decoder:
+def with_trained_adapters(folder: Path, *, targets: tuple[str, ...] = ("all-linear",), **settings: bool) -> Decoder:
     """A model whose adapters have random values, as if trained."""
     model = load_model(folder, dtype=torch.float32)
-    apply_lora(model, rank=4, alpha=6, target_modules=targets)
+    apply_lora(model, rank=4, alpha=6, target_modules=targets, **settings)
     torch.manual_seed(9)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+        if "magnitude" in name:
+            parameter.data *= 0.5 + torch.rand_like(parameter)
     return model
 
 
@@ -98,13 +101,14 @@ def test_companion_files_go_along_and_nothing_else_does(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_merged_model_computes_what_the_adapters_computed(
-    tmp_path: Path, targets: tuple[str, ...], tied: bool
+    tmp_path: Path, targets: tuple[str, ...], tied: bool, settings: dict[str, bool]
 ) -> None:
     make_folder(tmp_path / "a", tie_word_embeddings=tied)
-    model = with_trained_adapters(tmp_path / "a", targets=targets)
+    model = with_trained_adapters(tmp_path / "a", targets=targets, **settings)
     complete = complete_weights(trained_weights(model), source_dir=tmp_path / "a", lora_scale=lora_scale(model))
     save_huggingface(complete, source_dir=tmp_path / "a", target_dir=tmp_path / "b")
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32).eval()
@@ -140,27 +144,42 @@ def test_a_fully_tuned_model_is_written_as_it_was_trained(tmp_path: Path) -> Non
 @pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing.*:FutureWarning"
 )  # peft 0.21 asks transformers 5 by an old name
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("targets", TARGETS)
-def test_peft_loads_our_adapter_and_gives_our_logits(tmp_path: Path, targets: tuple[str, ...]) -> None:
-    base = make_folder(tmp_path / "a")
-    model = with_trained_adapters(tmp_path / "a", targets=targets)
-    lora = Lora(rank=4, alpha=6, target_modules=targets)
+def test_peft_loads_our_adapter_and_gives_our_logits_and_gradients(
+    tmp_path: Path, targets: tuple[str, ...], settings: dict[str, bool]
+) -> None:
+    base = make_folder(tmp_path / "a", attention_bias=True)
+    model = with_trained_adapters(tmp_path / "a", targets=targets, **settings)
+    lora = Lora(rank=4, alpha=6, target_modules=targets, rank_stabilized="rank_stabilized" in settings)
     save_peft(lora_state_dict(model), target_dir=tmp_path / "adapter", lora=lora, base_model="owner/name")
-    theirs = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    theirs = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
     tokens = random_tokens(2, 20)
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=1e-5, rtol=1e-5)
-    theirs_state = {name for name, _ in theirs.named_parameters() if "lora_" in name}
-    assert len(theirs_state) == len(lora_state_dict(model))
+    logits, their_logits = model(tokens), theirs(tokens).logits
+    torch.testing.assert_close(their_logits, logits, atol=1e-5, rtol=1e-5)
+    logits.square().mean().backward()
+    their_logits.square().mean().backward()
+    their_gradients = {
+        name.removeprefix("base_model.model.").replace(".default", "").replace("vector.weight", "vector"): weight.grad
+        for name, weight in theirs.named_parameters()
+        if "lora_" in name
+    }
+    assert their_gradients.keys() == lora_state_dict(model).keys()
+    for name, weight in model.named_parameters():
+        if name in their_gradients:
+            torch.testing.assert_close(weight.grad, their_gradients[name], atol=1e-5, rtol=1e-4)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 6, "owner/name")
 
 
+@pytest.mark.parametrize("settings", [{}, {"has_magnitude": True}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_base_with_its_adapter_is_the_merged_output_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_base_with_its_adapter_is_the_merged_output_bit_for_bit(
+    tmp_path: Path, dtype: torch.dtype, settings: dict[str, bool]
+) -> None:
     base = tmp_path / "a"
     make_folder(base, dtype=dtype)
-    model = with_trained_adapters(base)
+    model = with_trained_adapters(base, **settings)
     complete = complete_weights(trained_weights(model), source_dir=base, lora_scale=lora_scale(model))
     save_huggingface(complete, source_dir=base, target_dir=tmp_path / "output")
     save_peft(

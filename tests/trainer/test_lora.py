@@ -43,12 +43,25 @@ def test_a_target_that_names_no_linear_layer_is_refused(model: Decoder, target: 
         apply_lora(model, rank=4, alpha=8, target_modules=[target])
 
 
-def test_a_fresh_adapter_changes_no_logit(model: Decoder) -> None:
+@pytest.mark.parametrize("has_magnitude", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_adapter_changes_no_logit(model: Decoder, dtype: torch.dtype, has_magnitude: bool) -> None:
+    model.to(dtype)
     tokens = random_tokens(2, 10)
     with torch.no_grad():
         before = model(tokens)
-        apply_lora(model, rank=4, alpha=8)
-        assert torch.equal(model(tokens), before)
+        apply_lora(model, rank=4, alpha=8, has_magnitude=has_magnitude)
+        if has_magnitude:  # as FSDP casts it for the computation
+            model.to(dtype)
+        tolerance = 2 * torch.finfo(dtype).eps * before.abs().max().item() if has_magnitude else 0
+        torch.testing.assert_close(model(tokens), before, atol=tolerance, rtol=0)
+
+
+def test_a_magnitude_of_a_row_of_zeros_stays_without_effect(model: Decoder) -> None:
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3] = 0
+        apply_lora(model, rank=4, alpha=8, has_magnitude=True)
+        assert model(random_tokens(1, 5)).isfinite().all()
 
 
 def test_only_adapters_get_gradients_and_the_base_keeps_its_names(model: Decoder) -> None:

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from kubetune_trainer.distributed import join_world
+from kubetune_trainer.lora import apply_lora
 from kubetune_trainer.optim import build_optimizer, clip_grad_norm, learning_rate_factor
 
 
@@ -44,6 +45,23 @@ def test_only_matrices_decay_and_frozen_weights_are_left_out() -> None:
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {"0.weight"}
     torch.testing.assert_close(model[0].weight.detach(), before["0.weight"] * (1 - 0.1 * 0.5))
+
+
+def test_the_second_matrices_of_adapters_learn_faster_by_the_ratio_and_nothing_else_does() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    apply_lora(model, rank=2, alpha=4, has_magnitude=True)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    training = SimpleNamespace(learning_rate=0.01, weight_decay=0.0)
+    optimizer = build_optimizer(model, training, learning_rate_ratio=16.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    moved = {name: (before[name] - weight).abs().max().item() for name, weight in model.named_parameters()}
+    slow = pytest.approx(0.01, rel=1e-4)  # the first step of Adam is as long as its learning rate
+    assert moved == {
+        "0.weight": 0, "0.bias": 0, "0.lora_A.weight": slow, "0.lora_magnitude_vector": slow,
+        "0.lora_B.weight": pytest.approx(0.16, rel=1e-4),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("max_norm", "wanted"), [(1.0, 1.0), (100.0, 5.0)])

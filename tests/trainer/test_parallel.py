@@ -31,18 +31,18 @@ def results(folder: Path, request: pytest.FixtureRequest) -> Results:
     return torch.load(folder / f"ranks-{request.param}.pt")
 
 
-def single(folder: Path, *, lora: bool) -> Decoder:
+def single(folder: Path, case: str) -> Decoder:
     """The same model on one device, without FSDP, in fp32."""
     model = load_model(folder / "model", dtype=torch.float32)
-    if lora:
-        apply_lora(model, rank=2, alpha=4)
+    if CASES[case]["lora"]:
+        apply_lora(model, rank=2, alpha=4, has_magnitude=CASES[case].get("has_magnitude", False))
         init_lora(model, seed=5)
     return model
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_shards_hold_the_folders_weights_and_the_same_adapters(folder: Path, results: Results, case: str) -> None:
-    model = single(folder, lora=CASES[case]["lora"])
+    model = single(folder, case)
     set_dtypes(model, precision=CASES[case]["precision"])
     loaded = results[case]["loaded"]
     wanted = dict(model.named_parameters())
@@ -54,7 +54,7 @@ def test_shards_hold_the_folders_weights_and_the_same_adapters(folder: Path, res
 
 @pytest.mark.parametrize("case", [case for case, settings in CASES.items() if settings["precision"] == "FP32"])
 def test_training_in_fp32_does_not_depend_on_the_number_of_ranks(folder: Path, results: Results, case: str) -> None:
-    model = single(folder, lora=CASES[case]["lora"])
+    model = single(folder, case)
     losses, norms = train(model, rows=slice(0, NUM_ROWS))
     assert results[case]["losses"] == pytest.approx(losses, rel=1e-6)
     assert results[case]["norms"] == pytest.approx(norms, rel=1e-6)
@@ -68,7 +68,7 @@ def test_training_in_fp32_does_not_depend_on_the_number_of_ranks(folder: Path, r
 
 @pytest.mark.parametrize("case", [case for case, settings in CASES.items() if settings["precision"] != "FP32"])
 def test_training_in_bf16_stays_close_to_fp32(folder: Path, results: Results, case: str) -> None:
-    losses, norms = train(single(folder, lora=CASES[case]["lora"]), rows=slice(0, NUM_ROWS))
+    losses, norms = train(single(folder, case), rows=slice(0, NUM_ROWS))
     assert results[case]["losses"] == pytest.approx(losses, rel=2e-2)
     assert results[case]["norms"] == pytest.approx(norms, rel=1e-1)
 

@@ -52,7 +52,7 @@ def estimate_memory(config: FineTuneConfig, shape: ModelConfig) -> Estimate:
     """
     model = build_model(shape)
     if config.lora is not None:
-        apply_lora(model, **config.lora.model_dump())
+        apply_lora(model, **config.adapter_settings())
     ranks = config.run.num_nodes * config.run.processes_per_node
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     kept_trained = BF16 if config.training.precision == "BF16" else FP32

@@ -1,11 +1,12 @@
 """Low-rank adaptation (LoRA, arXiv 2106.09685) as surgery on a model's linear layers, with peft's names.
 
 The base keeps Hugging Face's names, `q_proj.weight`; beside it come `q_proj.lora_A.weight` (rank, in) and
-`q_proj.lora_B.weight` (out, rank).
+`q_proj.lora_B.weight` (out, rank), and with DoRA (arXiv 2402.09353) `q_proj.lora_magnitude_vector` (out), the length
+that each row of the adapted weight has.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,40 +18,78 @@ from kubetune_trainer.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 OUTPUT_HEAD = "lm_head"
+A_SUFFIX = ".lora_A.weight"
+B_SUFFIX = ".lora_B.weight"
+MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
+SMALLEST_NORM = 1e-12
+"""Rows of nothing but zeros keep the magnitude 0 and are divided by this."""
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear layer with a trained update of low rank: x W^T + b + (alpha / rank) dropout(x) A^T B^T.
+    """A frozen linear layer with a trained update of low rank: x W^T + b + scale dropout(x) A^T B^T.
+
+    With a magnitude m (DoRA) each row of W + scale B A is brought to the length that m has for it.
 
     Args:
         base: The layer that it stands in for; its weight becomes this one's.
         rank: Inner width of the update.
-        alpha: Numerator of the update's scale.
+        scale: What the update is multiplied with.
         dropout: Part of the update's input that is dropped in training.
+        has_magnitude: Whether the rows' lengths are trained by themselves.
     """
 
-    def __init__(self, base: nn.Linear, *, rank: int, alpha: float, dropout: float) -> None:
+    lora_magnitude_vector: nn.Parameter | None
+
+    def __init__(
+        self, base: nn.Linear, *, rank: int, scale: float, dropout: float, has_magnitude: bool = False
+    ) -> None:
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.scale = alpha / rank
+        self.scale = scale
         self.dropout = dropout
         self.enabled = True
         """Whether the update is added; see `without_adapters`."""
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device, dtype=torch.float32)
+        magnitude = nn.Parameter(torch.ones(base.out_features, device=device)) if has_magnitude else None
+        self.register_parameter("lora_magnitude_vector", magnitude)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in) to (…, out)."""
         out = functional.linear(x, self.weight, self.bias)
         if not self.enabled:
             return out
-        update = functional.linear(functional.dropout(x, self.dropout, self.training), self.lora_A.weight.to(x.dtype))
-        return out + functional.linear(update * self.scale, self.lora_B.weight.to(x.dtype))
+        dropped = functional.dropout(x, self.dropout, self.training)
+        inner = functional.linear(dropped, self.lora_A.weight.to(x.dtype))
+        update = functional.linear(inner * self.scale, self.lora_B.weight.to(x.dtype))
+        if self.lora_magnitude_vector is None:
+            return out + update
+        if self.training and self.dropout:
+            base = functional.linear(dropped, self.weight)  # the same dropout as the update's, as in peft
+        else:
+            base = out if self.bias is None else out - self.bias
+        stretch = self._stretch(self.lora_magnitude_vector).to(x.dtype)
+        return out + (stretch - 1) * base + stretch * update
+
+    def _stretch(self, magnitude: Tensor) -> Tensor:
+        """Return what each output is multiplied with, fp32; lengths count as constants in backward (section 4.3)."""
+        with torch.no_grad():
+            adapted = merge_update(self.weight, self.lora_A.weight, self.lora_B.weight, scale=self.scale)
+            # In the magnitude's own type, so that a fresh adapter changes nothing when FSDP has rounded that.
+            norm = row_norms(adapted).to(magnitude.dtype).float()
+        return magnitude.float() / norm
 
 
 def apply_lora(
-    model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, target_modules: Sequence[str] = (ALL_LINEAR,)
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = (ALL_LINEAR,),
+    rank_stabilized: bool = False,
+    has_magnitude: bool = False,
 ) -> list[str]:
     """Freeze a model and put fp32 adapters beside its linear layers, in place.
 
@@ -61,6 +100,8 @@ def apply_lora(
         dropout: Part of the updates' input that is dropped in training.
         target_modules: Last parts of the names of linear layers (q_proj) or longer ends of them (layers.0.mlp.up_proj);
             all-linear means all but the output head.
+        rank_stabilized: Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
+        has_magnitude: Train the rows' lengths by themselves (DoRA).
 
     Returns:
         The names of the layers that have an adapter now.
@@ -70,13 +111,20 @@ def apply_lora(
     """
     model.requires_grad_(requires_grad=False)
     names = _targeted(model, target_modules)
+    scale = update_scale(rank=rank, alpha=alpha, rank_stabilized=rank_stabilized)
     for name in names:
         parent, _, child = name.rpartition(".")
-        layer = LoRALinear(model.get_submodule(name), rank=rank, alpha=alpha, dropout=dropout)
+        base = model.get_submodule(name)
+        layer = LoRALinear(base, rank=rank, scale=scale, dropout=dropout, has_magnitude=has_magnitude)
         setattr(model.get_submodule(parent), child, layer)
     if not any(parameter.is_meta for parameter in model.parameters()):
         init_lora(model, seed=0)
     return names
+
+
+def update_scale(*, rank: int, alpha: float, rank_stabilized: bool) -> float:
+    """Return what updates are multiplied with."""
+    return alpha / (math.sqrt(rank) if rank_stabilized else rank)
 
 
 @contextmanager
@@ -93,13 +141,16 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def init_lora(model: nn.Module, *, seed: int) -> None:
-    """Give adapters their first values: A uniform as peft's, B zero, the same on any number of ranks."""
+    """Give adapters their first values: A uniform as peft's, B zero, the same on any number of ranks.
+
+    Magnitudes begin as the lengths of the base's rows; the weights must be loaded.
+    """
     from kubetune_trainer.model.weights import local_rows  # noqa: PLC0415 - weights asks this module what an adapter is
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if not is_adapter(name):
+            if not name.endswith((A_SUFFIX, B_SUFFIX)):
                 continue
             local, rows = local_rows(parameter)
             if "lora_B" in name:
@@ -108,18 +159,23 @@ def init_lora(model: nn.Module, *, seed: int) -> None:
             whole = torch.empty(parameter.shape, dtype=torch.float32)
             nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
             local.copy_(whole[rows])
+        for module in model.modules():
+            if isinstance(module, LoRALinear) and module.lora_magnitude_vector is not None:
+                # Both are sharded by rows, so that each rank has the rows whose lengths it keeps.
+                (local, _), (weight, _) = local_rows(module.lora_magnitude_vector), local_rows(module.weight)
+                local.copy_(row_norms(weight.float()))
 
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter belongs to an adapter."""
-    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+    return name.endswith((A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX))
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Gather the adapters whole, on CPU; every rank must call this at the same time.
 
     Returns:
-        `….lora_A.weight` and `….lora_B.weight` under the model's own names.
+        `….lora_A.weight`, `….lora_B.weight` and `….lora_magnitude_vector` under the model's own names.
     """
     return {name: whole_tensor(parameter) for name, parameter in model.named_parameters() if is_adapter(name)}
 
@@ -137,9 +193,31 @@ def lora_scale(model: nn.Module) -> float:
     return next(module.scale for module in model.modules() if isinstance(module, LoRALinear))
 
 
+def merge_adapters(name: str, weight: Tensor, adapters: Mapping[str, Tensor], *, scale: float) -> Tensor:
+    """Merge into a weight the adapters of its layer, in fp32; one without adapters is returned as it is.
+
+    Args:
+        name: Name of the weight.
+        weight: The base's.
+        adapters: What `lora_state_dict` gathered.
+        scale: What updates are multiplied with.
+    """
+    layer = name.removesuffix(".weight")
+    if layer + A_SUFFIX not in adapters:
+        return weight
+    merged = merge_update(weight, adapters[layer + A_SUFFIX], adapters[layer + B_SUFFIX], scale=scale)
+    magnitude = adapters.get(layer + MAGNITUDE_SUFFIX)
+    return merged if magnitude is None else merged * (magnitude.float() / row_norms(merged))[:, None]
+
+
 def merge_update(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float) -> Tensor:
     """Add an update to the weight that it belongs to, in fp32."""
     return weight.float() + scale * (lora_b.float() @ lora_a.float())
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """Return the length of each row, (out)."""
+    return torch.linalg.vector_norm(weight, dim=1).clamp(min=SMALLEST_NORM)
 
 
 def _targeted(model: nn.Module, target_modules: Sequence[str]) -> list[str]:

@@ -8,17 +8,34 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from kubetune_trainer.lora import B_SUFFIX
+
 if TYPE_CHECKING:
     from kubetune_trainer.config import Training
 
 
-def build_optimizer(model: nn.Module, training: "Training") -> torch.optim.Optimizer:
-    """Build AdamW over the trained weights; norms and biases are not decayed."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+def build_optimizer(
+    model: nn.Module, training: "Training", *, learning_rate_ratio: float = 1.0
+) -> torch.optim.Optimizer:
+    """Build AdamW over the trained weights; norms, biases and magnitudes are not decayed.
+
+    Args:
+        model: Its weights that require gradients are trained.
+        training: Learning rate and weight decay.
+        learning_rate_ratio: What the learning rate of the adapters' B is multiplied with (LoRA+, arXiv 2402.12354);
+            each group says its own, for whoever changes learning rates.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    faster = [p for name, p in trained if name.endswith(B_SUFFIX)] if learning_rate_ratio != 1 else []
+    others = [p for name, p in trained if not (faster and name.endswith(B_SUFFIX))]
+    decay = training.weight_decay
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": decay, "learning_rate_ratio": 1.0},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "learning_rate_ratio": 1.0},
+        {"params": faster, "weight_decay": decay, "learning_rate_ratio": learning_rate_ratio},
     ]
+    for group in groups:
+        group["lr"] = training.learning_rate * group["learning_rate_ratio"]
     return ShardedAdamW([group for group in groups if group["params"]], lr=training.learning_rate, fused=True)
 
 

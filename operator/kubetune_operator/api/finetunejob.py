@@ -39,6 +39,10 @@ class Lora(ApiModel):
     ] = ["all-linear"]  # noqa: RUF012 (pydantic copies it)
     """Modules that get an adapter, by the end of their name, for example q_proj.
     all-linear: every linear layer but the output head."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that higher ranks do not learn more slowly."""
+    learning_rate_ratio: PositiveNumber = "1.0"
+    """What training.learningRate is multiplied with for the second matrix of each adapter, B (LoRA+)."""
 
 
 class Training(ApiModel):
@@ -128,14 +132,14 @@ class FineTuneJobSpec(JobSpec):
 
     rules = (
         Rule(
-            cel="self.tuning == 'LoRA' || !has(self.lora)",
-            message="spec.lora is allowed only with tuning: LoRA",
-            check=lambda value: value.tuning == "LoRA" or value.lora is None,
+            cel="self.tuning != 'Full' || !has(self.lora)",
+            message="spec.lora is not allowed with tuning: Full",
+            check=lambda value: value.tuning != "Full" or value.lora is None,
         ),
         Rule(
-            cel="self.tuning == 'LoRA' || !self.outputs.exists(o, o.type == 'PEFT')",
-            message="an output of type PEFT is allowed only with tuning: LoRA",
-            check=lambda value: value.tuning == "LoRA" or all(output.type != "PEFT" for output in value.outputs),
+            cel="self.tuning != 'Full' || !self.outputs.exists(o, o.type == 'PEFT')",
+            message="an output of type PEFT is not allowed with tuning: Full",
+            check=lambda value: value.tuning != "Full" or all(output.type != "PEFT" for output in value.outputs),
         ),
         Rule(
             cel="!has(self.training.validateEverySteps) || has(self.dataset.validation)",
@@ -151,10 +155,11 @@ class FineTuneJobSpec(JobSpec):
     """The data to train on."""
     recipe: Literal["SFT"] = "SFT"
     """What the loss is. SFT: supervised fine-tuning."""
-    tuning: Literal["LoRA", "Full"] = "LoRA"
-    """LoRA trains adapters beside frozen weights; Full trains all weights."""
+    tuning: Literal["LoRA", "DoRA", "Full"] = "LoRA"
+    """LoRA trains adapters beside frozen weights. DoRA trains adapters that also have a magnitude for each output.
+    Full trains all weights."""
     lora: Lora | None = None
-    """Settings of LoRA. Unset: their defaults. Refused with tuning: Full."""
+    """Settings of the adapters. Unset: their defaults. Refused with tuning: Full."""
     training: Training
     """How the weights are trained."""
     checkpoint: Checkpoint | None = None

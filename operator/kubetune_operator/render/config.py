@@ -20,6 +20,7 @@ NUMBERS: Final = (
     ("dataset", "validation", "fraction"),
     ("dataset", "validation", "sources", "weight"),
     ("lora", "dropout"),
+    ("lora", "learning_rate_ratio"),
     ("training", "learning_rate"),
     ("training", "weight_decay"),
     ("training", "max_grad_norm"),
@@ -104,7 +105,7 @@ def _filled(job: Job) -> Any:
     if not isinstance(job, FineTuneJob):
         return job.spec
     filled: Json = {}
-    if job.spec.tuning == "LoRA" and job.spec.lora is None:
+    if job.spec.tuning != "Full" and job.spec.lora is None:
         filled["lora"] = Lora()
     if job.spec.checkpoint is None:
         filled["checkpoint"] = Checkpoint()

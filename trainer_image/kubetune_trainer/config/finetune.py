@@ -29,6 +29,10 @@ class Lora(Block):
     """Dropout before the adapter."""
     target_modules: tuple[str, ...] = Field(default=("all-linear",), min_length=1)
     """Names of linear modules, or all-linear for every one but the output head."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    learning_rate_ratio: float = Field(default=1.0, gt=0)
+    """What training.learning_rate is multiplied with for the adapters' second matrix, B (LoRA+)."""
 
 
 class Training(Block):
@@ -116,10 +120,10 @@ class FineTuneConfig(JobConfig):
     """What is trained on."""
     recipe: Literal["SFT"] = "SFT"
     """The training objective: supervised fine-tuning."""
-    tuning: Literal["LoRA", "Full"] = "LoRA"
-    """Which weights are trained."""
+    tuning: Literal["LoRA", "DoRA", "Full"] = "LoRA"
+    """Which weights are trained: adapters, adapters that also have a magnitude for each output, or all weights."""
     lora: Lora | None = None
-    """The adapters; defaulted with tuning LoRA, refused with Full."""
+    """The adapters; refused with tuning Full, otherwise defaulted."""
     training: Training
     """How long and how the optimizer steps."""
     checkpoint: Checkpoint = Checkpoint()
@@ -130,7 +134,7 @@ class FineTuneConfig(JobConfig):
     @model_validator(mode="before")
     @classmethod
     def _with_adapters(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("tuning", "LoRA") == "LoRA" and values.get("lora") is None:
+        if isinstance(values, dict) and values.get("tuning") != "Full" and values.get("lora") is None:
             return {**values, "lora": {}}
         return values
 
@@ -140,7 +144,7 @@ class FineTuneConfig(JobConfig):
             raise ValueError("lora must not be set with tuning Full")
         adapters = [output.name for output in self.outputs if output.type == "PEFT"]
         if self.tuning == "Full" and adapters:
-            raise ValueError(f"outputs of type PEFT need tuning LoRA, got output {adapters[0]} with tuning Full")
+            raise ValueError(f"outputs of type PEFT need adapters, got output {adapters[0]} with tuning Full")
         if adapters and self.model.adapter is not None:
             raise ValueError(
                 f"outputs of type PEFT need a model without an adapter, got output {adapters[0]} with model.adapter: "
@@ -148,6 +152,12 @@ class FineTuneConfig(JobConfig):
             )
         check_unique_names("outputs", self.outputs)
         return self
+
+    def adapter_settings(self) -> dict[str, Any]:
+        """What `apply_lora` takes; there must be adapters."""
+        assert self.lora is not None, "tuning Full has no adapters"
+        settings = self.lora.model_dump(include={"rank", "alpha", "dropout", "target_modules", "rank_stabilized"})
+        return {**settings, "has_magnitude": self.tuning == "DoRA"}
 
     def accumulation_steps(self, world_size: int) -> int:
         """The micro batches of one rank in an optimizer step.

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kubetune_trainer.lora import is_adapter, merge_update, whole_tensor
+from kubetune_trainer.lora import is_adapter, merge_adapters, whole_tensor
 from kubetune_trainer.model.config import CONFIG_FILE, read_config, read_json
 from kubetune_trainer.model.weights import INDEX_FILE, WEIGHTS_FILE, WeightFiles
 
@@ -34,7 +34,7 @@ def trained_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def complete_weights(
-    trained: Iterable[tuple[str, Tensor]], *, source_dir: Path, lora_scale: float | None = None
+    trained: Iterable[tuple[str, Tensor]], *, source_dir: Path, lora_scale: float = 1.0
 ) -> Iterator[tuple[str, Tensor]]:
     """Put trained weights and the source's own together into one complete model; call it on one rank only.
 
@@ -43,7 +43,7 @@ def complete_weights(
     Args:
         trained: What `trained_weights` yields.
         source_dir: The model folder that training began with.
-        lora_scale: Scale of the adapters' updates (alpha / rank); needed where there are adapters.
+        lora_scale: Scale of the adapters' updates, of no use where there are none.
     """
     adapters: dict[str, Tensor] = {}
     done: set[str] = set()
@@ -55,15 +55,8 @@ def complete_weights(
             yield name, tensor
     with WeightFiles(source_dir, tied_embeddings=read_config(source_dir).tied_embeddings) as files:
         for name, tensor in files.items():
-            if name in done:
-                continue
-            layer = name.removesuffix(".weight")
-            if f"{layer}.lora_A.weight" in adapters:
-                assert lora_scale is not None, "adapters need their scale"
-                lora_a, lora_b = adapters[f"{layer}.lora_A.weight"], adapters[f"{layer}.lora_B.weight"]
-                yield name, merge_update(tensor, lora_a, lora_b, scale=lora_scale)
-            else:
-                yield name, tensor
+            if name not in done:
+                yield name, merge_adapters(name, tensor, adapters, scale=lora_scale)
 
 
 def save_huggingface(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kubetune_trainer.lora import ALL_LINEAR
+from kubetune_trainer.lora import A_SUFFIX, ALL_LINEAR, MAGNITUDE_SUFFIX
 
 if TYPE_CHECKING:
     from kubetune_trainer.config import Lora
@@ -51,8 +51,8 @@ def _adapter_config(adapters: Mapping[str, Tensor], *, lora: "Lora", base_model:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "use_rslora": False,
-        "use_dora": False,
+        "use_rslora": lora.rank_stabilized,
+        "use_dora": any(name.endswith(MAGNITUDE_SUFFIX) for name in adapters),
     }
 
 
@@ -60,4 +60,5 @@ def _target_modules(adapters: Mapping[str, Tensor], *, lora: "Lora") -> list[str
     """Say for peft which layers are meant: its names match as ours do, but its all-linear asks for the base model."""
     if ALL_LINEAR not in lora.target_modules:
         return list(lora.target_modules)
-    return sorted({name.rsplit(".", 3)[1] for name in adapters})
+    layers = {name.removesuffix(A_SUFFIX) for name in adapters if name.endswith(A_SUFFIX)}
+    return sorted({layer.rpartition(".")[2] for layer in layers})

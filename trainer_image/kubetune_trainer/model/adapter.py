@@ -1,9 +1,7 @@
 """Merge a PEFT folder's adapters into the model that they belong to, in memory or as a new folder."""
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
 
 import torch
 from safetensors import SafetensorError
@@ -13,13 +11,10 @@ from torch import Tensor
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.export.huggingface import complete_weights, save_huggingface
 from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, PREFIX
-from kubetune_trainer.lora import merge_update
+from kubetune_trainer.lora import A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX, merge_adapters, update_scale
 from kubetune_trainer.model.config import ModelConfig, read_config, read_json
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import WeightFiles, build_model
-
-A: Final = ".lora_A.weight"
-B: Final = ".lora_B.weight"
 
 
 def merge_adapter(model: Decoder, folder: Path, *, source: Path) -> None:
@@ -61,10 +56,10 @@ def save_merged(source: Path, adapter: Path, target: Path) -> None:
 
 def merged_weights(adapters: Mapping[str, Tensor], files: WeightFiles, *, scale: float) -> Iterator[tuple[str, Tensor]]:
     """Yield each weight that has an adapter, merged in fp32 and rounded to the type that it has in its file."""
-    for name, lora_a in adapters.items():
-        if name.endswith(A):
-            weight = f"{name.removesuffix(A)}.weight"
-            merged = merge_update(files.read(weight, rows=slice(None)), lora_a, adapters[_partner(name)], scale=scale)
+    for name in adapters:
+        if name.endswith(A_SUFFIX):
+            weight = f"{name.removesuffix(A_SUFFIX)}.weight"
+            merged = merge_adapters(weight, files.read(weight, rows=slice(None)), adapters, scale=scale)
             yield weight, merged.to(files.dtype(weight))
 
 
@@ -88,31 +83,32 @@ def read_adapter(folder: Path, *, config: ModelConfig) -> tuple[dict[str, Tensor
         raise DataError(f"Adapter folder {folder}: {ADAPTER_WEIGHTS_FILE} cannot be read: {error}") from error
     shapes = {name: tuple(parameter.shape) for name, parameter in build_model(config).named_parameters()}
     adapters = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    for name in adapters:
-        layer = name.removesuffix(A).removesuffix(B)
+    for name, tensor in adapters.items():
+        layer = name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX).removesuffix(MAGNITUDE_SUFFIX)
         shape = shapes.get(f"{layer}.weight")
-        if layer == name or shape is None or _partner(name) not in adapters:
+        if layer == name or shape is None or not {layer + A_SUFFIX, layer + B_SUFFIX} <= adapters.keys():
             raise DataError(f"Adapter folder {folder}: {PREFIX}{name} belongs to no weight of the model")
-        lora_a, lora_b = adapters[layer + A], adapters[layer + B]
-        if (len(lora_b), lora_a.shape[-1], len(lora_a)) != (*shape, lora_b.shape[-1]):
+        found = tuple(tensor.shape)
+        if found != _shape(name, weight=shape, rank=len(adapters[layer + A_SUFFIX])):
             raise DataError(
-                f"Adapter folder {folder}: {PREFIX}{name} must fit a weight of the shape {shape}, "
-                f"got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
+                f"Adapter folder {folder}: {PREFIX}{name} must fit a weight of the shape {shape}, got {found}"
             )
     return adapters, scale
 
 
-def _partner(name: str) -> str:
-    return name.removesuffix(A) + B if name.endswith(A) else name.removesuffix(B) + A
+def _shape(name: str, *, weight: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """What an adapter's tensor must look like."""
+    if name.endswith(MAGNITUDE_SUFFIX):
+        return weight[:1]
+    return (rank, weight[1]) if name.endswith(A_SUFFIX) else (weight[0], rank)
 
 
 def _scale(folder: Path) -> float:
     """Return what the updates are multiplied with; refuse kinds of adapters that are more than that."""
     config = read_json(folder / ADAPTER_CONFIG_FILE)
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+    for key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
         if config.get(key):
             raise DataError(f"Adapter folder {folder}: {key} is not supported, got {config[key]!r}")
     if config.get("peft_type") != "LORA" or not config.get("r"):
         raise DataError(f"Adapter folder {folder}: peft_type must be LORA with a rank, got {config.get('peft_type')!r}")
-    rank = config["r"]
-    return float(config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return update_scale(rank=config["r"], alpha=config["lora_alpha"], rank_stabilized=bool(config.get("use_rslora")))

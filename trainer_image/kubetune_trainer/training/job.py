@@ -101,7 +101,9 @@ def set_up(config: FineTuneConfig, world: World, stop: StopSignal) -> Job:
         prepared=prepared,
         local=local,
         model=model,
-        optimizer=build_optimizer(model, training),
+        optimizer=build_optimizer(
+            model, training, learning_rate_ratio=config.lora.learning_rate_ratio if config.lora else 1.0
+        ),
         checkpointer=Checkpointer(
             open_store(f"{config.run.directory}/{CHECKPOINTS_DIR}", s3=config.storage.s3),
             settings=config.checkpoint,
@@ -123,7 +125,7 @@ def build(config: FineTuneConfig, model_dir: Path, world: World) -> Decoder:
     """The model, sharded over all ranks; every rank reads only its own rows of the weights."""
     model = build_model(read_config(model_dir))
     if config.lora is not None:
-        apply_lora(model, **config.lora.model_dump())
+        apply_lora(model, **config.adapter_settings())
     parallelize(
         model,
         precision=config.training.precision,

@@ -62,7 +62,7 @@ def gather_model(job: Job, folder: Path, *, dtype: OutputDtype = "Source") -> No
     """Puts the complete model, with adapters merged, into a folder of rank 0; the other ranks only give their parts."""
     source_dir, weights = job.local.model_dir, trained_weights(job.model)
     if job.world.is_first:
-        scale = lora_scale(job.model) if job.config.lora is not None else None
+        scale = lora_scale(job.model) if job.config.lora is not None else 1.0
         complete = complete_weights(weights, source_dir=source_dir, lora_scale=scale)
         save_huggingface(complete, source_dir=source_dir, target_dir=folder, dtype=dtype)
     for _ in weights:

@@ -47,7 +47,7 @@ def set_learning_rate(job: Job, step: int) -> None:
         step - 1, scheduler=training.scheduler, warmup_steps=training.warmup_steps, total_steps=job.total_steps
     )
     for group in job.optimizer.param_groups:
-        group["lr"] = training.learning_rate * factor
+        group["lr"] = training.learning_rate * group["learning_rate_ratio"] * factor
 
 
 def check_finite(job: Job, step: int, *, loss: float, grad_norm: float) -> None:
