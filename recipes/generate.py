@@ -4,8 +4,9 @@
     python recipes/generate.py --model runs/tickets/outputs/merged --prompt "What is the capital of France?"
     python recipes/generate.py --model DIR --prompts heldout.jsonl --output answers.jsonl
 
-The model is any folder that the other recipes write and a decoder can be made of: Hugging Face, with an adapter beside
-it or not, CompressedTensors, TorchAO, GGUF. In a conversation the answer appears as it is written; Ctrl-C cuts it off,
+The model is any folder that the other recipes write: Hugging Face, with an adapter beside it or not, CompressedTensors,
+TorchAO, GGUF, whose weights become those of a decoder, and ExecuTorch, which runs in its own runtime on the CPU. In a
+conversation the answer appears as it is written; Ctrl-C cuts it off,
 /new begins another conversation, Ctrl-D ends it.
 
 A record of the file is {"messages": [...]} or {"prompt": "..."}. Where the messages end with an answer, it is left out
@@ -27,13 +28,16 @@ from kubetune_trainer import generate, load_model, load_tokenizer
 from kubetune_trainer.chat import ChatTemplate, TemplateError
 from kubetune_trainer.data.read import read_records
 from kubetune_trainer.errors import DataError, TrainerError
+from kubetune_trainer.export.executorch import ExecuTorchModel, continue_prompt
+from kubetune_trainer.generation import Stop
 from kubetune_trainer.model import Decoder
+from kubetune_trainer.model.weights import PROGRAM_FILE
 from kubetune_trainer.parallel import compute_dtype
 from kubetune_trainer.tokenizer import Tokenizer
 
 Record = dict[str, Any]
+Model = Decoder | ExecuTorchModel
 
-GGUF_FILE = "model.gguf"
 HALF_A_CHARACTER = "\ufffd"
 """What a tokenizer makes of a character whose other bytes are still to come."""
 
@@ -54,12 +58,7 @@ def main() -> None:
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), arguments.batch_size):
         batch = order[start : start + arguments.batch_size]
-        generated = generate(
-            model,
-            [prompts[index] for index in batch],
-            stop_ids=tokenizer.stop_ids,
-            **drawing(arguments),
-        )
+        generated = complete(model, [prompts[index] for index in batch], tokenizer, arguments)
         answers |= {index: tokenizer.decode(ids) for index, ids in zip(batch, generated, strict=True)}
         print(f"{len(answers)} of {len(prompts)} answered", file=sys.stderr, flush=True)
 
@@ -92,14 +91,34 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(arguments: argparse.Namespace) -> Decoder:
+def load(arguments: argparse.Namespace) -> Model:
     """The model in memory, in whichever form its folder has."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (arguments.model / GGUF_FILE).is_file():
-        from kubetune_trainer.export.gguf import load_gguf  # noqa: PLC0415 (only where there is such a file)
-
-        return load_gguf(arguments.model, dtype=compute_dtype(device), device=device)
+    if (arguments.model / PROGRAM_FILE).is_file():
+        if arguments.adapter is not None:
+            raise DataError(f"Model folder {arguments.model} is a program: no adapter can be merged into it")
+        return ExecuTorchModel(arguments.model)
     return load_model(arguments.model, dtype=compute_dtype(device), device=device, adapter=arguments.adapter)
+
+
+def complete(
+    model: Model,
+    prompts: Sequence[list[int]],
+    tokenizer: Tokenizer,
+    arguments: argparse.Namespace,
+    *,
+    stop: Stop | None = None,
+) -> list[list[int]]:
+    """What the model adds to each prompt: to all at once, or to one after the other where it is a program."""
+    chosen = {"stop_ids": tokenizer.stop_ids, "stop": stop, **drawing(arguments)}
+    if isinstance(model, ExecuTorchModel):
+        return [continue_prompt(model, prompt, **chosen) for prompt in prompts]
+    return generate(model, prompts, **chosen)
+
+
+def longest_text(model: Model) -> int:
+    """How many tokens the model sees at once."""
+    return model.max_length if isinstance(model, ExecuTorchModel) else model.config.max_positions
 
 
 def drawing(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -121,8 +140,8 @@ def chat(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:
         elif line:
             asked = [*messages, {"role": "user", "content": line}]
             prompt = encode({"messages": asked}, "the conversation", tokenizer=tokenizer)
-            if len(prompt) + arguments.max_new_tokens > model.config.max_positions:
-                print(f"the model sees {model.config.max_positions} tokens; /new begins anew", file=sys.stderr)
+            if len(prompt) + arguments.max_new_tokens > longest_text(model):
+                print(f"the model sees {longest_text(model)} tokens; /new begins anew", file=sys.stderr)
                 continue
             messages = [*asked, {"role": "assistant", "content": answer(model, prompt, tokenizer, arguments)}]
 
@@ -135,7 +154,7 @@ def read_line() -> str | None:
         return None
 
 
-def answer(model: Decoder, prompt: list[int], tokenizer: Tokenizer, arguments: argparse.Namespace) -> str:
+def answer(model: Model, prompt: list[int], tokenizer: Tokenizer, arguments: argparse.Namespace) -> str:
     """Writes an answer to the terminal token by token and returns it; Ctrl-C keeps what is there."""
     told = ""
 
@@ -148,7 +167,7 @@ def answer(model: Decoder, prompt: list[int], tokenizer: Tokenizer, arguments: a
         return False
 
     with contextlib.suppress(KeyboardInterrupt):
-        generate(model, [prompt], stop_ids=tokenizer.stop_ids, stop=show, **drawing(arguments))
+        complete(model, [prompt], tokenizer, arguments, stop=show)
     print()
     return told
 

@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM
 
 from kubetune_trainer.export.compressed_tensors import save_compressed_tensors
 from kubetune_trainer.export.digest import folder_digest
+from kubetune_trainer.export.gguf import save_gguf
 from kubetune_trainer.export.torchao import save_torchao
 from tests.recipes.evaluation import TASKS, by_lm_eval, write_eval_config, write_material
 from tests.recipes.gang import Gang, Zygote
@@ -417,3 +418,29 @@ def test_a_quantized_model_is_evaluated_as_it_is(zygote: Zygote, place: Path) ->
         found[name] = results_of(place, name)["results"]["pages"]["bits_per_byte,none"]
     assert found["torchao"] != found["model"] == pytest.approx(found["torchao"], rel=0.01)
     assert found["compressed"] != found["model"] == pytest.approx(found["compressed"], rel=0.1)
+
+
+def test_a_gguf_output_gives_the_numbers_and_the_texts_of_its_source(zygote: Zygote, place: Path) -> None:
+    weights = load_file(place / "model" / "model.safetensors")
+    save_file({name: weight.half() for name, weight in weights.items()}, place / "model" / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    tokenizer = place / "model" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"use_regex": false', '"use_regex": true'))  # as llama.cpp does
+    save_gguf(place / "model", place / "gguf", type="F16")
+    config = write_eval_config(place / "run.yaml", tasks=[{"name": "pages"}, {"name": "write", "limit": 12}])
+    for name in ("model", "gguf"):
+        overrides = f"run.name={name}", f"model.uri.location=file://{place}/{name}"
+        start(zygote, place / f"ranks-{name}", config, *overrides).succeed()
+    assert numbers(place, "gguf") == numbers(place, "model"), "the same values in memory compute the same"
+
+
+@pytest.mark.parametrize("name", ["model.pte", "other.bin"])
+def test_a_folder_without_weights_that_can_be_loaded_is_refused(zygote: Zygote, place: Path, name: str) -> None:
+    (place / "model" / "model.safetensors").rename(place / "model" / name)
+    gang = start(zygote, place / "ranks", write_eval_config(place / "run.yaml", tasks=[{"name": "pages"}]))
+    assert gang.wait() == [65], gang.stderr()
+    words = {
+        "model.pte": "model.pte is an ExecuTorch program, which `kubetune chat` and executorch's runtime run",
+        "other.bin": "neither model.safetensors nor model.safetensors.index.json is there",
+    }
+    assert words[name] in gang.message()["message"]

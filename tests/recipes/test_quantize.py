@@ -186,10 +186,13 @@ def test_what_cannot_be_quantized_is_refused_with_the_code_that_says_whose_turn_
     cases.append((refused.folder, refused.wait()[0], "group_size must divide the inputs of each linear layer"))
     refused = start(zygote, place / "gate", write_config(place, INT8), 'gates=[{"name":"g","output":"x"}]')
     cases.append((refused.folder, refused.wait()[0], "gates[0].max_perplexity_increase_percent is required"))
+    (place / "model" / "model.safetensors").rename(place / "model" / "model.gguf")
+    refused = start(zygote, place / "gguf", write_config(place, INT8))
+    cases.append((refused.folder, refused.wait()[0], "model.gguf can be evaluated and talked to, not trained or"))
     shutil.rmtree(place / "model")
     refused = start(zygote, place / "gone", write_config(place, INT8))
     cases.append((refused.folder, refused.wait()[0], "there is no such folder"))
-    assert [code for _, code, _ in cases] == [66, 64, 64, 65]
+    assert [code for _, code, _ in cases] == [66, 64, 64, 65, 65]
     for folder, _, words in cases:
         assert words in json.loads((folder / "message-0.json").read_bytes())["message"]
 

@@ -23,6 +23,7 @@ from kubetune_trainer.config.evaluate import EvalConfig
 from kubetune_trainer.config.quantize import QuantizeConfig
 from kubetune_trainer.data import formats as trainer_formats
 from kubetune_trainer.model.config import QUANTIZATION_METHODS
+from kubetune_trainer.model.weights import GGUF_FILE
 from tests.render.manifests import (
     EVAL_EVERYTHING,
     EVAL_SMALL,
@@ -159,7 +160,7 @@ def test_both_sides_know_the_same_formats_and_their_columns() -> None:
 
 
 def test_evaluations_are_given_the_formats_that_the_trainer_loads() -> None:
-    formats = {name.replace("-", "") for name in QUANTIZATION_METHODS}
+    formats = {name.replace("-", "") for name in QUANTIZATION_METHODS} | {GGUF_FILE.rpartition(".")[2]}
     assert {name.lower() for name in operator_outputs.LOADABLE["EvalJob"]} - {"huggingface"} == formats
 
 

@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from kubetune_trainer import generate, load_model
-from kubetune_trainer.errors import ExitCode
+from kubetune_trainer.errors import DataError, ExitCode
+from kubetune_trainer.export.executorch import save_executorch
 from kubetune_trainer.export.gguf import save_gguf
 from kubetune_trainer.model import Decoder
 from tests.cluster.paths import ROOT
@@ -111,6 +112,20 @@ def test_a_gguf_folder_is_talked_to_like_any_other(tmp_path: Path) -> None:
     asked = ("--prompt", "the red cat", "--max-new-tokens", "5")
     answers = [ask("--model", tmp_path / form, *asked) for form in ("source", "gguf")]
     assert answers[0].stdout == answers[1].stdout, answers[1].stderr
+
+
+def test_an_executorch_program_is_talked_to_like_any_other(tmp_path: Path) -> None:
+    make_folder(tmp_path / "source", vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    write_tokenizer(tmp_path / "source")
+    save_executorch(tmp_path / "source", tmp_path / "program", max_sequence_length=48)
+    asked = ("--chat", "--max-new-tokens", "12")
+    answers = [ask("--model", tmp_path / form, *asked, typed="red cat\n" * 4) for form in ("source", "program")]
+    assert answers[1].returncode == 0, answers[1].stderr
+    first = answers[0].stdout.splitlines()[0]
+    assert answers[1].stdout.splitlines()[0] == first
+    assert "the model sees 48 tokens; /new begins anew" in answers[1].stderr
+    with pytest.raises(DataError, match=r"model.pte is an ExecuTorch program"):
+        load_model(tmp_path / "program")
 
 
 def test_the_recipe_answers_a_file_of_messages_in_its_order(tmp_path: Path) -> None:

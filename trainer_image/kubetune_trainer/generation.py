@@ -52,11 +52,7 @@ def generate(
         The added token ids of each prompt, without the token of `stop_ids` that ended it.
     """
     device = model.model.embed_tokens.weight.device
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
+    generator = seeded(seed, device=device)
     cache, shared = _begin(model, prompts, max_new_tokens=max_new_tokens)
     tokens_BT, documents_BT, positions_BT = _left_padded([prompt[shared:] for prompt in prompts], device=device)
     positions_BT = positions_BT + shared
@@ -67,9 +63,11 @@ def generate(
         logits_BV = model(tokens_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache, last_only=True)[
             :, -1
         ]
-        chosen_B = _choose(logits_BV.float(), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        chosen_B = choose_tokens(
+            logits_BV.float(), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
         for row, token in zip(rows, chosen_B.tolist(), strict=True):
-            if row in running and not _goes_on(answers[row], token, stop_ids, stop):
+            if row in running and not goes_on(answers[row], token, stop_ids, stop):
                 running.discard(row)
         if not running:
             break
@@ -81,6 +79,16 @@ def generate(
             tokens_BT, positions_BT = tokens_BT[kept], positions_BT[kept]
         documents_BT = torch.zeros_like(tokens_BT)
     return answers
+
+
+def seeded(seed: int | None, *, device: torch.device | str) -> torch.Generator:
+    """Return what draws tokens: the same ones for the same seed, others each time without one."""
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
 
 
 def _begin(model: Decoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> tuple[KVCache, int]:
@@ -117,7 +125,7 @@ def common_length(prompts: Sequence[Sequence[int]]) -> int:
     return next((place for place in range(longest) if first[place] != last[place]), longest)
 
 
-def _goes_on(answer: list[int], token: int, stop_ids: Collection[int], stop: Stop | None) -> bool:
+def goes_on(answer: list[int], token: int, stop_ids: Collection[int], stop: Stop | None) -> bool:
     """Add a token to an answer, unless it ends it; return whether the answer goes on."""
     if token in stop_ids:
         return False
@@ -137,10 +145,10 @@ def _left_padded(prompts: Sequence[Sequence[int]], *, device: torch.device) -> t
     return tokens_BT.to(device), documents_BT.to(device), positions_BT.to(device)
 
 
-def _choose(
+def choose_tokens(
     logits_BV: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> Tensor:
-    """Choose the next token of each prompt."""
+    """Choose the next token of each prompt from its logits (B, V); the arguments are those of `generate`."""
     if temperature == 0.0:
         return logits_BV.argmax(dim=-1)
     logits_BV = logits_BV / temperature

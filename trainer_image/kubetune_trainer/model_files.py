@@ -15,15 +15,18 @@ from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FI
 from kubetune_trainer.hub import HubRepo, find_repo
 from kubetune_trainer.model.adapter import save_merged
 from kubetune_trainer.model.config import CONFIG_FILE
-from kubetune_trainer.model.weights import INDEX_FILE, WEIGHTS_FILE
+from kubetune_trainer.model.weights import GGUF_FILE, INDEX_FILE, WEIGHTS_FILE, has_gguf_alone, no_weights
 from kubetune_trainer.names import COMPLETE_MARKER
 from kubetune_trainer.report import Report
 from kubetune_trainer.storage import ObjectInfo, Store, open_store, scratch_dir
 from kubetune_trainer.tokenizer import TOKENIZER_FILE
 
 WEIGHT_SUFFIXES = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".tflite", ".ot"}
-)
+    {
+        ".safetensors", ".bin", ".pt", ".pth", ".pte", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".tflite",
+        ".ot",
+    }
+)  # fmt: skip
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """What the safetensors format allows a header to have."""
@@ -58,15 +61,20 @@ def model_s3(config: JobConfig) -> S3Storage | None:
     return (uri.s3 if uri else None) or config.storage.s3
 
 
-def locate_model(config: JobConfig, *, report: Report) -> FoundModel:
+def locate_model(config: JobConfig, *, report: Report, takes_gguf: bool = False) -> FoundModel:
     """Finds the run's model; one of the Hub is brought into the workspace's cache first, once for all runs.
+
+    Args:
+        config: The run.
+        report: Told how far a download is.
+        takes_gguf: Whether its weights may be a GGUF output.
 
     Raises:
         DataError: A file is missing, or a weight file is shorter than its own header says.
         ConfigError: The Hub has no such repository.
     """
     if config.model.hub is None:
-        return find_model(config.model.uri.location.rstrip("/"), s3=model_s3(config))
+        return find_model(config.model.uri.location.rstrip("/"), s3=model_s3(config), takes_gguf=takes_gguf)
     repo = find_repo(config.model.hub, kind="model")
     key = f"{repo.repo.replace('/', '--')}-{repo.commit[:12]}"
     cache = open_store(f"{config.run.cache}/models/{key}", s3=config.storage.s3)
@@ -75,8 +83,16 @@ def locate_model(config: JobConfig, *, report: Report) -> FoundModel:
     return find_model(cache.uri(), s3=config.storage.s3, commit=repo.commit)
 
 
-def find_model(location: str, *, s3: S3Storage | None, commit: str | None = None) -> FoundModel:
+def find_model(
+    location: str, *, s3: S3Storage | None, commit: str | None = None, takes_gguf: bool = False
+) -> FoundModel:
     """Looks at a model folder without reading its weights.
+
+    Args:
+        location: URI of the folder.
+        s3: How to reach the S3 service.
+        commit: Commit of the Hub, where it came from there.
+        takes_gguf: Whether its weights may be a GGUF output.
 
     Raises:
         DataError: A file is missing, or a weight file is shorter than its own header says.
@@ -91,9 +107,12 @@ def find_model(location: str, *, s3: S3Storage | None, commit: str | None = None
                 f"Model folder {location}: {name} is missing",
                 hint="It must be a folder in Hugging Face format: config.json, tokenizer.json and *.safetensors.",
             )
-    weights = _weight_files(store, files)
-    for name in weights:
-        _check_weights(store, files[name])
+    if takes_gguf and has_gguf_alone(files):
+        weights = [GGUF_FILE]  # whether it is whole is seen when it is loaded: its header may be megabytes long
+    else:
+        weights = _weight_files(store, files)
+        for name in weights:
+            _check_weights(store, files[name])
     used = [*(path for path in files if is_small(path)), *weights]
     return FoundModel(location=location, commit=commit, etags={path: files[path].etag for path in sorted(used)})
 
@@ -208,10 +227,7 @@ def _weight_files(store: Store, files: Mapping[str, ObjectInfo]) -> list[str]:
     """Returns which weight files the loader will read: those of the index, or the only one."""
     if INDEX_FILE not in files:
         if WEIGHTS_FILE not in files:
-            raise DataError(
-                f"Model folder {store.uri()}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there",
-                hint="Weights must be safetensors; convert other formats with transformers' save_pretrained.",
-            )
+            raise no_weights(store.uri(), files)
         return [WEIGHTS_FILE]
     weight_map = _parse(store.read_bytes(INDEX_FILE), what=f"Model folder {store.uri()}: {INDEX_FILE}").get(
         "weight_map"

@@ -30,7 +30,7 @@ ADAPTERS: Final = "PEFT"
 LOADABLE: Final = {
     KIND_FINETUNEJOB: (WHOLE,),
     KIND_QUANTIZEJOB: (WHOLE,),
-    KIND_EVALJOB: (WHOLE, "CompressedTensors", "TorchAO"),
+    KIND_EVALJOB: (WHOLE, "CompressedTensors", "TorchAO", "GGUF"),
 }
 """Complete formats that each kind of job can load as its model."""
 

@@ -63,7 +63,7 @@ def prepare(config: EvalConfig, *, report: Report) -> PreparedEval:
     if known is not None and known.asked == _asked(config):
         return known
     report("prepare", stage="Checking the model")
-    model = locate_model(config, report=report)
+    model = locate_model(config, report=report, takes_gguf=True)
     adapter = locate_adapter(config)
     folder = fetch_model(model, s3=model_s3(config), only_small=True)
     shape, tokenizer = read_config(folder, allow_quantized=True), load_tokenizer(folder)

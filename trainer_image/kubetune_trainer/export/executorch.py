@@ -12,6 +12,7 @@ Shapes: T tokens, S max_sequence_length, R rotated part of a head, V vocab_size.
 
 import shutil
 import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,14 +21,14 @@ from torch import Tensor, nn
 
 from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.export.huggingface import COMPANION_FILES
+from kubetune_trainer.generation import Stop, choose_tokens, goes_on, seeded
 from kubetune_trainer.loss import soft_capped
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.rope import rotary_tables
-from kubetune_trainer.model.weights import load_model
+from kubetune_trainer.model.weights import PROGRAM_FILE, load_model
 from kubetune_trainer.tokenizer import load_tokenizer
 
-PROGRAM_FILE: Final = "model.pte"
 QUANTIZED: Final = "Int8DynamicActivationInt4Weight"
 
 
@@ -154,6 +155,36 @@ class ExecuTorchModel:
             [self.step([token], start=place) for place, token in enumerate(tokens)] for tokens in tokens_BT.tolist()
         ]
         return torch.stack([torch.stack(row) for row in rows])
+
+
+@torch.inference_mode()
+def continue_prompt(
+    program: ExecuTorchModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    stop: Stop | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> list[int]:
+    """Return what a program adds to a prompt; the arguments are those of `generate`.
+
+    An answer also ends where the program's cache is full.
+    """
+    generator = seeded(seed, device="cpu")
+    answer: list[int] = []
+    fed, start = list(prompt), 0
+    for _ in range(min(max_new_tokens, program.max_length - len(prompt))):
+        logits_1V = program.step(fed, start=start)[None].float()
+        chosen_1 = choose_tokens(logits_1V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        start += len(fed)
+        fed = chosen_1.tolist()
+        if not goes_on(answer, fed[0], stop_ids, stop):
+            break
+    return answer
 
 
 class _CachedDecoder(nn.Module):

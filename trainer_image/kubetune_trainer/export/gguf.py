@@ -21,12 +21,11 @@ from kubetune_trainer.export.gguf_tokenizer import tokenizer_metadata
 from kubetune_trainer.export.huggingface import COMPANION_FILES
 from kubetune_trainer.model.config import ModelConfig, read_config
 from kubetune_trainer.model.decoder import Decoder
-from kubetune_trainer.model.weights import WeightFiles, build_model
+from kubetune_trainer.model.weights import GGUF_FILE, WeightFiles, build_model
 
 GGUFType = Literal["F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
 Metadata = Mapping[str, Any]
 
-GGUF_FILE: Final = "model.gguf"
 ARCHITECTURE: Final = "llama"
 ROPE_FACTORS: Final = "rope_freqs.weight"
 FOUR_BIT: Final = ("Q4_0", "Q4_1")

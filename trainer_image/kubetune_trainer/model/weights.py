@@ -1,7 +1,7 @@
 """Read a Hugging Face folder of safetensors straight into a model: each rank reads only the rows that it holds."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,8 @@ from kubetune_trainer.model.decoder import Decoder
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GGUF_FILE = "model.gguf"
+PROGRAM_FILE = "model.pte"
 TIED_HEAD = "lm_head.weight"
 NAMES_IN_MESSAGE = 5
 
@@ -40,7 +42,8 @@ def load_model(
     """Load a model folder into memory, on one device.
 
     Args:
-        path: Folder in Hugging Face format; its weights may be quantized, and stay so in memory.
+        path: Folder in Hugging Face format, whose weights may be quantized and stay so in memory; or a GGUF output of
+            this package, whose weights become `dtype`.
         dtype: Type of all weights that are not quantized.
         device: Where they go.
         adapter: A PEFT folder that is merged into the weights; unset leaves them as they are.
@@ -51,11 +54,18 @@ def load_model(
     Raises:
         DataError: The folder is incomplete, damaged, or describes a model that is not supported.
     """
-    if quantization_method(Path(path)) in QUANTIZATION_METHODS:
+    is_gguf = has_gguf_alone([file.name for file in Path(path).glob("*")])
+    is_quantized = quantization_method(Path(path)) in QUANTIZATION_METHODS
+    if adapter is not None and (is_gguf or is_quantized):
+        form = "a GGUF output" if is_gguf else "quantized"
+        raise DataError(f"Model folder {path} is {form}: no adapter can be merged into it")
+    if is_gguf:
+        from kubetune_trainer.export.gguf import load_gguf  # noqa: PLC0415 - it needs this module first
+
+        return load_gguf(path, dtype=dtype, device=device)
+    if is_quantized:
         from kubetune_trainer.quantize.load import load_quantized  # noqa: PLC0415 - it needs this module first
 
-        if adapter is not None:
-            raise DataError(f"Model folder {path} is quantized: no adapter can be merged into it")
         return load_quantized(Path(path), dtype=dtype, device=device)
     model = build_model(read_config(Path(path))).to(dtype).to_empty(device=device)
     load_weights(model, path)
@@ -64,6 +74,30 @@ def load_model(
 
         merge_adapter(model, Path(adapter), source=Path(path))
     return model.eval()
+
+
+def has_gguf_alone(names: Collection[str]) -> bool:
+    """Whether a folder with these files has its weights in GGUF, and not in safetensors."""
+    return GGUF_FILE in names and WEIGHTS_FILE not in names and INDEX_FILE not in names
+
+
+def no_weights(folder: str, names: Collection[str]) -> DataError:
+    """Return the error of a folder that has no safetensors, with these files instead."""
+    if PROGRAM_FILE in names:
+        return DataError(
+            f"Model folder {folder}: {PROGRAM_FILE} is an ExecuTorch program, which `kubetune chat` and executorch's "
+            f"runtime run, and nothing else",
+            hint="Take an output of another type of the same model.",
+        )
+    if GGUF_FILE in names:
+        return DataError(
+            f"Model folder {folder}: {GGUF_FILE} can be evaluated and talked to, not trained or quantized",
+            hint="Take the folder in Hugging Face format that it was made from.",
+        )
+    return DataError(
+        f"Model folder {folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there",
+        hint="Weights must be safetensors; convert other formats with transformers' save_pretrained.",
+    )
 
 
 def build_model(config: ModelConfig) -> Decoder:
@@ -209,10 +243,7 @@ def _index(folder: Path) -> dict[str, str]:
             raise DataError(f"Model folder {folder}: {INDEX_FILE} has no weight_map")
         return index["weight_map"]
     if not (folder / WEIGHTS_FILE).is_file():
-        raise DataError(
-            f"Model folder {folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there",
-            hint="Weights must be safetensors; convert other formats with transformers' save_pretrained.",
-        )
+        raise no_weights(str(folder), [file.name for file in folder.glob("*")])
     return dict.fromkeys(_names_in(folder / WEIGHTS_FILE), WEIGHTS_FILE)
 
 

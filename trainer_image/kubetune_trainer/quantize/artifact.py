@@ -44,10 +44,6 @@ def logits_of(output: QuantizedOutput, folder: Path, *, device: torch.device) ->
     """Load what was written, and return what computes its logits for a batch."""
     if output.type == "ExecuTorch":
         return _logits_of_program(folder)
-    if output.type == "GGUF":
-        from kubetune_trainer.export.gguf import load_gguf  # noqa: PLC0415
-
-        return logits_of_model(load_gguf(folder, device=device))
     return logits_of_model(load_model(folder, dtype=torch.float32, device=device))
 
 
