@@ -1,7 +1,8 @@
 """A tokenizer as GGUF files carry it: pieces, merges and kinds, and the name of the rule that splits text first.
 
 llama.cpp does not read that rule from the file; it has a list of rules, by name. A `tokenizer.json` whose rule is none
-of those that are known here is refused: with another one, text would silently become other tokens.
+of those that are known here is refused: with another one, text would silently become other tokens. Tokenizers that were
+SentencePiece's have no such rule; see gguf_sentencepiece.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import gguf
 
 from kubetune_trainer.errors import DataError
+from kubetune_trainer.export.gguf_sentencepiece import is_sentencepiece, problem_of, sentencepiece_metadata
 from kubetune_trainer.model.config import read_json
 from kubetune_trainer.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
@@ -41,17 +43,33 @@ def tokenizer_metadata(folder: Path, *, vocab_size: int) -> Metadata:
             f"Model folder {folder}: {TOKENIZER_FILE} has {tokenizer.vocab_size} tokens, "
             f"and vocab_size in config.json is {vocab_size}"
         )
-    merges = written["model"]["merges"]  # older files have "a b" where newer ones have ["a", "b"]
     pieces, kinds = _pieces(written, vocab_size=vocab_size)
+    if is_sentencepiece(written):
+        if problem := problem_of(written):
+            raise _refused(folder, problem)
+        stored = sentencepiece_metadata(written, pieces=pieces, kinds=kinds)
+    else:
+        stored = _byte_level_metadata(written, pieces=pieces, kinds=kinds, folder=folder)
+    template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
+    return {**stored, **_special_ids(tokenizer), **template}
+
+
+def _byte_level_metadata(
+    written: Mapping[str, Any], *, pieces: Sequence[str], kinds: Sequence[int], folder: Path
+) -> Metadata:
+    rule = _rule(written, folder=folder)
+    merges = written["model"]["merges"]  # older files have "a b" where newer ones have ["a", "b"]
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _rule(written, folder=folder),
-        "tokenizer.ggml.tokens": pieces,
-        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.pre": rule,
+        "tokenizer.ggml.tokens": list(pieces),
+        "tokenizer.ggml.token_type": list(kinds),
         "tokenizer.ggml.merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in merges],
-        **_special_ids(tokenizer),
-        **({"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}),
     }
+
+
+def _refused(folder: Path, problem: str) -> DataError:
+    return DataError(f"Model folder {folder}: GGUF cannot carry {TOKENIZER_FILE}: {problem}")
 
 
 def _rule(written: Mapping[str, Any], *, folder: Path) -> str:
@@ -61,8 +79,7 @@ def _rule(written: Mapping[str, Any], *, folder: Path) -> str:
         (
             f"{what}, got {got!r}"
             for what, got, is_right in (
-                ("model must be byte-level BPE", model.get("type"), model.get("type") == "BPE"),
-                ("model.byte_fallback must be false", True, not model.get("byte_fallback")),
+                ("model must be BPE", model.get("type"), model.get("type") == "BPE"),
                 ("normalizer must be null", written.get("normalizer"), written.get("normalizer") is None),
             )
             if not is_right
@@ -70,7 +87,7 @@ def _rule(written: Mapping[str, Any], *, folder: Path) -> str:
         None,
     )
     if problem:
-        raise DataError(f"Model folder {folder}: GGUF cannot carry {TOKENIZER_FILE}: {problem}")
+        raise _refused(folder, problem)
     steps = _steps(written.get("pre_tokenizer"))
     match steps:
         case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
@@ -86,10 +103,7 @@ def _rule(written: Mapping[str, Any], *, folder: Path) -> str:
         ] if regex in SPLITS:
             return SPLITS[regex]
     told = ", ".join(f"{step.get('type')} {step.get('pattern', '')}".strip() for step in steps) or "none"
-    raise DataError(
-        f"Model folder {folder}: GGUF cannot carry {TOKENIZER_FILE}: pre_tokenizer must be that of GPT-2, SmolLM, "
-        f"Llama 3 or Qwen2, got {told}"
-    )
+    raise _refused(folder, f"pre_tokenizer must be that of GPT-2, SmolLM, Llama 3 or Qwen2, got {told}")
 
 
 def _steps(pre_tokenizer: Any) -> Sequence[Mapping[str, Any]]:

@@ -1,0 +1,132 @@
+"""Tokenizers that were SentencePiece's: llama.cpp makes the same tokens of a text, and answers with the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from kubetune_trainer import generate, load_model, load_tokenizer
+from kubetune_trainer.errors import DataError
+from kubetune_trainer.export.gguf import save_gguf
+from tests.trainer.test_export_gguf import DIFFICULT, SHAPE, llama
+from tests.trainer.tiny import make_folder
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+BYTES = [f"<0x{value:02X}>" for value in range(256)]
+LINES = [
+    "the cat and the other cats are there, then they gather", "a thin thing thinks within the thick theatre",
+    "banana bandana ananas, abab ababa baba", "def f(x):\n    return f(x - 1) + f(x - 2)", "naïve café, 3.14 and 1234",
+    "日本語の日本", "she sells sea shells on the sea shore; the shells she sells are sea shells",
+] * 5  # fmt: skip
+TEXTS = [
+    *LINES[:7], *(text for text in DIFFICULT if "<|" not in text), "banana  ananas abababa", "</s> the cat",
+    "the<s>cat</s>sea", "thethethe", "<unk>", "ba ▁na", "aaaaaaa bbbb", "<0x41> and <0xZZ>",
+]  # fmt: skip
+
+
+def write_tokenizer(folder: Path, *, prepends: bool = True) -> int:
+    """As transformers converts one of SentencePiece: pieces by score, and every pair that makes a piece."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trained.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=240, show_progress=False))
+    learned = sorted(trained.get_vocab(), key=lambda piece: trained.get_vocab()[piece])
+    made, signs = [piece for piece in learned if len(piece) > 1], [piece for piece in learned if len(piece) == 1]
+    vocab = {piece: number for number, piece in enumerate([*SPECIAL, *BYTES, *made, *signs])}
+    pairs = [(piece[:place], piece[place:]) for piece in made for place in range(1, len(piece))]
+    merges = [pair for pair in pairs if all(part in vocab for part in pair)]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    steps = [normalizers.Prepend("▁")] if prepends else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    told = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    return len(vocab)
+
+
+def write_model(folder: Path, *, prepends: bool = True) -> Path:
+    folder.mkdir()
+    num_pieces = write_tokenizer(folder, prepends=prepends)
+    make_folder(folder, **(SHAPE | {"vocab_size": num_pieces + 5, "dtype": torch.float16}))
+    return folder
+
+
+@pytest.mark.parametrize("prepends", [True, False])
+def test_llama_cpp_makes_the_same_tokens_of_a_text(tmp_path: Path, prepends: bool) -> None:
+    source = write_model(tmp_path / "source", prepends=prepends)
+    save_gguf(source, tmp_path / "target")
+    tokenizer = load_tokenizer(source)
+    assert len(tokenizer.encode("banana ananas")) < 8, "pieces are longer than signs"
+    with llama(tmp_path / "target") as loaded:
+        for text in TEXTS:
+            assert loaded.tokenize(text.encode(), add_bos=False, special=True) == tokenizer.encode(text), text
+            framed = tokenizer.encode(text, add_special_tokens=True)
+            assert loaded.tokenize(text.encode(), add_bos=True, special=True) == framed, text
+            plain = loaded.tokenize(text.encode(), add_bos=False, special=False)
+            written_out = tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False)
+            if not any(token in text for token in SPECIAL):
+                assert loaded.detokenize(plain).decode().lstrip(" ") == written_out.lstrip(" "), text
+
+
+def test_llama_cpp_answers_with_the_same_tokens(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source")
+    save_gguf(source, tmp_path / "target")
+    tokenizer, model = load_tokenizer(source), load_model(source, dtype=torch.float32)
+    prompt = tokenizer.encode("she sells", add_special_tokens=True)
+    wanted = generate(model, [prompt], max_new_tokens=16, stop_ids=tokenizer.stop_ids)[0]
+    with llama(tmp_path / "target") as loaded:
+        drawn = loaded.generate(prompt, temp=0.0, repeat_penalty=1.0)
+        assert [next(drawn) for _ in wanted] == wanted
+        assert loaded.token_bos() == 1
+        assert loaded.token_eos() == 2
+
+
+def changed(folder: Path, change: Any) -> None:
+    written = json.loads((folder / "tokenizer.json").read_text())
+    change(written)
+    (folder / "tokenizer.json").write_text(json.dumps(written))
+
+
+def without_a_merge(written: Any) -> Any:
+    """Take away one of the pairs that make a piece, and return it."""
+    merges = written["model"]["merges"]
+    made = ["".join(pair) for pair in merges]
+    return merges.pop(next(place for place, piece in enumerate(made) if made.count(piece) > 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without_a_merge, "model.merges must have every pair that makes a piece"),
+        (lambda written: written["model"]["merges"].append(without_a_merge(written)), "must be ordered by"),
+        (
+            lambda written: written.update(
+                normalizer=None, pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}
+            ),
+            "normalizer must be that of Llama 2 and pre_tokenizer must be null, got None and .*Metaspace",
+        ),
+        (
+            lambda written: written["added_tokens"][1].update(normalized=True),
+            "added token '<s>' must not be normalized",
+        ),
+    ],
+    ids=[
+        "merges that are not all",
+        "merges in another order",
+        "another normalizer",
+        "added tokens that are normalized",
+    ],
+)
+def test_a_file_of_which_llama_cpp_would_make_other_tokens_is_refused(tmp_path: Path, change: Any, words: str) -> None:
+    source = write_model(tmp_path / "source")
+    changed(source, change)
+    with pytest.raises(DataError, match=f"GGUF cannot carry tokenizer.json: .*{words}"):
+        save_gguf(source, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
