@@ -1,6 +1,5 @@
 """The model's folder: found and checked by its small files before anything is spent, then brought to each node."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from kubetune_trainer.config import JobConfig, S3Storage
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.hub import HubRepo, find_repo
 from kubetune_trainer.model.adapter import save_merged
 from kubetune_trainer.model.config import CONFIG_FILE
@@ -52,7 +52,7 @@ class FoundModel(BaseModel):
     @property
     def digest(self) -> str:
         """One short name for all of it."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:32]
+        return fingerprint(self.model_dump(), length=32)
 
 
 def model_s3(config: JobConfig) -> S3Storage | None:

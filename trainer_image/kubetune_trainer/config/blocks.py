@@ -1,11 +1,11 @@
 """The blocks that configs of every kind are made of."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kubetune_trainer.fingerprint import fingerprint
 
 Uri = Annotated[str, Field(pattern=r"^(s3://[^/]+|pvc://[^/]+|file://.)", max_length=1024)]
 """s3://bucket/path, pvc://claim/path, or file://path (from the working directory unless it starts with a slash)."""
@@ -254,7 +254,7 @@ class JobConfig(Block):
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of all that the job is told, but not of where it runs."""
         told = self.model_dump(mode="json", exclude={"run"})
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return fingerprint(told)
 
     @property
     def title(self) -> str:

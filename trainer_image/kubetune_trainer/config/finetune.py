@@ -1,7 +1,5 @@
 """The config of a FineTuneJob."""
 
-import hashlib
-import json
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,6 +14,7 @@ from kubetune_trainer.config.blocks import (
 )
 from kubetune_trainer.config.outputs import OutputBase
 from kubetune_trainer.errors import ConfigError
+from kubetune_trainer.fingerprint import fingerprint
 
 
 class Lora(Block):
@@ -179,4 +178,4 @@ class FineTuneConfig(JobConfig):
     def training_digest(self) -> str:
         """A digest of what decides the numbers of the run; where it lies and what it exports do not."""
         decides = self.model_dump(mode="json", include={"model", "dataset", "recipe", "tuning", "lora", "training"})
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+        return fingerprint(decides, length=16)

@@ -31,6 +31,7 @@ from kubetune_trainer.data.store import DataStore, DataWriter
 from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.estimate import Estimate, count_parameters, estimate_memory
 from kubetune_trainer.export.convert import check_outputs
+from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model_files import (
     FoundModel,
@@ -212,7 +213,7 @@ def _checked(prepared: Prepared, config: FineTuneConfig, directory: Store) -> Pr
 
 def _asked(config: FineTuneConfig) -> str:
     asked = [config.model.model_dump(mode="json"), config.dataset.model_dump(mode="json"), config.training.seed]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    return fingerprint(asked, length=16)
 
 
 def fetch_rows(rows: StoredRows, config: JobConfig) -> DataStore:
@@ -265,7 +266,7 @@ def _data_key(config: FineTuneConfig, sources: Sequence[OpenSource], model: Foun
         "sources": [opened.found.model_dump() for opened in sources],
         "tokenizer": {path: etag for path, etag in model.etags.items() if is_small(path)},
     }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    return fingerprint(decides, length=16)
 
 
 def _tokenize(

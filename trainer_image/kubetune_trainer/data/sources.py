@@ -1,7 +1,6 @@
 """The datasets of a run: which files each one means, what identifies them, and their records one after the other."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from kubetune_trainer.config import HubSource, JobConfig, S3Storage, Source
 from kubetune_trainer.data.read import Record, choose_files, read_records
 from kubetune_trainer.data.splits import Split, split_files
 from kubetune_trainer.errors import DataError
+from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.hub import find_repo
 from kubetune_trainer.storage import config_map_file, open_store, scratch_dir
 
@@ -147,4 +147,4 @@ def _split_wildcards(location: str) -> tuple[str, str]:
 
 
 def _digest(etags: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(etags, sort_keys=True).encode()).hexdigest()[:32]
+    return fingerprint(etags, length=32)

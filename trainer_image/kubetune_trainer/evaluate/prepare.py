@@ -3,8 +3,6 @@
 `prepare` leaves `prepared.json` in the run's folder; every attempt evaluates the model that it names, or refuses.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.estimate import count_parameters
 from kubetune_trainer.evaluate.mirror import FoundDataset, fetch_dataset, find_dataset
 from kubetune_trainer.evaluate.tasks import LoadedTasks, load_tasks
+from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model_files import FoundModel, fetch_model, locate_adapter, locate_model, model_s3
 from kubetune_trainer.prepared import read_prepared, write_prepared
@@ -136,4 +135,4 @@ def _check_gates(config: EvalConfig, loaded: LoadedTasks) -> None:
 
 def _asked(config: EvalConfig) -> str:
     asked = config.model_dump(mode="json", include={"model", "tasks", "task_files", "gates"})
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    return fingerprint(asked, length=16)

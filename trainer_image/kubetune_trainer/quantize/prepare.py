@@ -3,8 +3,6 @@
 `prepare` leaves `prepared.json` in the run's folder; every attempt quantizes the model that it names, or refuses.
 """
 
-import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from kubetune_trainer.data.store import DataStore, DataWriter
 from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.estimate import count_parameters
 from kubetune_trainer.export.convert import check_outputs
+from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model.weights import build_model
 from kubetune_trainer.model_files import (
@@ -206,4 +205,4 @@ def _enough(epoch: np.ndarray, samples: DataStore, *, block: Calibration | Verif
 
 def _asked(config: QuantizeConfig) -> str:
     asked = config.model_dump(mode="json", include={"model", "outputs", "calibration", "verify"})
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    return fingerprint(asked, length=16)
