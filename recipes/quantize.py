@@ -35,7 +35,7 @@ from kubetune_trainer.model.blockwise import BlockwiseLogits
 from kubetune_trainer.model_files import is_small
 from kubetune_trainer.names import OUTPUTS_DIR, TERMINATION_MESSAGE_BYTES
 from kubetune_trainer.quantize.artifact import logits_of, round_by_data
-from kubetune_trainer.quantize.finished import FinishedOutput, PeakMemory, find_finished
+from kubetune_trainer.quantize.finished import FinishedOutput, PeakMemory, find_finished, forget_finished
 from kubetune_trainer.quantize.gates import QuantizeVerdict, judge
 from kubetune_trainer.quantize.prepare import LocalQuantization, PreparedQuantization, fetch, prepare
 from kubetune_trainer.quantize.verify import Comparison, Logits, compare
@@ -89,6 +89,7 @@ def quantize(config: QuantizeConfig) -> None:
     for output in config.outputs:
         made = find_finished(output, config=config, store=store, asked=prepared.asked)
         if made is None:
+            forget_finished(output, store=store)  # another config may have left one, whose files are written over now
             made = work.make(output)
             made.save(store)
         progress.finish_output()

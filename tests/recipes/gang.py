@@ -58,7 +58,7 @@ class Gang:
     @classmethod
     def start(
         cls, zygote: Zygote, folder: Path, config: Path, *overrides: str, ranks: int = 1, recipe: str = "finetune",
-        environment: dict[str, str] | None = None,
+        environment: dict[str, str] | None = None, before: str = "",
     ) -> Self:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         gang = cls(zygote, folder)
@@ -73,7 +73,7 @@ class Gang:
                 do="start", recipe=str(ROOT / "recipes" / f"{recipe}.py"),
                 arguments=["--config", str(config), *overrides],
                 environment={**of_rank, **(environment or {})}, folder=str(folder),
-                stdout=str(folder / f"stdout-{rank}"), stderr=str(folder / f"stderr-{rank}"),
+                stdout=str(folder / f"stdout-{rank}"), stderr=str(folder / f"stderr-{rank}"), before=before,
             )  # fmt: skip
             gang.pids.append(started["pid"])
         return gang

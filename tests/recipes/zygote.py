@@ -47,6 +47,8 @@ def start(order: dict[str, Any]) -> int:
         for descriptor, path in ((0, os.devnull), (1, order["stdout"]), (2, order["stderr"])):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
         sys.argv = [order["recipe"], *order["arguments"]]
+        if order.get("before"):
+            importlib.import_module(order["before"]).before()
         runpy.run_path(order["recipe"], run_name="__main__")
         sys.stderr.flush()
     except SystemExit as stop:

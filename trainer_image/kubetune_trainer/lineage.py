@@ -76,6 +76,8 @@ def record_lineage(
     lineage = {key: value for key, value in lineage.items() if value is not None}
     _write(lineage, config.run.directory, config=config)
     for output in outputs:
+        # Nothing is written there after this, so what a killed attempt has left in the middle of a file goes.
+        open_store(output.uri, s3=config.storage.s3).delete_partial()
         _write({**lineage, "output": output.name, "files": dict(output.files)}, output.uri, config=config)
     return lineage
 

@@ -93,6 +93,9 @@ class Store(Protocol):
     def delete_tree(self, prefix: str) -> None:
         """Remove the folder or file `prefix`; nothing there is no error."""
 
+    def delete_partial(self) -> None:
+        """Remove what writes have left that broke off; for whoever alone writes to this folder."""
+
 
 def open_store(uri: str, *, s3: "S3Storage | None" = None) -> Store:
     """The folder at `uri`; nothing is asked of it yet.
@@ -241,6 +244,12 @@ class LocalStore:
             else:
                 target.unlink(missing_ok=True)
 
+    def delete_partial(self) -> None:
+        """As `Store.delete_partial`."""
+        with _local_errors(self.uri()):
+            for path in [path for path in self._root.rglob("*") if _is_temporary(path)]:
+                path.unlink(missing_ok=True)
+
     def _info(self, path: Path) -> ObjectInfo:
         found = path.stat()
         name = path.relative_to(self._root).as_posix() if path != self._root else ""
@@ -312,6 +321,9 @@ class S3Store:
                 self._client.delete_objects(
                     Bucket=self._bucket, Delete={"Objects": keys[start : start + 1000], "Quiet": True}
                 )
+
+    def delete_partial(self) -> None:
+        """As `Store.delete_partial`; there is never a part of an object, and the bucket's rules end broken uploads."""
 
     @property
     def _client(self) -> Any:

@@ -66,6 +66,16 @@ class FinishedOutput(BaseModel):
         store.write_bytes(_path(self.stored.name), self.model_dump_json(indent=2).encode())
 
 
+def forget_finished(output: QuantizedOutput, *, store: Store) -> None:
+    """Let an output count as unfinished, before its files are written over.
+
+    Args:
+        output: The output.
+        store: The run's folder.
+    """
+    store.delete_tree(_path(output.name))
+
+
 def find_finished(
     output: QuantizedOutput, *, config: QuantizeConfig, store: Store, asked: str
 ) -> FinishedOutput | None:
