@@ -57,9 +57,9 @@ def tell(result: dict[str, float]) -> str:
 
 def measure(number: int) -> dict[str, float]:
     """Prepares so many samples."""
-    from kubetune_trainer.config import load_config  # noqa: PLC0415 (what is imported is no part of what is measured)
-    from kubetune_trainer.data.prepare import prepare  # noqa: PLC0415
-    from tests.trainer.tiny_model import write_model  # noqa: PLC0415
+    from kubetune_trainer.config import load_config
+    from kubetune_trainer.data.prepare import prepare
+    from tests.trainer.tiny_model import write_model
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["KUBETUNE_SCRATCH"] = f"{folder}/scratch"
