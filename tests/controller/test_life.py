@@ -18,6 +18,7 @@ async def test_a_job_is_prepared_then_trained_then_complete(world: World) -> Non
     assert status["estimate"]["memoryPerDeviceBytes"] == 2**30
     assert status["resolved"]["model"] == {"location": "s3://models/tiny/", "etag": "abc"}
     assert status["progress"]["steps"] == "0/30"
+    assert status["artifacts"] == {"report": "s3://runs/t/report.html"}
     pods = await world.training()
     status = await world.complete(pods)
     assert status["outputs"] == [

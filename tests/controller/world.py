@@ -67,6 +67,7 @@ PREPARED: Json = {
     "estimate": {"memoryPerDeviceBytes": 2**30, "message": "weights 0.5 GiB, activations 0.5 GiB"},
     "parameters": 1000,
     "totalSteps": 30,
+    "artifacts": {"report": "s3://runs/t/report.html"},
 }
 COMPLETE: Json = {
     "result": "Complete",

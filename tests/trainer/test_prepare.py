@@ -99,6 +99,22 @@ def test_a_run_trains_on_the_rows_that_were_prepared(project: Project) -> None:
     assert prepared.data.trainable_token_percent == pytest.approx(100 * 15 / len(row.tokens), rel=0.05)
 
 
+def test_a_page_shows_the_data_with_what_is_trained_even_if_an_earlier_run_tokenized_it(project: Project) -> None:
+    write_lines(project.data, [conversation("Is 1 < 2?", "Yes & no.")] * 2 + [conversation(q) for q in QUESTIONS])
+    pages = []
+    for name in ("first", "second"):
+        prepared = project.prepare(f"run.name={name}")
+        assert prepared.message()["artifacts"] == {"report": f"file://{project.folder}/runs/{name}/report.html"}
+        pages.append((project.folder / f"runs/{name}/report.html").read_text())
+    page = pages[0]
+    assert (
+        "Is 1 &lt; 2?&lt;|im_end|&gt;\n&lt;|im_start|&gt;assistant\n<mark>Yes &amp; no.&lt;|im_end|&gt;</mark>" in page
+    )
+    assert page.count("<pre>") == 2
+    assert "<th>samples</th><td>42</td>" in page
+    assert pages[1] == page.replace("local/first", "local/second")
+
+
 def test_packing_puts_the_same_samples_into_fewer_rows(project: Project) -> None:
     packed = project.prepare("run.name=packed")
     apart = project.prepare("run.name=apart", "dataset.packing=None")
@@ -334,7 +350,7 @@ def test_the_recipe_ends_with_what_the_status_needs(project: Project) -> None:
     told = json.loads(log.read_text())
     assert told["result"] == "Prepared"
     assert set(told) == {
-        "result", "exitCode", "model", "sources", "data", "estimate", "parameters", "totalSteps",
+        "result", "exitCode", "model", "sources", "data", "estimate", "parameters", "totalSteps", "artifacts",
     }  # fmt: skip
     assert set(told["model"]) == {"location", "etag"}
     assert set(told["data"]) == {

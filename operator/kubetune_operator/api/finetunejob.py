@@ -236,6 +236,13 @@ class DataStatistics(StatusModel):
     """Samples that were cut at maxSequenceLength."""
 
 
+class DataArtifacts(StatusModel):
+    """Files that the job wrote beside its outputs."""
+
+    report: Annotated[str, Field(max_length=2048)] | None = None
+    """A page with the data's statistics, how long samples are, and two of them with what is trained marked."""
+
+
 class FineTuneJobStatus(JobStatus):
     """What the operator saw. Users read it; only the operator writes it."""
 
@@ -247,6 +254,8 @@ class FineTuneJobStatus(JobStatus):
     """What the data turned out to be."""
     outputs: Annotated[list[FinishedOutput], Field(max_length=8), Unique(("name",))] | None = None
     """Results that are written."""
+    artifacts: DataArtifacts | None = None
+    """Files that the job wrote beside its outputs."""
 
 
 def _resumes_from_another(job: Any) -> bool:

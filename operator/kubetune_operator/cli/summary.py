@@ -54,6 +54,8 @@ def _found(job: Job) -> Iterator[str]:
     """What the job wrote and found out."""
     if isinstance(job, FineTuneJob):
         yield from (f"  output {each.name} ({each.type}): {each.uri}" for each in job.status.outputs or [])
+        if job.status.artifacts and job.status.artifacts.report:
+            yield f"  data report: {job.status.artifacts.report}"
     elif isinstance(job, EvalJob):
         yield from _results(job.status)
         yield from (f"  gate {each.name}: {_verdict(each.passed, each.message)}" for each in job.status.gates or [])

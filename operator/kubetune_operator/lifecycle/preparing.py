@@ -5,7 +5,7 @@ from typing import Any, Final
 from kubetune_operator import estimate as estimates
 from kubetune_operator.api import jobs as api
 from kubetune_operator.api.evaljob import EvalJobStatus, EvalProgress
-from kubetune_operator.api.finetunejob import DataStatistics, FineTuneJobStatus, Progress
+from kubetune_operator.api.finetunejob import DataArtifacts, DataStatistics, FineTuneJobStatus, Progress
 from kubetune_operator.api.jobs import LastFailure, ResolvedSource
 from kubetune_operator.api.quantizejob import QuantizeProgress
 from kubetune_operator.lifecycle.draft import Create, Draft
@@ -127,7 +127,8 @@ def _take_totals(draft: Draft, *, report: Json) -> str:
             draft.set(progress=model(done=0, total=total))
         return "all that is needed is ready"
     data = _data(draft, report=report)
-    draft.set(data=data)
+    artifacts = taken(draft, DataArtifacts, report["artifacts"]) if report.get("artifacts") else None
+    draft.set(data=data, artifacts=artifacts)
     if report.get("totalSteps") is not None:
         draft.set(progress=Progress(step=0, total_steps=report["totalSteps"]))
     return f"{data.rows} rows are ready" if data is not None and data.rows is not None else "the data is ready"

@@ -25,6 +25,7 @@ from kubetune_trainer.data.encode import (
     hold_out,
     write_rows,
 )
+from kubetune_trainer.data.page import Preview, preview, render_page
 from kubetune_trainer.data.sampler import total_steps
 from kubetune_trainer.data.sources import FoundSource, OpenSource, open_source
 from kubetune_trainer.data.store import DataStore, DataWriter
@@ -42,7 +43,7 @@ from kubetune_trainer.model_files import (
     locate_model,
     model_s3,
 )
-from kubetune_trainer.names import COMPLETE_MARKER, TERMINATION_MESSAGE_BYTES
+from kubetune_trainer.names import COMPLETE_MARKER, REPORT_FILE, TERMINATION_MESSAGE_BYTES
 from kubetune_trainer.prepared import read_prepared, write_prepared
 from kubetune_trainer.report import Report
 from kubetune_trainer.storage import Store, download_tree, open_store, scratch_dir, upload_tree
@@ -53,8 +54,8 @@ VALIDATION_DIR = "validation"
 DATA_FILE = "data.json"
 MESSAGE_BYTES = TERMINATION_MESSAGE_BYTES - 256
 """What `Prepared.message` may take; the rest is for what every message has."""
-ROWS_FORMAT = 1
-"""Part of the key of tokenized data; a change to how rows are made makes it another number."""
+ROWS_FORMAT = 2
+"""Part of the key of tokenized data; a change to how rows are made or what is kept beside them makes it another."""
 
 
 class _Record(BaseModel):
@@ -98,6 +99,8 @@ class PreparedData(_Record):
     """What is held out."""
     data: DataStatistics
     """What the data turned out to be."""
+    preview: Preview | None = None
+    """What the report shows of it."""
 
 
 class Prepared(PreparedData):
@@ -117,12 +120,16 @@ class Prepared(PreparedData):
     """Parameters of the model, adapters not counted."""
     total_steps: int
     """Optimizer steps of the run."""
+    report: str | None = None
+    """URI of the page that shows the data."""
 
     def message(self) -> dict[str, Any]:
         """Returns the fields of the termination message; datasets too many for its size are left out of it."""
-        inner = {"asked", "model", "adapter", "train", "validation"}
+        inner = {"asked", "model", "adapter", "train", "validation", "preview", "report"}
         told = self.model_dump(mode="json", by_alias=True, exclude=inner, exclude_none=True)
         message = {"model": self.model.told(), **told}
+        if self.report is not None:
+            message["artifacts"] = {"report": self.report}
         if len(json.dumps(message).encode()) > MESSAGE_BYTES:
             del message["sources"]
         return message
@@ -167,6 +174,7 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
     data = _prepare_data(config, sources, model=model, tokenizer=tokenizer, report=report)
     prepared = Prepared(
         **dict(data),
+        report=directory.uri(REPORT_FILE),
         asked=_asked(config),
         model=model,
         adapter=locate_adapter(config),
@@ -180,8 +188,10 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
             max_steps=config.training.max_steps,
         ),
     )
+    statistics = data.data.model_dump(by_alias=True) | {"totalSteps": prepared.total_steps}
+    directory.write_bytes(REPORT_FILE, render_page(config.title, statistics, data.preview))
     write_prepared(directory, prepared)
-    report("prepare", stage="Prepared", **dict(data.data), total_steps=prepared.total_steps)
+    report("prepare", stage="Prepared", **dict(data.data), total_steps=prepared.total_steps, report=prepared.report)
     return prepared
 
 
@@ -292,12 +302,14 @@ def _tokenize(
     kept = all_samples(validated) if validated else held_samples(trained, held=held)
     if fraction and not len(kept):
         report("warning", message="dataset.validation.fraction holds nothing out: there is only one sample")
+    shown = preview(samples, epoch, tokenizer)
     report("prepare", stage="Packing" if dataset.packing == "BestFit" else "Writing rows")
     train = write_rows(samples, epoch, staging / TRAIN_DIR, dataset=dataset)
     validation = write_rows(samples, kept, staging / VALIDATION_DIR, dataset=dataset) if len(kept) else None
     return PreparedData(
         train=_stored(train),
         validation=_stored(validation) if validation else None,
+        preview=shown,
         data=DataStatistics(
             **vars(encoder.counts),
             rows=len(train),
