@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from kubetune_trainer.export import trained_weights
-from kubetune_trainer.lora import apply_lora, init_lora, lora_state_dict
+from kubetune_trainer.lora import apply_lora, init_lora, lora_state_dict, whole_tensor
 from kubetune_trainer.model import Decoder, build_model, load_weights, read_config
 from kubetune_trainer.optim import build_optimizer, clip_grad_norm
 from kubetune_trainer.parallel import parallelize
@@ -61,7 +61,7 @@ def _train(
     model.to_empty(device="cpu")
     load_weights(model, model_folder)
     init_lora(model, seed=5)
-    loaded = {name: parameter.full_tensor().detach().clone() for name, parameter in model.named_parameters()}
+    loaded = {name: whole_tensor(parameter).clone() for name, parameter in model.named_parameters()}
     rows = slice(rank * NUM_ROWS // num_ranks, (rank + 1) * NUM_ROWS // num_ranks)
     losses, norms = train(model, rows=rows)
     return {

@@ -17,7 +17,7 @@ from kubetune_trainer.loss import CHUNK_TOKENS
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.decoder import NORMS, Decoder
 from kubetune_trainer.model.weights import build_model
-from kubetune_trainer.parallel import stays_gathered
+from kubetune_trainer.parallel import stays_whole
 
 FP32: Final = 4
 BF16: Final = 2
@@ -54,11 +54,11 @@ def estimate_memory(config: FineTuneConfig, shape: ModelConfig) -> Estimate:
     if config.lora is not None:
         apply_lora(model, **config.adapter_settings())
     ranks = config.run.num_nodes * config.run.processes_per_node
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    trained = _count_trained(model)
     kept_trained = BF16 if config.training.precision == "BF16" else FP32
-    kept_frozen = FP32 if config.training.precision == "FP32" else BF16
+    frozen = (_count(model) - trained) * _compute_bytes(config)
     parts = {
-        "weights": (trained * kept_trained + (_count(model) - trained) * kept_frozen) // ranks,
+        "weights": trained * kept_trained // ranks + (frozen if _whole(model, config) else frozen // ranks),
         "gradients": trained * kept_trained // ranks,
         "optimizer": 2 * trained * kept_trained // ranks,
         "gathered weights": _gathered(model, config),
@@ -71,17 +71,19 @@ def estimate_memory(config: FineTuneConfig, shape: ModelConfig) -> Estimate:
 
 
 def _gathered(model: Decoder, config: FineTuneConfig) -> int:
-    """Returns the bytes of what FSDP has gathered: blocks in flight, or all of a small model, and always the root's.
+    """Returns the bytes of what FSDP has gathered: blocks in flight and the root's, or all that a small model trains.
 
     Whole gradients of a block come on top while it goes backward, and those of all adapters until the last micro batch.
     """
     blocks = [_count(block) for block in model.model.layers]
     root = _count(model) - sum(blocks)
-    adapters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) if config.lora else 0
-    gradients = root + max(blocks) if config.lora is None else adapters
-    compute = torch.float32 if config.training.precision == "FP32" else torch.bfloat16
-    held = sum(blocks) if stays_gathered(model, compute) else GATHERED_BLOCKS * max(blocks)
-    return (root + held + gradients) * _compute_bytes(config)
+    gradients = root + max(blocks) if config.lora is None else _count_trained(model)
+    held = _count_trained(model) if _whole(model, config) else root + GATHERED_BLOCKS * max(blocks)
+    return (held + gradients) * _compute_bytes(config)
+
+
+def _whole(model: Decoder, config: FineTuneConfig) -> bool:
+    return stays_whole(model, torch.float32 if config.training.precision == "FP32" else torch.bfloat16)
 
 
 def activation_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:
@@ -116,6 +118,10 @@ def _compute_bytes(config: FineTuneConfig) -> int:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _count_trained(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def _readable(size: int) -> str:

@@ -161,9 +161,10 @@ def init_lora(model: nn.Module, *, seed: int) -> None:
             local.copy_(whole[rows])
         for module in model.modules():
             if isinstance(module, LoRALinear) and module.lora_magnitude_vector is not None:
-                # Both are sharded by rows, so that each rank has the rows whose lengths it keeps.
-                (local, _), (weight, _) = local_rows(module.lora_magnitude_vector), local_rows(module.weight)
-                local.copy_(row_norms(weight.float()))
+                # A rank has at least the rows whose lengths it keeps: the base is sharded by rows too, or whole.
+                (local, rows), (weight, held) = local_rows(module.lora_magnitude_vector), local_rows(module.weight)
+                mine = slice(rows.start - held.start, rows.stop - held.start)
+                local.copy_(row_norms(weight[mine].float()))
 
 
 def is_adapter(name: str) -> bool:

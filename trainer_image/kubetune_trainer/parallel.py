@@ -18,9 +18,9 @@ from kubetune_trainer.model.decoder import Decoder
 Precision = Literal["FP32", "BF16Mixed", "BF16"]
 ActivationCheckpointing = Literal["None", "Full"]
 
-KEEP_GATHERED_BYTES: Final = 2**30
-"""A model whose weights take no more than this stays gathered from forward to backward: half the traffic, at the price
-of the whole model in each rank's memory."""
+KEEP_WHOLE_BYTES: Final = 2**30
+"""A model whose weights take no more than this may lie whole in each rank's memory, which spares traffic: its trained
+weights stay gathered from forward to backward, and its frozen ones are not sharded at all."""
 
 
 def parallelize(
@@ -32,27 +32,35 @@ def parallelize(
 ) -> torch.dtype:
     """Make a model ready to train on a mesh, in place; its weights must not be loaded yet (meta device).
 
+    A small model (KEEP_WHOLE_BYTES) is whole on each rank while it computes; of its weights only the trained ones are
+    sharded, and the frozen ones never travel.
+
     Afterwards: `model.to_empty(device=…)`, `load_weights`, and `init_lora` where there are adapters. Gradients are
     summed over ranks, not averaged: the recipe divides by the number of trained tokens of all ranks.
 
     Args:
         model: Changed in place; adapters must be applied already.
         precision: FP32 keeps and computes everything in fp32. BF16Mixed keeps trained weights in fp32 and frozen ones
-            in bf16, and computes in bf16. BF16 keeps and computes everything in bf16. Gradients are summed in fp32.
+            in bf16, and computes in bf16; a small model's frozen ones are kept in the type that it computes in. BF16
+            keeps and computes everything in bf16. Gradients are summed in fp32.
         activation_checkpointing: Full keeps only each block's input and computes the rest again in backward.
         mesh: One dimension, all ranks.
 
     Returns:
         The type that it computes in: what `precision` says, but fp32 where some rank's CPU has no bf16 arithmetic.
     """
-    set_dtypes(model, precision=precision)
     for block in model.model.layers:
         block.recompute = activation_checkpointing == "Full"
     dtype = torch.float32 if precision == "FP32" else _agreed_compute_dtype(mesh)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    whole = stays_whole(model, dtype)
+    frozen = {weight for weight in model.parameters() if not weight.requires_grad} if whole else set()
+    set_dtypes(model, precision=precision)
+    for weight in frozen:
+        weight.data = weight.data.to(dtype)
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not stays_gathered(model, dtype))
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not whole, ignored_params=frozen)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -60,9 +68,9 @@ def parallelize(
     return dtype
 
 
-def stays_gathered(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether the weights are gathered once per micro batch, for forward and backward together."""
-    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize <= KEEP_GATHERED_BYTES
+def stays_whole(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether each rank may hold all weights at once, in the type that they are computed in."""
+    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize <= KEEP_WHOLE_BYTES
 
 
 def compute_dtype(device: str | torch.device) -> torch.dtype:
