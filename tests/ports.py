@@ -1,6 +1,5 @@
 """Ports for the servers that tests start."""
 
-import contextlib
 import random
 import socket
 
@@ -17,10 +16,14 @@ def free_ports(count: int) -> list[int]:
     for port in random.sample(range(10_000, 30_000), k=1000):
         if len(ports) == count:
             return ports
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("0.0.0.0", port))  # closed at once
-            reservation = socket.socket(type=socket.SOCK_DGRAM)
+        reservation = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            with socket.socket() as probe:
+                probe.bind(("0.0.0.0", port))
             reservation.bind(("127.0.0.1", port))
-            _reserved.append(reservation)
-            ports.append(port)
+        except OSError:
+            reservation.close()
+            continue
+        _reserved.append(reservation)
+        ports.append(port)
     raise RuntimeError(f"found {len(ports)} of {count} free ports between 10000 and 30000")
