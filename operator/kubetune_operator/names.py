@@ -72,6 +72,16 @@ KINDS: Final[Mapping[str, Kind]] = {
 }
 
 
+def recipe_of(kind: str, *, recipe: str | None) -> str:
+    """The script that the trainer runs for a job.
+
+    Args:
+        kind: Kind of the job.
+        recipe: Its spec's recipe, where it has one.
+    """
+    return "dpo" if recipe in {"DPO", "ORPO", "SimPO"} else KINDS[kind].recipe
+
+
 class ExitCode(IntEnum):
     """How a trainer container ended."""
 

@@ -49,6 +49,13 @@ VOLUMES = {"volumes": [{"name": "cache", "emptyDir": {"medium": "Memory", "sizeL
 
 GOOD: dict[str, dict[str, Any]] = {
     "the minimal manifest": {},
+    "a recipe for preferences with its block": {
+        "spec__recipe": "DPO",
+        "spec__dpo": {"loss": "IPO", "beta": "0.2", "labelSmoothing": "0.1"},
+        "spec__dataset__sources__0__format": "Preference",
+        "spec__dataset__packing": "None",
+    },
+    "a recipe for preferences without one": {"spec__recipe": "SimPO"},
     "a model of the Hub": {"spec__model": {"hub": {"repo": "HuggingFaceTB/SmolLM2-135M"}}},
     "a model of the Hub without an owner": {"spec__model": {"hub": {"repo": "gpt2", "revision": "v1"}}},
     "a gated model": {"spec__model": {"hub": {"repo": "a/b", "tokenSecret": {"name": "hf", "key": "token"}}}},
@@ -152,6 +159,30 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown column": (
         {"spec__dataset__sources__0__columns": {"question": "q"}},
         'unknown field "spec.dataset.sources[0].columns.question"',
+    ),
+    "a block of another recipe": (
+        {"spec__recipe": "ORPO", "spec__dpo": {}},
+        "spec.dpo is allowed only with recipe: DPO",
+    ),
+    "pairs for supervised fine-tuning": (
+        {"spec__dataset__sources__0__format": "Preference"},
+        "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, and only then",
+    ),
+    "texts for preferences": (
+        {"spec__recipe": "DPO", "spec__dataset__sources__0__format": "Text"},
+        "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, and only then",
+    ),
+    "packed pairs": (
+        {"spec__recipe": "DPO", "spec__dataset__packing": "BestFit"},
+        "spec.dataset.packing must be None with recipe: DPO, ORPO or SimPO",
+    ),
+    "split answers": (
+        {"spec__recipe": "DPO", "spec__dataset__overlong": "Split"},
+        "spec.dataset with recipe: DPO, ORPO or SimPO must have trainOn Assistant and not overlong Split",
+    ),
+    "labels that are as often wrong as right": (
+        {"spec__recipe": "DPO", "spec__dpo": {"labelSmoothing": "0.5"}},
+        'must be a number in quotes, from 0 to below 0.5, for example "0.1"',
     ),
     "no spec": ({"spec": ABSENT}, "spec: Required value"),
     "no model": ({"spec__model": ABSENT}, "spec.model: Required value"),

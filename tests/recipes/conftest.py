@@ -8,7 +8,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from tests.recipes.gang import Zygote
-from tests.recipes.tiny import write_messages, write_model
+from tests.recipes.tiny import write_messages, write_model, write_preferences
 from tests.s3 import s3_server as moto
 
 
@@ -21,11 +21,12 @@ def zygote() -> Iterator[Zygote]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and two data files."""
+    """A folder with a model and data of every kind."""
     folder = tmp_path_factory.mktemp("tiny")
     write_model(folder / "model")
     write_messages(folder / "pairs.jsonl", samples=40, seed=1)
     write_messages(folder / "more.jsonl", samples=25, seed=2)
+    write_preferences(folder / "preferences.jsonl", samples=20, seed=3)
     return folder
 
 

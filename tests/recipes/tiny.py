@@ -70,6 +70,21 @@ def write_messages(path: Path, *, samples: int, seed: int) -> Path:
     return path
 
 
+def write_preferences(path: Path, *, samples: int, seed: int) -> Path:
+    """Questions with a better and a worse answer."""
+    rng = random.Random(seed)  # noqa: S311 (data, not secrets)
+    lines = []
+    for _ in range(samples):
+        words = [rng.choice(WORDS) for _ in range(rng.randint(3, 9))]
+        asked = [{"role": "user", "content": " ".join(words)}]
+        better, worse = (
+            [{"role": "assistant", "content": " ".join(answer)}] for answer in (reversed(words), [*words, "now"])
+        )
+        lines.append({"prompt": asked, "chosen": better, "rejected": worse})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 def write_config(path: Path, **blocks: Any) -> Path:
     """A config whose blocks replace those of a small LoRA run."""
     folder = path.parent

@@ -172,6 +172,22 @@ def test_a_fraction_and_full_tuning_are_read(tmp_path: Path) -> None:
     assert config.lora is None
 
 
+@pytest.mark.parametrize(
+    ("recipe", "block", "given", "expected"),
+    [
+        ("DPO", "dpo", {"loss": "IPO", "labelSmoothing": "0.1"}, {"loss": "IPO", "beta": 0.1, "label_smoothing": 0.1}),
+        ("ORPO", "orpo", None, {"beta": 0.1}),
+        ("SimPO", "simpo", {"gamma": "0.5"}, {"beta": 2.0, "gamma": 0.5}),
+    ],
+)
+def test_a_recipe_is_read_with_its_block_and_without_packing(
+    tmp_path: Path, recipe: str, block: str, given: dict[str, str] | None, expected: dict[str, Any]
+) -> None:
+    config = loaded(SMALL, tmp_path=tmp_path, recipe=recipe, **({block: given} if given else {}))
+    assert getattr(config, block).model_dump() == expected
+    assert (config.recipe, config.rows, config.dataset.packing) == (recipe, "Pairs", "None")
+
+
 def test_references_to_other_jobs_are_replaced_by_what_they_stand_for(tmp_path: Path) -> None:
     reference = {"kind": "FineTuneJob", "name": "first"}
     resolved = Resolved(

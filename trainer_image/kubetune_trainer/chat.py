@@ -98,6 +98,7 @@ def encode_messages(
     template: ChatTemplate,
     train_on: TrainOn,
     tools: Sequence[Any] | None = None,
+    num_given: int = 0,
 ) -> tuple[list[int], list[bool]]:
     """Returns the token ids of a conversation, and for each whether it is trained.
 
@@ -107,6 +108,7 @@ def encode_messages(
         template: Writes the beginning-of-text token itself where the model wants one, so none is added.
         train_on: Assistant trains every answer with its end of turn, LastAssistant the last one, All every token.
         tools: What the assistant may call.
+        num_given: How many of the first messages are given; the answers among them are not trained.
 
     Raises:
         TemplateError: The template fails, or its text does not grow with the messages, so that answers cannot be found.
@@ -118,6 +120,7 @@ def encode_messages(
     else:
         spans = marked if template.marks_generation else list(_answers(messages, text, template, tools))
         spans = [_up_to_end_of_turn(text, span, stops) for span in spans]
+        spans = spans[sum(message["role"] == ASSISTANT for message in messages[:num_given]) :]
         spans = spans[-1:] if train_on == "LastAssistant" else spans
     ids, trained = _encode(text, spans, tokenizer)
     if messages[-1]["role"] == ASSISTANT and not text.rstrip().endswith(tuple(stops)):

@@ -13,7 +13,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -212,26 +212,35 @@ class StepTotals:
     tokens: int
     """All tokens but padding."""
     loss_sum: float
-    """Sum of the loss over the trained tokens."""
+    """Sum of the ranks' losses."""
     stop: bool
     """Some rank was asked to stop."""
     save: bool
     """Rank 0 finds that a checkpoint is due."""
     uploaded_step: int
     """The newest checkpoint that every rank has uploaded; negative when a rank gave that one up."""
+    measures: tuple[float, ...] = ()
+    """Sums of what else a recipe counts."""
 
     @property
     def loss(self) -> float:
-        """Mean loss over the trained tokens."""
+        """Mean loss over the trained tokens, where the ranks gave the sum over theirs."""
         return self.loss_sum / max(1, self.trained_tokens)
 
 
 def exchange(
-    *, trained_tokens: int, tokens: int, loss_sum: float, stop: bool = False, save: bool = False, uploaded_step: int = 0
+    *,
+    trained_tokens: int,
+    tokens: int,
+    loss_sum: float,
+    stop: bool = False,
+    save: bool = False,
+    uploaded_step: int = 0,
+    measures: Sequence[float] = (),
 ) -> StepTotals:
     """The one small collective of a step beside FSDP's own: each rank's part in, the totals out."""
     columns = gather_vector(
-        [float(trained_tokens), float(tokens), loss_sum, float(stop), float(save), float(uploaded_step)]
+        [float(trained_tokens), float(tokens), loss_sum, float(stop), float(save), float(uploaded_step), *measures]
     )
     total = columns.sum(dim=0).tolist()
     return StepTotals(
@@ -241,6 +250,7 @@ def exchange(
         stop=total[3] > 0,
         save=total[4] > 0,
         uploaded_step=int(columns[:, 5].min().item()),
+        measures=tuple(total[6:]),
     )
 
 

@@ -66,6 +66,9 @@ def estimate_memory(config: FineTuneConfig, shape: ModelConfig) -> Estimate:
         "logits": CHUNK_TOKENS * shape.vocab_size * (2 * FP32 + _compute_bytes(config)),
         "runtime": RUNTIME_BYTES,
     }
+    if config.dpo is not None and config.lora is None:
+        held = _count(model) * _compute_bytes(config)
+        parts["reference"] = held if _whole(model, config) else held // ranks
     message = ", ".join(f"{name} {_readable(size)}" for name, size in parts.items())
     return Estimate(memory_per_device_bytes=sum(parts.values()), message=message)
 
@@ -109,7 +112,8 @@ def activation_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:
         blocks = shape.num_layers * shape.hidden_size * compute + block
     else:
         blocks = shape.num_layers * block
-    return config.training.micro_batch_size * length * (blocks + root)
+    sequences = config.training.micro_batch_size * (2 if config.rows == "Pairs" else 1)
+    return sequences * length * (blocks + root)
 
 
 def _compute_bytes(config: FineTuneConfig) -> int:

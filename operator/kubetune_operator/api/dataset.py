@@ -71,6 +71,10 @@ class Columns(ApiModel):
     """Column of the prompt."""
     completion: ColumnName | None = None
     """Column of the completion."""
+    chosen: ColumnName | None = None
+    """Column of the better answer of a pair."""
+    rejected: ColumnName | None = None
+    """Column of the other answer."""
     text: ColumnName | None = None
     """Column of the running text."""
 
@@ -88,7 +92,7 @@ class Source(ApiModel):
     """Data files in storage."""
     config_map: ConfigMapKeyRef | None = None
     """A jsonl file in a ConfigMap, for small data."""
-    format: Literal["Auto", "Alpaca", "ShareGPT", "Messages", "PromptCompletion", "Text"] = "Auto"
+    format: Literal["Auto", "Alpaca", "ShareGPT", "Messages", "PromptCompletion", "Text", "Preference"] = "Auto"
     """What a record looks like. Auto: told from its columns."""
     columns: Columns | None = None
     """Names of the columns where they differ from the format's own."""
@@ -121,8 +125,9 @@ class Samples(ApiModel):
     """Most tokens in a row."""
     overlong: Literal["Truncate", "Split", "Drop", "Fail"] = "Truncate"
     """What happens to a sample that is longer than that."""
-    packing: Literal["BestFit", "None"] = "BestFit"
-    """BestFit fills each row with several samples that do not see each other; None keeps one sample in a row."""
+    packing: Literal["BestFit", "None"] | None = None
+    """BestFit fills each row with several samples that do not see each other; None keeps one sample in a row.
+    Unset: BestFit, but None where a sample is a pair of answers."""
     train_on: Literal["Assistant", "LastAssistant", "All"] = "Assistant"
     """Which part of a conversation the loss counts."""
 

@@ -1,11 +1,21 @@
 """FineTuneJob: adapt a language model to data."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, computed_field
 
-from kubetune_operator.api.common import ModelSource, Number, PositiveNumber, Probability, RunRef, Time, Uri
+from kubetune_operator.api.common import (
+    ModelSource,
+    Number,
+    PositiveNumber,
+    Probability,
+    RunRef,
+    Time,
+    Uri,
+    matches,
+)
 from kubetune_operator.api.dataset import Dataset
 from kubetune_operator.api.jobs import (
     Count,
@@ -43,6 +53,37 @@ class Lora(ApiModel):
     """Scale by alpha / sqrt(rank) instead (rsLoRA), so that higher ranks do not learn more slowly."""
     learning_rate_ratio: PositiveNumber = "1.0"
     """What training.learningRate is multiplied with for the second matrix of each adapter, B (LoRA+)."""
+
+
+class Dpo(ApiModel):
+    """Direct preference optimization. The reference is the model before training."""
+
+    loss: Literal["Sigmoid", "IPO", "Hinge"] = "Sigmoid"
+    """Form of the loss."""
+    beta: PositiveNumber = "0.1"
+    """How much it costs to leave the reference."""
+    label_smoothing: Annotated[
+        str,
+        Field(max_length=24),
+        matches(r"0(\.[0-4][0-9]*)?", message='must be a number in quotes, from 0 to below 0.5, for example "0.1"'),
+    ] = "0.0"
+    """How often a pair is taken to be the wrong way round, with loss: Sigmoid."""
+
+
+class Orpo(ApiModel):
+    """Odds ratio preference optimization: cross entropy of the chosen conversation and an odds ratio, no reference."""
+
+    beta: PositiveNumber = "0.1"
+    """Weight of the odds ratio."""
+
+
+class Simpo(ApiModel):
+    """Simple preference optimization: log-probabilities per token and a margin, no reference."""
+
+    beta: PositiveNumber = "2.0"
+    """Scale of the rewards."""
+    gamma: Number = "1.0"
+    """By how much the reward of the better answer has to be greater."""
 
 
 class Training(ApiModel):
@@ -127,6 +168,14 @@ class Output(OutputBase):
     """Type of a HuggingFace output's weights. Unset or Source: that of the model which was trained."""
 
 
+BLOCKS: Final = {"DPO": "dpo", "ORPO": "orpo", "SimPO": "simpo"}
+"""The block that goes with a recipe."""
+
+
+def _has_its_recipe(value: Any, *, recipe: str, block: str) -> bool:
+    return value.recipe == recipe or getattr(value, block) is None
+
+
 class FineTuneJobSpec(JobSpec):
     """What to train, on what, how and where. Only suspend and lifecycle may change after creation."""
 
@@ -146,15 +195,59 @@ class FineTuneJobSpec(JobSpec):
             message="spec.training.validateEverySteps needs spec.dataset.validation",
             check=lambda value: value.training.validate_every_steps is None or value.dataset.validation is not None,
         ),
-        *frozen("dataset", "recipe", "tuning", "training", "outputs", optional=("lora", "checkpoint")),
+        *(
+            Rule(
+                cel=f"self.recipe == '{recipe}' || !has(self.{block})",
+                message=f"spec.{block} is allowed only with recipe: {recipe}",
+                check=partial(_has_its_recipe, recipe=recipe, block=block),
+            )
+            for recipe, block in BLOCKS.items()
+        ),
+        Rule(
+            cel=(
+                "self.recipe == 'SFT' ? self.dataset.sources.all(s, s.format != 'Preference') : "
+                "self.dataset.sources.all(s, s.format in ['Auto', 'Preference'])"
+            ),
+            message="spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, and only then",
+            check=lambda value: all(
+                source.format != "Preference" if value.recipe == "SFT" else source.format in {"Auto", "Preference"}
+                for source in value.dataset.sources
+            ),
+        ),
+        Rule(
+            cel="self.recipe == 'SFT' || !has(self.dataset.packing) || self.dataset.packing == 'None'",
+            message="spec.dataset.packing must be None with recipe: DPO, ORPO or SimPO",
+            check=lambda value: value.recipe == "SFT" or value.dataset.packing in {None, "None"},
+        ),
+        Rule(
+            cel="self.recipe == 'SFT' || (self.dataset.trainOn == 'Assistant' && self.dataset.overlong != 'Split')",
+            message="spec.dataset with recipe: DPO, ORPO or SimPO must have trainOn Assistant and not overlong Split",
+            check=lambda value: (
+                value.recipe == "SFT" or (value.dataset.train_on == "Assistant" and value.dataset.overlong != "Split")
+            ),
+        ),
+        *frozen(
+            "dataset",
+            "recipe",
+            "tuning",
+            "training",
+            "outputs",
+            optional=("dpo", "orpo", "simpo", "lora", "checkpoint"),
+        ),
     )
 
     model: ModelSource
     """The model to train."""
     dataset: Dataset
     """The data to train on."""
-    recipe: Literal["SFT"] = "SFT"
-    """What the loss is. SFT: supervised fine-tuning."""
+    recipe: Literal["SFT", "DPO", "ORPO", "SimPO"] = "SFT"
+    """What the loss is. SFT: supervised fine-tuning. DPO, ORPO, SimPO: of two answers, the better one is learned."""
+    dpo: Dpo | None = None
+    """Settings of recipe: DPO. Unset: their defaults. Refused with other recipes."""
+    orpo: Orpo | None = None
+    """Settings of recipe: ORPO. Unset: their defaults. Refused with other recipes."""
+    simpo: Simpo | None = None
+    """Settings of recipe: SimPO. Unset: their defaults. Refused with other recipes."""
     tuning: Literal["LoRA", "DoRA", "Full"] = "LoRA"
     """LoRA trains adapters beside frozen weights. DoRA trains adapters that also have a magnitude for each output.
     Full trains all weights."""

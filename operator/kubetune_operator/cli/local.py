@@ -39,6 +39,7 @@ from kubetune_operator.names import (
     KIND_FINETUNEJOB,
     KINDS,
     ExitCode,
+    recipe_of,
 )
 from kubetune_operator.render.config import Resolved, dump_config, render_config
 
@@ -88,7 +89,8 @@ def outcome_of(bundle: Bundle, *, fresh: bool = False, verbose: bool = False) ->
         config.write_text(dump_config(local_config(bundle, processes=processes)), encoding="utf-8")
         environment = os.environ | local_environment(bundle, os.environ, folder=Path(folder))
         outcome = _claim(config, environment, fresh=fresh)
-        for recipe, ranks in (("prepare", 1), (KINDS[bundle.job.kind].recipe, processes)):
+        script = recipe_of(bundle.job.kind, recipe=getattr(bundle.job.spec, "recipe", None))
+        for recipe, ranks in (("prepare", 1), (script, processes)):
             if outcome.code:
                 break
             outcome = _stage(

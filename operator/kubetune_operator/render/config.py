@@ -6,8 +6,10 @@ from typing import Any, Final
 
 import yaml
 
-from kubetune_operator.api.finetunejob import Checkpoint, FineTuneJob, Lora
+from kubetune_operator.api.dataset import Samples
+from kubetune_operator.api.finetunejob import BLOCKS, Checkpoint, Dpo, FineTuneJob, Lora, Orpo, Simpo
 from kubetune_operator.api.jobs import Job
+from kubetune_operator.api.quantizejob import QuantizeJob
 from kubetune_operator.names import GROUP_VERSION
 
 Json = dict[str, Any]
@@ -19,6 +21,11 @@ NUMBERS: Final = (
     ("dataset", "sources", "weight"),
     ("dataset", "validation", "fraction"),
     ("dataset", "validation", "sources", "weight"),
+    ("dpo", "beta"),
+    ("dpo", "label_smoothing"),
+    ("orpo", "beta"),
+    ("simpo", "beta"),
+    ("simpo", "gamma"),
     ("lora", "dropout"),
     ("lora", "learning_rate_ratio"),
     ("training", "learning_rate"),
@@ -102,14 +109,25 @@ def _render_run(job: Job, *, resolved: Resolved) -> Json:
 
 def _filled(job: Job) -> Any:
     """Fill in the optional blocks whose fields have defaults, so that the config says everything."""
-    if not isinstance(job, FineTuneJob):
-        return job.spec
     filled: Json = {}
+    if isinstance(job, QuantizeJob):
+        for name in ("calibration", "verify"):
+            if (block := getattr(job.spec, name)) is not None:
+                filled[name] = block.model_copy(update={"dataset": _packed(block.dataset, default="BestFit")})
+    if not isinstance(job, FineTuneJob):
+        return job.spec.model_copy(update=filled)
     if job.spec.tuning != "Full" and job.spec.lora is None:
         filled["lora"] = Lora()
+    if block := BLOCKS.get(job.spec.recipe):
+        filled[block] = getattr(job.spec, block) or {"dpo": Dpo, "orpo": Orpo, "simpo": Simpo}[block]()
+    filled["dataset"] = _packed(job.spec.dataset, default="BestFit" if job.spec.recipe == "SFT" else "None")
     if job.spec.checkpoint is None:
         filled["checkpoint"] = Checkpoint()
     return job.spec.model_copy(update=filled)
+
+
+def _packed(dataset: Samples, *, default: str) -> Samples:
+    return dataset if dataset.packing is not None else dataset.model_copy(update={"packing": default})
 
 
 def _to_number(node: Any, *, path: tuple[str, ...]) -> None:

@@ -49,6 +49,7 @@ from kubetune_operator.names import (
     ExitCode,
     config_name,
     prepare_name,
+    recipe_of,
     work_name,
 )
 from kubetune_operator.render.config import dump_config
@@ -186,7 +187,13 @@ def render_work_job(job: Job, *, config: Json, attempt: int, backoff_limit: int,
         {"name": ENV_MASTER_ADDRESS, "value": f"{name}-0.{name}" if nodes > 1 else "localhost"},
         {"name": ENV_MASTER_PORT, "value": str(RENDEZVOUS_PORT)},
     ]
-    spec = _pod_spec(job, config=config, settings=settings, recipe=KINDS[job.kind].recipe, environment=environment)
+    spec = _pod_spec(
+        job,
+        config=config,
+        settings=settings,
+        recipe=recipe_of(job.kind, recipe=getattr(job.spec, "recipe", None)),
+        environment=environment,
+    )
     if nodes > 1:
         spec["subdomain"] = name
     labels = _labels(job, component=KINDS[job.kind].component, attempt=attempt)

@@ -37,6 +37,7 @@ from kubetune_trainer.config.load import (
 )
 from kubetune_trainer.config.outputs import ExecuTorch, Gguf, OutputBase
 from kubetune_trainer.config.quantize import Calibration, QuantizeConfig, QuantizedOutput, QuantizeGate, Verification
+from kubetune_trainer.config.recipes import Dpo, Orpo, Simpo
 
 __all__ = [
     "CaBundle",
@@ -46,6 +47,7 @@ __all__ = [
     "ConfigMapKey",
     "ConfigMapName",
     "Dataset",
+    "Dpo",
     "EvalConfig",
     "ExecuTorch",
     "FineTuneConfig",
@@ -56,6 +58,7 @@ __all__ = [
     "JobConfig",
     "Lora",
     "Model",
+    "Orpo",
     "Output",
     "OutputBase",
     "Parent",
@@ -67,6 +70,7 @@ __all__ = [
     "S3Storage",
     "SecretKey",
     "SecretName",
+    "Simpo",
     "Source",
     "Storage",
     "Task",

@@ -1,6 +1,6 @@
 """The config of a FineTuneJob."""
 
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,8 +13,20 @@ from kubetune_trainer.config.blocks import (
     check_unique_names,
 )
 from kubetune_trainer.config.outputs import OutputBase
+from kubetune_trainer.config.recipes import BLOCKS, Dpo, Orpo, Recipe, Simpo
 from kubetune_trainer.errors import ConfigError
 from kubetune_trainer.fingerprint import fingerprint
+
+EXAMPLES: Final = ("Auto", "Alpaca", "ShareGPT", "Messages", "PromptCompletion", "Text")
+FORMATS: Final[dict[str, tuple[str, ...]]] = {
+    "SFT": EXAMPLES,
+    "DPO": ("Auto", "Preference"),
+    "ORPO": ("Auto", "Preference"),
+    "SimPO": ("Auto", "Preference"),
+}
+"""The formats that each recipe can learn from."""
+WHOLE: Final = ("Truncate", "Drop", "Fail")
+"""What may become of an answer that is too long: it is not made into several."""
 
 
 class Lora(Block):
@@ -117,8 +129,14 @@ class FineTuneConfig(JobConfig):
     """Kind of the job."""
     dataset: Dataset
     """What is trained on."""
-    recipe: Literal["SFT"] = "SFT"
-    """The training objective: supervised fine-tuning."""
+    recipe: Recipe = "SFT"
+    """The training objective: supervised fine-tuning, or a method for preferences."""
+    dpo: Dpo | None = None
+    """Settings of recipe DPO; defaulted with it, refused without."""
+    orpo: Orpo | None = None
+    """Settings of recipe ORPO; defaulted with it, refused without."""
+    simpo: Simpo | None = None
+    """Settings of recipe SimPO; defaulted with it, refused without."""
     tuning: Literal["LoRA", "DoRA", "Full"] = "LoRA"
     """Which weights are trained: adapters, adapters that also have a magnitude for each output, or all weights."""
     lora: Lora | None = None
@@ -136,6 +154,42 @@ class FineTuneConfig(JobConfig):
         if isinstance(values, dict) and values.get("tuning") != "Full" and values.get("lora") is None:
             return {**values, "lora": {}}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_block_of_recipe(cls, values: Any) -> Any:
+        """Fills in the recipe's block, and that answers do not share rows."""
+        block = BLOCKS.get(values.get("recipe", "SFT")) if isinstance(values, dict) else None
+        if block is None:
+            return values
+        filled = {**values, block: values.get(block) or {}}
+        dataset = values.get("dataset")
+        if FORMATS[values["recipe"]] is not EXAMPLES and isinstance(dataset, dict):
+            filled["dataset"] = {"packing": "None", **dataset}
+        return filled
+
+    @model_validator(mode="after")
+    def _fits_the_recipe(self) -> Self:
+        for recipe, block in BLOCKS.items():
+            if recipe != self.recipe and getattr(self, block) is not None:
+                raise ValueError(f"{block} must be set only with recipe {recipe}, got recipe {self.recipe}")
+        dataset, formats = self.dataset, FORMATS[self.recipe]
+        held_out = dataset.validation.sources if dataset.validation else None
+        for source in [*dataset.sources, *(held_out or ())]:
+            if source.format not in formats:
+                raise ValueError(
+                    f"dataset.sources must have the format {' or '.join(formats)} with recipe {self.recipe}, "
+                    f"got {source.format} for {source.name}"
+                )
+        if formats is EXAMPLES:
+            return self
+        for field, allowed in (("packing", ("None",)), ("train_on", ("Assistant",)), ("overlong", WHOLE)):
+            if getattr(dataset, field) not in allowed:
+                raise ValueError(
+                    f"dataset.{field} must be {' or '.join(allowed)} with recipe {self.recipe}, "
+                    f"got {getattr(dataset, field)}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -175,7 +229,17 @@ class FineTuneConfig(JobConfig):
             hint=f"Set training.global_batch_size to {' or '.join(nearest)}.",
         )
 
+    @property
+    def rows(self) -> Literal["Samples", "Pairs"]:
+        """What a row of its data is."""
+        return "Samples" if FORMATS[self.recipe] is EXAMPLES else "Pairs"
+
     def training_digest(self) -> str:
         """A digest of what decides the numbers of the run; where it lies and what it exports do not."""
-        decides = self.model_dump(mode="json", include={"model", "dataset", "recipe", "tuning", "lora", "training"})
+        decisive = {"model", "dataset", "recipe", "tuning", "lora", "training", *BLOCKS.values()}
+        decides = {
+            key: value
+            for key, value in self.model_dump(mode="json", include=decisive).items()
+            if value is not None or key == "lora"
+        }
         return fingerprint(decides, length=16)

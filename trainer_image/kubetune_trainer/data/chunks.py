@@ -9,6 +9,7 @@ import numpy as np
 from kubetune_trainer.chat import ChatTemplate, TemplateError, encode_messages
 from kubetune_trainer.config import Dataset
 from kubetune_trainer.data.formats import Chat, Format, RecordError, Text, convert
+from kubetune_trainer.data.preference import join_pair, pair_of
 from kubetune_trainer.data.read import Record
 from kubetune_trainer.data.store import Row
 from kubetune_trainer.errors import DataError
@@ -106,8 +107,20 @@ class ChunkEncoder:
 
     def _pieces(self, record: Record, chunk: Chunk, counts: Counts) -> tuple[list[Row], int]:
         """Returns what becomes of a record, and a digest that is the same for equal ones."""
+        if chunk.format == "Preference":
+            pair = pair_of(record, mapping=chunk.columns)
+            chosen, rejected = self._encode(pair.chosen), self._encode(pair.rejected)
+            return self._of_pair(chosen, rejected, counts), _digest(join_pair(chosen, rejected))
         sample = self._encode(convert(record, chunk.format, mapping=chunk.columns))
         return self._cut(sample, counts), _digest(sample)
+
+    def _of_pair(self, chosen: Row, rejected: Row, counts: Counts) -> list[Row]:
+        """Returns a pair; it is left out whole where one of its sides is."""
+        of_pair = Counts()
+        sides = [piece for side in (chosen, rejected) for piece in self._cut(side, of_pair)]
+        counts.truncated_samples += bool(of_pair.truncated_samples)
+        counts.dropped_samples += bool(of_pair.dropped_samples)
+        return [] if of_pair.dropped_samples else [join_pair(*sides)]
 
     def _encode(self, sample: Chat | Text) -> Row:
         if isinstance(sample, Text):
@@ -121,6 +134,7 @@ class ChunkEncoder:
                 template=self._template,
                 train_on=self._dataset.train_on,
                 tools=sample.tools,
+                num_given=sample.num_given,
             )
         )
 

@@ -14,7 +14,7 @@ import numpy as np
 from kubetune_trainer.config import Dataset
 from kubetune_trainer.data import workers
 from kubetune_trainer.data.chunks import Chunk, ChunkEncoder, Counts
-from kubetune_trainer.data.formats import Format, detect
+from kubetune_trainer.data.formats import Format, RowKind, detect
 from kubetune_trainer.data.pack import pack
 from kubetune_trainer.data.read import Record
 from kubetune_trainer.data.sources import OpenSource
@@ -54,10 +54,11 @@ class SampleEncoder:
         dataset: The config's block.
         tokenizer: The model's.
         report: Takes warnings and progress.
+        rows: What is made of a record.
     """
 
-    def __init__(self, dataset: Dataset, *, tokenizer: Tokenizer, report: Report) -> None:
-        self._encoder, self._report = ChunkEncoder(dataset, tokenizer), report
+    def __init__(self, dataset: Dataset, *, tokenizer: Tokenizer, report: Report, rows: RowKind = "Samples") -> None:
+        self._encoder, self._report, self._rows = ChunkEncoder(dataset, tokenizer), report, rows
         self.counts = Counts()
 
     def write_samples(self, opened: OpenSource, writer: DataWriter, *, count: bool = True) -> TokenizedSource:
@@ -121,7 +122,7 @@ class SampleEncoder:
         if chosen != "Auto":
             return chosen
         try:
-            return detect(list(record), mapping=opened.source.columns)
+            return detect(list(record), mapping=opened.source.columns, rows=self._rows)
         except DataError as error:
             raise DataError(f"dataset source {opened.source.name}: {place}: {error}", hint=error.hint) from error
 

@@ -16,7 +16,9 @@ from typing import Any, Final, Literal
 
 from kubetune_trainer.errors import DataError
 
-Format = Literal["Messages", "ShareGPT", "Alpaca", "PromptCompletion", "Text"]
+Format = Literal["Messages", "ShareGPT", "Alpaca", "PromptCompletion", "Text", "Preference"]
+RowKind = Literal["Samples", "Pairs"]
+"""What a row is: samples to learn from, or two answers of which one is better."""
 
 REQUIRED: Mapping[Format, tuple[str, ...]] = {
     "Messages": ("messages",),
@@ -24,6 +26,7 @@ REQUIRED: Mapping[Format, tuple[str, ...]] = {
     "Alpaca": ("instruction", "output"),
     "PromptCompletion": ("prompt", "completion"),
     "Text": ("text",),
+    "Preference": ("chosen", "rejected"),
 }
 """What a record must have to be of a format; Auto takes the first that matches."""
 
@@ -34,6 +37,12 @@ SHAREGPT_ROLES: Final = {
 }  # fmt: skip
 """What ShareGPT's own words for speakers are in the words of chat templates."""
 
+FORMATS_OF: Mapping[RowKind, tuple[Format, ...]] = {
+    "Samples": ("Messages", "ShareGPT", "Alpaca", "PromptCompletion", "Text"),
+    "Pairs": ("Preference",),
+}
+"""The formats that each kind of row can be made of."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
@@ -43,6 +52,8 @@ class Chat:
     """Its messages, each with role and content."""
     tools: Sequence[Any] | None = None
     """What the assistant may call, where the template knows tools."""
+    num_given: int = 0
+    """How many of the first messages are given, so that no answer among them is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +70,21 @@ class RecordError(Exception):
     """A record is not what its format asks for; whoever knows the file and the line says where."""
 
 
-def detect(columns: Sequence[str], *, mapping: Mapping[str, str]) -> Format:
+def detect(columns: Sequence[str], *, mapping: Mapping[str, str], rows: RowKind = "Samples") -> Format:
     """Returns the first format whose columns are all there.
 
     Args:
         columns: Columns of the data.
         mapping: From a format's field to the data's own column.
+        rows: What is to be made of the data.
 
     Raises:
         DataError: No format matches; names the columns and what each format asks for.
     """
-    for candidate, fields in REQUIRED.items():
-        if all(mapping.get(field, field) in columns for field in fields):
+    for candidate in FORMATS_OF[rows]:
+        if all(mapping.get(field, field) in columns for field in REQUIRED[candidate]):
             return candidate
-    tried = "; ".join(f"{name} needs {' and '.join(fields)}" for name, fields in REQUIRED.items())
+    tried = "; ".join(f"{name} needs {' and '.join(REQUIRED[name])}" for name in FORMATS_OF[rows])
     raise DataError(
         f"the columns {', '.join(columns) or '(none)'} match no format: {tried}",
         hint="Map the format's fields to your columns with dataset.sources[].columns, as in {prompt: question}.",
@@ -90,7 +102,7 @@ def convert(record: Mapping[str, Any], format_: Format, *, mapping: Mapping[str,
     Raises:
         RecordError: A column is missing or holds something else than it should.
     """
-    fields = _Fields(record, mapping)
+    fields = Fields(record, mapping)
     if format_ == "Messages":
         return Chat(messages=fields.messages("messages"), tools=fields.tools())
     if format_ == "ShareGPT":
@@ -104,7 +116,7 @@ def convert(record: Mapping[str, Any], format_: Format, *, mapping: Mapping[str,
     return Text(prompt=fields.text("prompt"), completion=fields.text("completion"))
 
 
-def _alpaca(fields: "_Fields") -> Chat:
+def _alpaca(fields: "Fields") -> Chat:
     system, given = fields.optional_text("system"), fields.optional_text("input")
     instruction = fields.text("instruction")
     messages = [
@@ -114,7 +126,7 @@ def _alpaca(fields: "_Fields") -> Chat:
     return Chat(messages=[{"role": "system", "content": system}, *messages] if system else messages)
 
 
-def _sharegpt(fields: "_Fields") -> Chat:
+def _sharegpt(fields: "Fields") -> Chat:
     """Says who speaks in the words of chat templates; data with role and content already does."""
     system, turns = fields.optional_text("system"), fields.optional("conversations")
     if isinstance(turns, list) and turns and isinstance(turns[0], Mapping) and "role" in turns[0]:
@@ -134,25 +146,29 @@ def _message(turn: Any, *, place: str) -> Mapping[str, Any]:
     return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
 
 
-class _Fields:
-    """A record under the format's own field names."""
+class Fields:
+    """A record under the format's own field names; what is not as it should be is a RecordError."""
 
     def __init__(self, record: Mapping[str, Any], mapping: Mapping[str, str]) -> None:
         self._record, self._mapping = record, mapping
 
     def column(self, field: str) -> str:
+        """The data's own name of a field."""
         return self._mapping.get(field, field)
 
     def optional(self, field: str) -> Any:
+        """Whatever is there, None where nothing is."""
         return self._record.get(self.column(field))
 
     def text(self, field: str) -> str:
+        """A text."""
         value = self.optional(field)
         if not isinstance(value, str):
             raise RecordError(f"{self.column(field)} must be text, got {_shown(value)}")
         return value
 
     def optional_text(self, field: str) -> str:
+        """A text, empty where nothing is."""
         return "" if self.optional(field) is None else self.text(field)
 
     def items(self, field: str) -> list[tuple[str, Any]]:
@@ -163,6 +179,7 @@ class _Fields:
         return [(f"{self.column(field)}[{number}]", item) for number, item in enumerate(value)]
 
     def messages(self, field: str) -> list[Mapping[str, Any]]:
+        """A list of messages."""
         items = self.items(field)
         for place, message in items:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):

@@ -223,6 +223,8 @@ def _checked(prepared: Prepared, config: FineTuneConfig, directory: Store) -> Pr
 
 def _asked(config: FineTuneConfig) -> str:
     asked = [config.model.model_dump(mode="json"), config.dataset.model_dump(mode="json"), config.training.seed]
+    if config.rows != "Samples":
+        asked.append(config.rows)
     return fingerprint(asked, length=16)
 
 
@@ -273,6 +275,7 @@ def _data_key(config: FineTuneConfig, sources: Sequence[OpenSource], model: Foun
         "format": ROWS_FORMAT,
         "dataset": config.dataset.model_dump(mode="json"),
         "seed": config.training.seed,
+        "rows": config.rows,
         "sources": [opened.found.model_dump() for opened in sources],
         "tokenizer": {path: etag for path, etag in model.etags.items() if is_small(path)},
     }
@@ -289,7 +292,8 @@ def _tokenize(
     report: Report,
 ) -> PreparedData:
     """Writes both stores below the staging folder; their locations are those there."""
-    dataset, encoder = config.dataset, SampleEncoder(config.dataset, tokenizer=tokenizer, report=report)
+    dataset = config.dataset
+    encoder = SampleEncoder(dataset, tokenizer=tokenizer, report=report, rows=config.rows)
     with DataWriter(staging / "samples") as writer:
         trained = [encoder.write_samples(opened, writer) for opened in sources]
         validated = [encoder.write_samples(opened, writer, count=False) for opened in held_out]

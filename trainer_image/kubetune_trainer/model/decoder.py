@@ -3,6 +3,9 @@
 Shapes: B batch, T tokens, D hidden_size, R rotated part of a head, V vocab_size, S cached tokens.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,6 +28,10 @@ NORMS = {
     "After": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
 """A block's norms by `NormPlaces`. The second name means before the feed-forward block in the first only."""
+
+
+Score = Callable[[Tensor, Tensor, float | None], Any]
+"""What `Decoder.forward` can be asked for beside logits and cross entropy."""
 
 
 class Block(nn.Module):
@@ -98,7 +105,8 @@ class Decoder(nn.Module):
         labels_BT: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
-    ) -> Tensor:
+        score: Score | None = None,
+    ) -> Any:
         """Run the model.
 
         Args:
@@ -108,6 +116,7 @@ class Decoder(nn.Module):
             labels_BT: Target of each position, already shifted, -100 where none is trained.
             cache: Where keys and values are kept for the next call; it grows by T.
             last_only: Return the logits of the last position alone, (B, 1, V).
+            score: What to return instead, made of the residual stream (B, T, D), the output head (V, D) and its bound.
 
         Returns:
             The logits (B, T, V) without labels; with labels the SUM of cross entropy over the trained positions, an
@@ -115,6 +124,8 @@ class Decoder(nn.Module):
         """
         mask = attention_mask(tokens_BT, documents_BT, cache)
         x_BTD = self.hidden(tokens_BT, mask=mask, positions_BT=positions_BT, cache=cache)
+        if score is not None:
+            return score(x_BTD, self.head, self.config.logit_softcap)
         if labels_BT is None:
             return self.logits(x_BTD[:, -1:] if last_only else x_BTD)
         return sum_cross_entropy(x_BTD, self.head, labels_BT, softcap=self.config.logit_softcap)

@@ -1,0 +1,218 @@
+"""Teach a language model which of two answers is the better one: DPO, ORPO or SimPO.
+
+    torchrun --nproc-per-node 2 recipes/dpo.py --config recipes/configs/smollm2_dpo.yaml training.max_steps=10
+
+The script reads as `finetune.py` does: `main` is the run, `train` is the loop, and what follows are its parts. All
+three methods raise the probability of the chosen answer over that of the rejected one. DPO measures both against a
+reference model; ORPO has the cross entropy of the chosen conversation beside it, and SimPO asks for a margin, both of
+them without a reference. The losses are in `kubetune_trainer.preference`.
+
+Shapes: P pairs of a micro batch, B = 2 P answers of which the first half is chosen, T tokens.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from kubetune_trainer.data.preference import split_pair
+from kubetune_trainer.data.sampler import Batch, collate
+from kubetune_trainer.data.store import DataStore
+from kubetune_trainer.distributed import exchange, gather_vector
+from kubetune_trainer.errors import PreemptedError
+from kubetune_trainer.log_probabilities import label_log_probabilities
+from kubetune_trainer.lora import without_adapters
+from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.names import IGNORE_LABEL, PADDING_DOCUMENT
+from kubetune_trainer.optim import clip_grad_norm
+from kubetune_trainer.preference import Preferred, dpo, orpo, simpo
+from kubetune_trainer.report import report, run
+from kubetune_trainer.training.job import Job, begin, build_frozen, resume
+from kubetune_trainer.training.outputs import export, finish
+from kubetune_trainer.training.progress import Progress
+from kubetune_trainer.training.step import (
+    check_finite,
+    global_rows,
+    micro_batch_rows,
+    seed_dropout,
+    set_learning_rate,
+    validation_rows,
+)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The whole run, from nothing or from where the last attempt stopped, to its outputs."""
+    with begin(arguments, description=__doc__, recipes=["DPO", "ORPO", "SimPO"]) as job:
+        reference = build_reference(job)
+        first_step = resume(job)
+        with job.stop.deferred():
+            train(job, reference, first_step)
+        finish(job, export(job))
+
+
+def build_reference(job: Job) -> Decoder | None:
+    """DPO's frozen reference; None for the other methods, and where it is the trained model without its adapters."""
+    if job.config.dpo is None or job.config.lora is not None:
+        return None
+    return build_frozen(job, job.local.model_dir)
+
+
+def train(job: Job, reference: Decoder | None, first_step: int) -> None:
+    """The training loop: micro batches, one exchange between the ranks, one optimizer step, then whatever is due."""
+    training, model, optimizer, checkpointer = job.config.training, job.model, job.optimizer, job.checkpointer
+    progress = Progress(job, first_step)
+    report("phase", phase="Training")
+    for step in range(first_step + 1, job.total_steps + 1):
+        set_learning_rate(job, step)
+        model.train()
+        batches = micro_batches(job, step)
+        told_tokens = sum(num_told_tokens(job.local.train_data, row) for row in global_rows(job, step))
+        loss_sum, measures = torch.zeros((), dtype=torch.float64), torch.zeros(NUM_MEASURES, dtype=torch.float64)
+        for number, batch in enumerate(batches):
+            # With adapters the gradients are small enough to be kept whole until the last micro batch.
+            model.set_requires_gradient_sync(number == len(batches) - 1 or job.config.tuning == "Full")
+            by_reference = reference_log_probabilities(job, reference, batch)
+            seed_dropout(training.seed, step, number, job.world.rank)
+            preferred, cross_entropy = judge(job, batch, by_reference)
+            # Both are means over the whole step, so that they do not depend on how it is divided.
+            loss = preferred.losses.sum() / training.global_batch_size + cross_entropy / told_tokens
+            loss.backward()
+            loss_sum += loss.detach().cpu()
+            measures += measured(preferred)
+
+        totals = exchange(
+            loss_sum=loss_sum.item(),
+            trained_tokens=sum(batch.trained_tokens for batch in batches),
+            tokens=sum(batch.num_tokens for batch in batches),
+            stop=job.stop.requested,
+            save=checkpointer.due(step),
+            uploaded_step=checkpointer.uploaded_step,
+            measures=measures.tolist(),
+        )
+        grad_norm = clip_grad_norm(job.weights, training.max_grad_norm).item()
+        check_finite(job, step, loss=totals.loss_sum, grad_norm=grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        told = rewards(totals.measures, num_pairs=training.global_batch_size)
+        progress.report_step(step, loss=totals.loss_sum, tokens=totals.tokens, grad_norm=grad_norm, **told)
+        checkpointer.advance(totals.uploaded_step)
+        if step == job.total_steps or step % (training.validate_every_steps or job.total_steps) == 0:
+            validate(job, reference, step)
+        if totals.stop or totals.save or step == job.total_steps:
+            checkpointer.save(step, model, optimizer)
+        if totals.stop:
+            checkpointer.finish()
+            raise PreemptedError(f"{job.config.title}: stopped after step {step}, which is saved")
+    checkpointer.finish()
+
+
+def micro_batches(job: Job, step: int) -> list[Batch]:
+    """This rank's pairs of a step."""
+    return [collate_pairs(job, job.local.train_data, rows) for rows in micro_batch_rows(job, step)]
+
+
+def collate_pairs(job: Job, data: DataStore, rows: Sequence[int]) -> Batch:
+    """Puts pairs side by side: first the chosen answers, then the rejected ones in the same order."""
+    chosen, rejected = zip(*(split_pair(data[row]) for row in rows), strict=True)
+    return collate([*chosen, *rejected], pad_id=job.pad_id).to(job.world.device)
+
+
+def reference_log_probabilities(job: Job, reference: Decoder | None, batch: Batch) -> Tensor | None:
+    """What the reference makes of each answer, (B); None for methods that ask no reference."""
+    if job.config.dpo is None:
+        return None
+    model = job.model if reference is None else reference
+    with torch.no_grad(), without_adapters(model) if reference is None else nullcontext():
+        return label_log_probabilities(model, batch, batch.labels).sum(dim=1)
+
+
+def judge(job: Job, batch: Batch, by_reference: Tensor | None) -> tuple[Preferred, Tensor]:
+    """What the method says of a micro batch, and for ORPO the cross entropy of the chosen conversations, summed."""
+    config, num_pairs = job.config, len(batch.tokens) // 2
+    scored = told_labels(batch) if config.orpo is not None else batch.labels
+    found_BT = label_log_probabilities(job.model, batch, scored)
+    answers_BT = batch.labels != IGNORE_LABEL
+    num_tokens_B = answers_BT.sum(dim=1)
+    summed_B = found_BT.where(answers_BT, 0.0).sum(dim=1)
+    chosen_tokens, rejected_tokens = num_tokens_B.split(num_pairs)
+    if config.orpo is not None:
+        preferred = orpo(*(summed_B / num_tokens_B).split(num_pairs), beta=config.orpo.beta)
+        return preferred, -found_BT[:num_pairs].sum()
+    nothing = found_BT.new_zeros(())
+    if config.simpo is not None:
+        chosen, rejected = (summed_B / num_tokens_B).split(num_pairs)
+        return simpo(chosen, rejected, beta=config.simpo.beta, gamma=config.simpo.gamma), nothing
+    assert config.dpo is not None and by_reference is not None  # noqa: S101, PT018 (the recipes that this script has)
+    chosen, rejected = (summed_B - by_reference).split(num_pairs)
+    preferred = dpo(
+        chosen,
+        rejected,
+        chosen_tokens_P=chosen_tokens,
+        rejected_tokens_P=rejected_tokens,
+        beta=config.dpo.beta,
+        loss=config.dpo.loss,
+        label_smoothing=config.dpo.label_smoothing,
+    )
+    return preferred, nothing
+
+
+def told_labels(batch: Batch) -> Tensor:
+    """The labels, and in the chosen half every other next token as well: ORPO learns the conversation whole."""
+    labels_BT, num_pairs = batch.labels.clone(), len(batch.labels) // 2
+    chosen = labels_BT[:num_pairs, :-1]
+    is_told = (batch.documents[:num_pairs, 1:] != PADDING_DOCUMENT) & (chosen == IGNORE_LABEL)
+    chosen[is_told] = batch.tokens[:num_pairs, 1:][is_told]
+    return labels_BT
+
+
+def num_told_tokens(data: DataStore, row: int) -> int:
+    """How many next tokens the chosen conversation of a pair has."""
+    chosen, _ = split_pair(data[row])
+    return len(chosen.tokens) - 1 + int(chosen.labels[-1] != IGNORE_LABEL)
+
+
+NUM_MEASURES = 3
+
+
+def measured(preferred: Preferred) -> Tensor:
+    """Sums over the pairs of a micro batch: both rewards, and how often the chosen one is greater."""
+    chosen, rejected = preferred.chosen_rewards.double(), preferred.rejected_rewards.double()
+    return torch.stack([chosen.sum(), rejected.sum(), (chosen > rejected).double().sum()]).cpu()
+
+
+def rewards(measures: Sequence[float], *, num_pairs: float) -> dict[str, float]:
+    """What is reported of the rewards: their means over the pairs."""
+    chosen, rejected, accuracy = (total / max(1, num_pairs) for total in measures)
+    return {
+        "rewards_chosen": chosen,
+        "rewards_rejected": rejected,
+        "rewards_margin": chosen - rejected,
+        "rewards_accuracy": accuracy,
+    }
+
+
+@torch.no_grad()
+def validate(job: Job, reference: Decoder | None, step: int) -> None:
+    """Reports the mean loss over the held-out pairs; every rank takes part in every forward pass."""
+    data = job.local.validation_data
+    if data is None:
+        return
+    job.model.eval()
+    sums = torch.zeros(4 + NUM_MEASURES, dtype=torch.float64)
+    for rows in validation_rows(job, len(data)):
+        # A rank with nothing left computes a pair again, for FSDP's sake, and counts none of it.
+        batch = collate_pairs(job, data, rows or [0])
+        preferred, cross_entropy = judge(job, batch, reference_log_probabilities(job, reference, batch))
+        if rows:
+            told_tokens = sum(num_told_tokens(data, row) for row in rows)
+            sums[:4] += torch.tensor([preferred.losses.sum(), len(rows), cross_entropy, told_tokens])
+            sums[4:] += measured(preferred)
+    loss, num_pairs, cross_entropy, told_tokens, *measures = gather_vector(sums.tolist()).sum(dim=0).tolist()
+    mean = loss / max(1, num_pairs) + cross_entropy / max(1, told_tokens)
+    report("validation", step=step, validation_loss=mean, **rewards(measures, num_pairs=num_pairs))
+
+
+if __name__ == "__main__":
+    run(main)

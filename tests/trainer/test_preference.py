@@ -1,0 +1,178 @@
+"""Losses, rewards and log-probabilities of preferences are those of TRL on the same batch, to 1e-5."""
+
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trl.import_utils import TRLExperimentalWarning
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from kubetune_trainer import load_model
+from kubetune_trainer.data.formats import Chat, RecordError, Text
+from kubetune_trainer.data.preference import join_pair, pair_of, split_pair
+from kubetune_trainer.data.sampler import collate
+from kubetune_trainer.data.store import Row
+from kubetune_trainer.log_probabilities import label_log_probabilities, token_log_probabilities
+from kubetune_trainer.preference import dpo, orpo, simpo
+from tests.trainer.tiny import make_folder
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", TRLExperimentalWarning)
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+TOLERANCE = 1e-5
+CHOSEN, REJECTED = torch.tensor([-2.0, -0.3, -1.1, -0.02]), torch.tensor([-1.5, -0.9, -1.1, -4.0])
+ACCELERATOR = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
+PAIRS = [
+    join_pair(
+        Row.of([5, 6, 7, *chosen], [False] * 3 + [True] * len(chosen)),
+        Row.of([5, 6, 7, *rejected], [False] * 3 + [True] * len(rejected)),
+    )
+    for chosen, rejected in (([8, 9, 10, 11], [12, 13]), ([20, 21], [22, 23, 24]), ([40], [41, 42]))
+]
+
+
+def test_orpo_and_simpo_are_those_of_trl() -> None:
+    theirs = ORPOTrainer.odds_ratio_loss(SimpleNamespace(beta=0.3, accelerator=ACCELERATOR), CHOSEN, REJECTED)
+    ours = orpo(CHOSEN, REJECTED, beta=0.3)
+    torch.testing.assert_close(ours.losses, -theirs[0], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close((ours.chosen_rewards, ours.rejected_rewards), theirs[1:3], atol=TOLERANCE, rtol=0)
+
+    told = SimpleNamespace(
+        alpha=0.0, beta=2.0, simpo_gamma=0.7, loss_type="simpo", label_smoothing=0.0, accelerator=ACCELERATOR
+    )
+    theirs = CPOTrainer.cpo_loss(told, CHOSEN, REJECTED)
+    mine = simpo(CHOSEN, REJECTED, beta=2.0, gamma=0.7)
+    torch.testing.assert_close((mine.losses, mine.chosen_rewards, mine.rejected_rewards), theirs, atol=1e-5, rtol=0)
+
+
+def test_smoothed_dpo_is_that_of_trl() -> None:
+    told = SimpleNamespace(alpha=0.0, beta=0.4, loss_type="sigmoid", label_smoothing=0.2, accelerator=ACCELERATOR)
+    theirs, *_ = CPOTrainer.cpo_loss(told, CHOSEN, REJECTED)
+    tokens = torch.ones(4)
+    ours = dpo(
+        CHOSEN, REJECTED, chosen_tokens_P=tokens, rejected_tokens_P=tokens, beta=0.4, label_smoothing=0.2
+    )  # fmt: skip
+    torch.testing.assert_close(ours.losses, theirs, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("loss", ["Sigmoid", "IPO", "Hinge"])
+def test_dpo_of_two_models_is_that_of_trl(tmp_path: Path, loss: Any) -> None:
+    folders = (tmp_path / "policy", tmp_path / "reference")
+    policy, reference = (make_folder(folder, initializer_range=0.1 + 0.1 * n) for n, folder in enumerate(folders))
+    sides = [split_pair(pair) for pair in PAIRS]
+    batch = collate([*(side[0] for side in sides), *(side[1] for side in sides)], pad_id=0)
+    answers = batch.labels != -100
+    theirs = trl_loss(policy, reference, batch.tokens, answers, documents=batch.documents, loss=loss)
+
+    with torch.no_grad():
+        logps = [
+            label_log_probabilities(load_model(folder, dtype=torch.float32), batch, batch.labels).sum(1)
+            for folder in folders
+        ]
+    chosen, rejected = (logps[0] - logps[1]).split(len(PAIRS))
+    num_chosen, num_rejected = answers.sum(1).split(len(PAIRS))
+    ours = dpo(chosen, rejected, chosen_tokens_P=num_chosen, rejected_tokens_P=num_rejected, beta=0.2, loss=loss)
+    rewards = {"rewards/chosen": ours.chosen_rewards, "rewards/rejected": ours.rejected_rewards}
+    told = {name: value.mean().item() for name, value in rewards.items()} | {
+        "loss": ours.losses.mean().item(),
+        "rewards/margins": (ours.chosen_rewards - ours.rejected_rewards).mean().item(),
+        "rewards/accuracies": (ours.chosen_rewards > ours.rejected_rewards).float().mean().item(),
+        "logps/chosen": logps[0][: len(PAIRS)].mean().item(),
+    }
+    assert told == {name: pytest.approx(theirs[name], abs=TOLERANCE) for name in told}
+
+
+def trl_loss(
+    policy: Any, reference: Any, tokens: Tensor, answers: Tensor, *, documents: Tensor, loss: str
+) -> dict[str, float]:
+    """What TRL's own computation of a DPO step says, given the models' log-probabilities."""
+
+    def asked(model: Any) -> Any:
+        def forward(*, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: Any) -> Any:
+            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
+            found = logits.log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None]).squeeze(2)
+            scored = found * (labels[:, 1:] != -100)
+            return SimpleNamespace(log_probs=scored, entropy=scored, mean_logits=scored, is_top1=scored > 0)
+
+        return forward
+
+    mask = torch.cat([torch.zeros(len(answers), 1, dtype=torch.bool), answers[:, :-1]], dim=1)
+    metrics: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    model = SimpleNamespace(training=True)
+    told = SimpleNamespace(
+        model=model, accelerator=ACCELERATOR, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=False,
+        ref_model=asked(reference), args=SimpleNamespace(gradient_checkpointing_kwargs=None), beta=0.2,
+        _metrics=metrics,
+        f_divergence_type="reverse_kl", loss_types=[loss.lower()], loss_weights=[1.0], label_smoothing=0.0,
+        use_weighting=False, _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    inputs = {"input_ids": tokens, "attention_mask": (documents >= 0).long(), "completion_mask": mask.long()}
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr("trl.trainer.dpo_trainer.is_peft_model", lambda _: False)
+        patch.setattr("trl.trainer.dpo_trainer.disable_gradient_checkpointing", lambda *_: torch.no_grad())
+        value = DPOTrainer._compute_loss(told, asked(policy), inputs, return_outputs=False)
+    return {"loss": value.item(), **{name: values[-1] for name, values in metrics["train"].items()}}
+
+
+def test_log_probabilities_and_their_gradients_do_not_depend_on_the_chunks() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([[3, -100, 5], [1, 2, -100]])
+    found = []
+    for chunk in (1, 2, 64):
+        torch.manual_seed(1)
+        hidden, head = torch.randn(2, 3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+        got = token_log_probabilities(hidden, head, 5.0, labels_BT=labels, chunk_tokens=chunk)
+        (got * torch.arange(6.0).view(2, 3)).sum().backward()
+        found.append((got.detach(), hidden.grad, head.grad))
+    logits = 5 * torch.tanh(hidden @ head.T / 5)
+    expected = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2) * (labels != -100)
+    torch.testing.assert_close(found[0][0], expected.detach(), atol=1e-5, rtol=0)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-5, rtol=1e-5)
+
+
+USER = {"role": "user", "content": "Hi"}
+GOOD, BAD = {"role": "assistant", "content": "Ho"}, {"role": "assistant", "content": "No"}
+
+
+@pytest.mark.parametrize(
+    ("record", "chosen", "rejected"),
+    [
+        (
+            {"prompt": "1+1=", "chosen": "2", "rejected": "3"},
+            Text(prompt="1+1=", completion="2"), Text(prompt="1+1=", completion="3"),
+        ),
+        (
+            {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+            Chat(messages=[USER, GOOD], num_given=1), Chat(messages=[USER, BAD], num_given=1),
+        ),
+        (
+            {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            Chat(messages=[USER, GOOD], num_given=1), Chat(messages=[USER, BAD], num_given=1),
+        ),
+        (
+            {"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            Chat(messages=[USER, GOOD], num_given=1), Chat(messages=[USER, BAD], num_given=1),
+        ),
+        (
+            {"chosen": "Sky is blue", "rejected": "Sky is green"},
+            Text(prompt="Sky is", completion=" blue"), Text(prompt="Sky is", completion=" green"),
+        ),
+    ],
+    ids=["texts", "messages", "implicit", "prompt of another sort", "implicit texts"],
+)  # fmt: skip
+def test_a_record_becomes_a_prompt_and_two_answers(record: dict[str, Any], chosen: Any, rejected: Any) -> None:
+    pair = pair_of(record, mapping={})
+    assert (pair.chosen, pair.rejected) == (chosen, rejected)
+
+
+def test_answers_that_do_not_differ_are_refused() -> None:
+    with pytest.raises(RecordError, match="better and worse must differ"):
+        pair_of({"prompt": "a", "better": "b", "worse": "b"}, mapping={"chosen": "better", "rejected": "worse"})

@@ -1,0 +1,39 @@
+"""The blocks of the recipes: what each method can be told beside how it trains."""
+
+from typing import Literal, get_args
+
+from pydantic import Field
+
+from kubetune_trainer.config.blocks import Block
+
+Recipe = Literal["SFT", "DPO", "ORPO", "SimPO"]
+
+BLOCKS: dict[str, str] = {recipe: recipe.lower() for recipe in get_args(Recipe) if recipe != "SFT"}
+"""The block that goes with a recipe."""
+
+
+class Dpo(Block):
+    """Direct preference optimization (arXiv 2305.18290)."""
+
+    loss: Literal["Sigmoid", "IPO", "Hinge"] = "Sigmoid"
+    """Sigmoid is that of the paper, Hinge that of SLiC (arXiv 2309.06657), IPO that of arXiv 2310.12036."""
+    beta: float = Field(default=0.1, gt=0)
+    """How much it costs to leave the model to start from, which is the reference."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """How often a pair is taken to be the wrong way round; for Sigmoid."""
+
+
+class Orpo(Block):
+    """Odds ratio preference optimization (arXiv 2403.07691)."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Weight of the odds ratio beside the cross entropy."""
+
+
+class Simpo(Block):
+    """Simple preference optimization (arXiv 2405.14734)."""
+
+    beta: float = Field(default=2.0, gt=0)
+    """Scale of the rewards."""
+    gamma: float = Field(default=1.0, ge=0)
+    """By how much the reward of the better answer has to be greater."""

@@ -1,0 +1,86 @@
+"""Preferences: pairs of answers of which one is better.
+
+A record of format Preference has prompt, chosen and rejected: texts, or lists of messages. Without a prompt, or with
+one of another sort than the answers, the prompt is what chosen and rejected begin with in common. What is given is
+never scored. A row has the better answer as its document 0 and the other one as 1, each with the prompt.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kubetune_trainer.data.formats import Chat, Fields, RecordError, Text
+from kubetune_trainer.data.store import Row
+
+Answer = Chat | Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt."""
+
+    chosen: Answer
+    """The better one."""
+    rejected: Answer
+    """The other one."""
+
+
+def pair_of(record: Mapping[str, Any], *, mapping: Mapping[str, str]) -> Pair:
+    """Turns a record of format Preference into a pair.
+
+    Args:
+        record: The record as it was read.
+        mapping: From the format's field to the data's own column.
+
+    Raises:
+        RecordError: A column is missing or holds something else than it should, or the answers do not differ.
+    """
+    fields = Fields(record, mapping)
+    prompt, is_chat = fields.optional("prompt"), isinstance(fields.optional("chosen"), list)
+    read = fields.messages if is_chat else fields.text
+    chosen, rejected = read("chosen"), read("rejected")
+    if prompt is not None and isinstance(prompt, list) == is_chat:
+        given = read("prompt")
+    else:
+        given = chosen[: _num_common(chosen, rejected)]
+        chosen, rejected = chosen[len(given) :], rejected[len(given) :]
+    if chosen == rejected:
+        raise RecordError(f"{fields.column('chosen')} and {fields.column('rejected')} must differ")
+    tools = fields.tools()
+    return Pair(chosen=_answer(given, chosen, tools=tools), rejected=_answer(given, rejected, tools=tools))
+
+
+def join_pair(chosen: Row, rejected: Row) -> Row:
+    """Returns the row of a pair."""
+    sides = (chosen, rejected)
+    return Row(
+        tokens=np.concatenate([side.tokens for side in sides]),
+        labels=np.concatenate([side.labels for side in sides]),
+        documents=np.concatenate([np.full_like(side.documents, place) for place, side in enumerate(sides)]),
+    )
+
+
+def split_pair(row: Row) -> tuple[Row, Row]:
+    """Returns the better and the other side of a pair's row, each a row of its own."""
+    begin = int(np.count_nonzero(row.documents == 0))
+    return row.part(0, begin), row.part(begin, len(row.tokens))
+
+
+def _answer(given: Any, answer: Any, *, tools: Any) -> Answer:
+    if isinstance(answer, str):
+        return Text(prompt=given, completion=answer)
+    return Chat(messages=[*given, *answer], tools=tools, num_given=len(given))
+
+
+def _num_common(chosen: Any, rejected: Any) -> int:
+    """How many messages, or characters, two answers begin with in common; a text's last space belongs to what follows.
+
+    A message that one answer lacks is no part of what is given, so at least one is left on each side.
+    """
+    shorter = min(len(chosen), len(rejected))
+    common = next((at for at in range(shorter) if chosen[at] != rejected[at]), shorter)
+    if isinstance(chosen, list):
+        return min(common, shorter - 1)
+    return common - 1 if common and chosen[common - 1] == " " else common

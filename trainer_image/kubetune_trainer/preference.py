@@ -1,0 +1,102 @@
+"""What a model loses on preferences: which of two answers is the better one.
+
+All functions take log-probabilities and return one number per pair; the mean over a global batch is the
+recipe's. A reward is what a method's loss sees in an answer, times beta.
+
+Shapes: P pairs. `chosen` and `rejected` are log-probabilities of the answers of pairs.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preferred:
+    """What became of some pairs."""
+
+    losses: Tensor
+    """The loss of each pair, (P)."""
+    chosen_rewards: Tensor
+    """Reward of the better answer, without gradient."""
+    rejected_rewards: Tensor
+    """Reward of the other one, without gradient."""
+
+
+def dpo(
+    chosen_P: Tensor,
+    rejected_P: Tensor,
+    *,
+    chosen_tokens_P: Tensor,
+    rejected_tokens_P: Tensor,
+    beta: float,
+    loss: Literal["Sigmoid", "IPO", "Hinge"] = "Sigmoid",
+    label_smoothing: float = 0.0,
+) -> Preferred:
+    """Direct preference optimization (arXiv 2305.18290), its hinge form (2309.06657) and IPO (2310.12036).
+
+    Args:
+        chosen_P: Log-probability of the better answer less the reference model's, summed over its tokens.
+        rejected_P: The same of the other answer.
+        chosen_tokens_P: Tokens of the better answer; IPO counts per token, as its authors say they meant it.
+        rejected_tokens_P: Tokens of the other answer.
+        beta: How much it costs to leave the reference.
+        loss: Which form.
+        label_smoothing: How often labels are taken to be wrong; for Sigmoid.
+    """
+    margin = beta * (chosen_P - rejected_P)
+    match loss:
+        case "Sigmoid":
+            right, wrong = -functional.logsigmoid(margin), -functional.logsigmoid(-margin)
+            losses = right * (1 - label_smoothing) + wrong * label_smoothing
+        case "Hinge":
+            losses = torch.relu(1 - margin)
+        case "IPO":
+            losses = (chosen_P / chosen_tokens_P - rejected_P / rejected_tokens_P - 1 / (2 * beta)).square()
+    return Preferred(
+        losses=losses, chosen_rewards=beta * chosen_P.detach(), rejected_rewards=beta * rejected_P.detach()
+    )
+
+
+def orpo(chosen_P: Tensor, rejected_P: Tensor, *, beta: float) -> Preferred:
+    """Odds ratio preference optimization (arXiv 2403.07691), without the cross entropy that its loss has beside it.
+
+    Args:
+        chosen_P: Log-probability of the better answer, the mean over its tokens.
+        rejected_P: The same of the other answer.
+        beta: Weight of the odds ratio beside the cross entropy.
+    """
+    log_odds = (chosen_P - rejected_P) - (_log_of_rest(chosen_P) - _log_of_rest(rejected_P))
+    return Preferred(
+        losses=-beta * functional.logsigmoid(log_odds),
+        chosen_rewards=beta * chosen_P.detach(),
+        rejected_rewards=beta * rejected_P.detach(),
+    )
+
+
+def simpo(chosen_P: Tensor, rejected_P: Tensor, *, beta: float, gamma: float) -> Preferred:
+    """Simple preference optimization (arXiv 2405.14734).
+
+    Args:
+        chosen_P: Log-probability of the better answer, the mean over its tokens.
+        rejected_P: The same of the other answer.
+        beta: Scale of the rewards.
+        gamma: By how much the better reward has to be greater.
+    """
+    return Preferred(
+        losses=-functional.logsigmoid(beta * (chosen_P - rejected_P) - gamma),
+        chosen_rewards=beta * chosen_P.detach(),
+        rejected_rewards=beta * rejected_P.detach(),
+    )
+
+
+def _log_of_rest(log_probabilities: Tensor) -> Tensor:
+    """Return log(1 - p) from log p < 0 without cancellation (Mächler 2012)."""
+    near_one = log_probabilities > -0.6931471805599453
+    # Each branch gets only arguments that it is finite for, so that gradients of the other are no NaN.
+    small = torch.where(near_one, log_probabilities, torch.full_like(log_probabilities, -0.5))
+    large = torch.where(near_one, torch.full_like(log_probabilities, -1.0), log_probabilities)
+    return torch.where(near_one, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))
