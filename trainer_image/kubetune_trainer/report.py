@@ -68,7 +68,7 @@ class _Reporter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._out: IO[str] = sys.stdout
+        self._claimed: IO[str] | None = None
         self._log: IO[str] | None = None
         self._metrics: dict[str, Any] = {}
         self.last_step: dict[str, Any] = {}
@@ -76,7 +76,7 @@ class _Reporter:
     def claim_stdout(self) -> None:
         with self._lock:
             sys.stdout.flush()
-            self._out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
+            self._claimed = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
             os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def open_log(self, path: Path) -> None:
@@ -103,7 +103,7 @@ class _Reporter:
             return
         line = json.dumps({"event": event, **record}, ensure_ascii=False, allow_nan=False)
         with self._lock:
-            print(line, file=self._out, flush=True)
+            print(line, file=self._claimed or sys.stdout, flush=True)
             if self._log is not None:
                 print(line, file=self._log, flush=True)
             self._measure(event, fields)
