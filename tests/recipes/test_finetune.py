@@ -52,12 +52,17 @@ def test_a_lora_run_reports_its_course_and_leaves_a_model_and_an_adapter(zygote:
     assert message["progress"]["loss"] == last["loss"]
     for output in message["outputs"]:
         folder = Path(output["uri"].removeprefix("file://"))
-        files = [path for path in folder.iterdir() if path.name != "lineage.json"]
+        files = [path for path in folder.iterdir() if path.name not in {"lineage.json", "README.md"}]
         assert output["bytes"] == sum(path.stat().st_size for path in files)
         assert output["digest"].startswith("sha256:")
     merged, base = (load_file(folder / "model.safetensors") for folder in (run / "outputs" / "merged", place / "model"))
     changed = {name for name in base if not merged[name].equal(base[name])}
     assert changed == {name for name in base if "_proj" in name}
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (run / "outputs" / "merged" / name).read_bytes() == (place / "model" / name).read_bytes()
+    card = (run / "outputs" / "adapter" / "README.md").read_text()
+    assert f"| Validation loss, last | {gang.events('validation')[-1]['validationLoss']:.6g} |" in card
+    assert f"| Training loss, last step | {last['loss']:.6g} |" in card
 
 
 def test_full_tuning_changes_every_weight(zygote: Zygote, place: Path) -> None:

@@ -21,7 +21,7 @@ from kubetune_trainer.data.sources import FoundSource
 from kubetune_trainer.export.digest import digest_of
 from kubetune_trainer.export.store import StoredOutput
 from kubetune_trainer.model_files import FoundModel
-from kubetune_trainer.names import ENV_IMAGE, LINEAGE_FILE
+from kubetune_trainer.names import ABOUT_FILES, ENV_IMAGE, LINEAGE_FILE
 from kubetune_trainer.storage import open_store
 
 Lineage = dict[str, Any]
@@ -39,7 +39,7 @@ def record_lineage(
     parents: Sequence[Lineage] = (),
     judged: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> Lineage:
-    """Write a finished run's lineage into its folder and into each of its outputs; call it on one rank.
+    """Write a finished run's lineage into each of its outputs and into its folder; call it on one rank.
 
     Args:
         config: The run.
@@ -52,6 +52,34 @@ def record_lineage(
         parents: Lineages of jobs that it used, beside those that lie in the folders.
         judged: Of an evaluation, its `tasks` and `gates`.
     """
+    lineage = make_lineage(
+        config,
+        model=model,
+        model_dir=model_dir,
+        adapter=adapter,
+        adapter_dir=adapter_dir,
+        sources=sources,
+        outputs=outputs,
+        parents=parents,
+        judged=judged,
+    )
+    store_lineage(lineage, outputs, config=config)
+    return lineage
+
+
+def make_lineage(
+    config: JobConfig,
+    *,
+    model: FoundModel,
+    model_dir: Path,
+    adapter: FoundModel | None = None,
+    adapter_dir: Path | None = None,
+    sources: Sequence[Mapping[str, Any]] = (),
+    outputs: Sequence[StoredOutput] = (),
+    parents: Sequence[Lineage] = (),
+    judged: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> Lineage:
+    """Return a finished run's lineage; the arguments are those of `record_lineage`."""
     inputs = [_input(model, model_dir)]
     if adapter is not None and adapter_dir is not None:
         inputs.append(_input(adapter, adapter_dir))
@@ -73,13 +101,16 @@ def record_lineage(
         "outputs": [output.told() for output in outputs],
         "finishedAt": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-    lineage = {key: value for key, value in lineage.items() if value is not None}
-    _write(lineage, config.run.directory, config=config)
+    return _given(lineage)
+
+
+def store_lineage(lineage: Lineage, outputs: Sequence[StoredOutput], *, config: JobConfig) -> None:
+    """Write a lineage into each of a run's outputs and, when all of them are whole, into its folder."""
     for output in outputs:
         # Nothing is written there after this, so what a killed attempt has left in the middle of a file goes.
         open_store(output.uri, s3=config.storage.s3).delete_partial()
         _write({**lineage, "output": output.name, "files": dict(output.files)}, output.uri, config=config)
-    return lineage
+    _write(lineage, config.run.directory, config=config)
 
 
 def lineage_sources(sources: Sequence[Source], found: Sequence[FoundSource]) -> list[Lineage]:
@@ -120,7 +151,7 @@ def _input(model: FoundModel, folder: Path) -> Lineage:
     """Say what a model folder was: its digest is the one that the job which wrote it has in its outputs."""
     hashes = {}
     for path in model.etags:
-        if path != LINEAGE_FILE:
+        if path not in ABOUT_FILES:
             with (folder / path).open("rb") as stream:
                 hashes[path] = hashlib.file_digest(stream, "sha256").hexdigest()
     return _given({"location": model.location, "commit": model.commit, "digest": digest_of(hashes)})

@@ -47,6 +47,9 @@ OUTPUTS_DIR: Final = "outputs"
 LOGS_DIR: Final = "logs"
 REPORT_FILE: Final = "report.html"
 LINEAGE_FILE: Final = "lineage.json"
+CARD_FILE: Final = "README.md"
+ABOUT_FILES: Final = (LINEAGE_FILE, CARD_FILE)
+"""What tells about a model folder: no part of the model, nor of its digest."""
 COMPLETE_MARKER: Final = "COMPLETE"
 """Written last into a checkpoint or a cache entry; without it the folder does not exist."""
 

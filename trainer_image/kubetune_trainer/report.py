@@ -97,8 +97,11 @@ class _Reporter:
 
     def emit(self, event: str, fields: Mapping[str, Any]) -> None:
         record = {"time": round(time.time(), 3), **{_camel(key): _json_safe(value) for key, value in fields.items()}}
+        # On every rank: any of them may have to say how far it came.
         if event == "step":
-            self.last_step = record  # on every rank: any of them may have to say how far it came
+            self.last_step = {**_chosen(self.last_step, "validationLoss"), **record}
+        elif event == "validation":
+            self.last_step = {**self.last_step, **_chosen(record, "validationLoss")}
         if not is_reporting_rank():
             return
         line = json.dumps({"event": event, **record}, ensure_ascii=False, allow_nan=False)
@@ -164,7 +167,7 @@ def report(event: str, **fields: Any) -> None:
 
 
 def last_step() -> dict[str, Any]:
-    """The last step's record as it was reported, for the final message; empty before the first."""
+    """The last step's record as it was reported, with the last validation's loss; empty before the first."""
     return dict(_reporter.last_step)
 
 
@@ -269,6 +272,10 @@ def _cut(record: Mapping[str, Any], key: str, *, limit: int) -> dict[str, Any]:
 
 def _encode(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+
+
+def _chosen(record: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: record[key] for key in keys if key in record}
 
 
 def _camel(name: str) -> str:

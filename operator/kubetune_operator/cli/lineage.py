@@ -22,6 +22,8 @@ from kubetune_operator.names import ENV_PVC_DIR
 Json = Mapping[str, Any]
 
 LINEAGE_FILE: Final = "lineage.json"
+ABOUT_FILES: Final = (LINEAGE_FILE, "README.md")
+"""What tells about a model folder: no part of the model, nor of its digest."""
 
 
 @dataclass

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from kubetune_operator.cli.lineage import LINEAGE_FILE, Json, read_lineage
+from kubetune_operator.cli.lineage import ABOUT_FILES, LINEAGE_FILE, Json, read_lineage
 from kubetune_operator.errors import SpecError
 
 
@@ -50,11 +50,11 @@ def recorded_digest(folder: Path, lineage: Json) -> str:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file in a folder, by its path there. What says where the files came from is none of them."""
+    """The SHA-256 of each file in a folder, by its path there, but not of what tells about them."""
     hashes = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != LINEAGE_FILE:
+        if path.is_file() and name not in ABOUT_FILES:
             with path.open("rb") as stream:
                 hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes

@@ -7,14 +7,14 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from kubetune_trainer.names import LINEAGE_FILE
+from kubetune_trainer.names import ABOUT_FILES
 
 
 def folder_digest(folder: Path) -> tuple[str, int]:
     """Return a digest of all files in a folder, by name and content, and their bytes together.
 
     The digest is `sha256:` and the SHA-256 of the lines that `sha256sum` prints for the files, sorted by path. What
-    says where they came from, lineage.json, is not one of them, so that the digest is of the model alone.
+    tells about them, lineage.json and README.md, is not among them, so that the digest is of the model alone.
     """
     hashes = file_digests(folder)
     return digest_of(hashes), sum((folder / name).stat().st_size for name in hashes)
@@ -25,7 +25,7 @@ def file_digests(folder: Path) -> dict[str, str]:
     found = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != LINEAGE_FILE:
+        if path.is_file() and name not in ABOUT_FILES:
             with path.open("rb") as stream:
                 found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found

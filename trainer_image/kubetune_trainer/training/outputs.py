@@ -1,15 +1,17 @@
 """The end of a training run: its outputs, where they come from, and the final message."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kubetune_trainer.card import write_card
 from kubetune_trainer.distributed import barrier
 from kubetune_trainer.export import complete_weights, save_huggingface, save_peft, trained_weights
 from kubetune_trainer.export.convert import convert
 from kubetune_trainer.export.huggingface import OutputDtype
 from kubetune_trainer.export.store import StoredOutput, store_output
-from kubetune_trainer.lineage import lineage_sources, record_lineage
+from kubetune_trainer.lineage import lineage_sources, make_lineage, store_lineage
 from kubetune_trainer.lora import lora_scale, lora_state_dict
 from kubetune_trainer.names import OUTPUTS_DIR
 from kubetune_trainer.report import last_step, report, write_termination_message
@@ -44,18 +46,27 @@ def export(job: Job) -> list[dict[str, Any]]:
             report("output", **stored[-1].told())
             shutil.rmtree(folder)
     if job.world.is_first:
-        local = job.local
-        record_lineage(
-            job.config,
-            model=job.prepared.model,
-            model_dir=local.base_dir,
-            adapter=job.prepared.adapter,
-            adapter_dir=local.adapter_dir,
-            sources=lineage_sources(job.config.dataset.sources, job.prepared.sources),
-            outputs=stored,
-        )
+        describe(job, stored)
     barrier()  # no rank is done before the outputs are stored
     return [output.told() for output in stored]
+
+
+def describe(job: Job, outputs: Sequence[StoredOutput]) -> None:
+    """Puts a card and the lineage beside each output, and the lineage into the run's folder last, as a mark of all."""
+    config, local, prepared = job.config, job.local, job.prepared
+    lineage = make_lineage(
+        config,
+        model=prepared.model,
+        model_dir=local.base_dir,
+        adapter=prepared.adapter,
+        adapter_dir=local.adapter_dir,
+        sources=lineage_sources(config.dataset.sources, prepared.sources),
+        outputs=outputs,
+    )
+    data = prepared.data.model_dump()
+    for output in outputs:
+        write_card(output, config=config, lineage=lineage, base_dir=local.base_dir, measured=last_step(), data=data)
+    store_lineage(lineage, outputs, config=config)
 
 
 def gather_model(job: Job, folder: Path, *, dtype: OutputDtype = "Source") -> None:
