@@ -1,18 +1,22 @@
 """A job that is killed goes on as if nothing had happened: every unrounded loss is that of a run in peace."""
 
+import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.local import Cluster
-from tests.e2e.jobs import Job, Recording, apply
+from tests.e2e.jobs import Job, Recording, apply, wait_for
 from tests.e2e.manifests import LONG_STEPS, long_job
 
 pytestmark = pytest.mark.cluster
 SEED = 7
+KEPT = "kubetune.dev/kept"
+"""A finalizer that keeps a deleted pod until its exit code was read."""
 
 
 def delete_pod(job: Job, index: int) -> None:
@@ -69,11 +73,34 @@ def test_sigterm_loses_at_most_the_step_in_flight(cluster: Cluster, namespace: s
     job = apply(cluster, manifest, namespace=namespace)
     with Recording(job, tmp_path) as recording:
         recording.wait_step(5, attempt=1)
-        delete_pod(job, 0)
+        pod = job.running_pod(0)
+        with kept(job, pod):
+            delete_pod(job, 0)
+            assert wait_for(lambda: exit_code(job, pod), f"pod {pod} to end", timeout_seconds=60, every=0.25) == 75
         recording.wait_step(1, attempt=2)
     losses = recording.losses()
     assert min(losses[2]) == max(losses[1]) + 1
     job.remove()
+
+
+@contextmanager
+def kept(job: Job, pod: str) -> Iterator[None]:
+    """While the block runs a pod can be read, even when it is deleted and has ended."""
+    add = json.dumps([{"op": "add", "path": "/metadata/finalizers/-", "value": KEPT}])
+    job.kubectl("patch", "pod", pod, "--type=json", "--patch", add)
+    try:
+        yield
+    finally:
+        shown = json.loads(job.kubectl("get", "pod", pod, "--output=json").stdout)
+        others = [each for each in shown["metadata"]["finalizers"] if each != KEPT]
+        job.kubectl("patch", "pod", pod, "--type=merge", "--patch", json.dumps({"metadata": {"finalizers": others}}))
+
+
+def exit_code(job: Job, pod: str) -> int | None:
+    """What a pod's container ended with, None while it runs."""
+    state = "{.status.containerStatuses[0].state.terminated.exitCode}"
+    told = job.kubectl("get", "pod", pod, f"--output=jsonpath={state}").stdout
+    return int(told) if told else None
 
 
 def losses_in_peace(cluster: Cluster, namespace: str, folder: Path) -> dict[int, float]:
