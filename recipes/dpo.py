@@ -73,7 +73,7 @@ def train(job: Job, reference: Decoder | None, first_step: int) -> None:
             # With adapters the gradients are small enough to be kept whole until the last micro batch.
             model.set_requires_gradient_sync(number == len(batches) - 1 or job.config.tuning == "Full")
             by_reference = reference_log_probabilities(job, reference, batch)
-            seed_dropout(training.seed, step, number, job.world.rank)
+            seed_dropout(training.seed, step, number, job.world.data_rank)
             preferred, cross_entropy = judge(job, batch, by_reference)
             # Both are means over the whole step, so that they do not depend on how it is divided.
             loss = preferred.losses.sum() / training.global_batch_size + cross_entropy / told_tokens

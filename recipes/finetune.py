@@ -55,7 +55,7 @@ def train(job: Job, first_step: int) -> None:
         for number, batch in enumerate(batches):
             # With adapters the gradients are small enough to be kept whole until the last micro batch.
             model.set_requires_gradient_sync(number == len(batches) - 1 or job.config.tuning == "Full")
-            seed_dropout(training.seed, step, number, job.world.rank)
+            seed_dropout(training.seed, step, number, job.world.data_rank)
             loss = summed_loss(job, batch)
             loss.backward()
             loss_sum += loss.detach().cpu()

@@ -386,6 +386,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"spec__tuning": "Full", "spec__lora": {}},
         "spec.lora is not allowed with tuning: Full",
     ),
+    "dropout in layers that are split": (
+        {"spec__training__parallelism": {"tensor": 2}, "spec__lora": {"dropout": "0.05"}},
+        "spec.training.parallelism.tensor must be 1 with tuning: DoRA and with a spec.lora.dropout",
+    ),
     "adapters from full tuning": (
         {"spec__tuning": "Full", "spec__outputs": [{"name": "a", "type": "PEFT"}]},
         "an output of type PEFT is not allowed with tuning: Full",
@@ -538,6 +542,25 @@ def test_a_batch_that_does_not_divide_is_told_the_nearest_sizes(
     training = {"epochs": 1, "globalBatchSize": batch, "microBatchSize": micro}
     said = batch_problem(parse_finetunejob(manifest(spec__training=training)).spec, ranks=ranks)
     assert said == (problem and f"spec.training.globalBatchSize: Invalid value: {batch}: {problem}")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "problem"),
+    [
+        (8, None),
+        (6, "spec.training.parallelism: Invalid value: replicate 2 x tensor 2: must divide the number of processes, 6"),
+        (
+            12,
+            (
+                "spec.training.globalBatchSize: Invalid value: 16: must be divisible by 6 (6 groups of 2 processes x "
+                "microBatchSize 1); nearest: 12 or 18"
+            ),
+        ),
+    ],
+)
+def test_processes_that_split_layers_see_the_same_rows(ranks: int, problem: str | None) -> None:
+    training = {"epochs": 1, "globalBatchSize": 16, "parallelism": {"replicate": 2, "tensor": 2}}
+    assert batch_problem(parse_finetunejob(manifest(spec__training=training)).spec, ranks=ranks) == problem
 
 
 def test_ranks_are_nodes_times_devices() -> None:

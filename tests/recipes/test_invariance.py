@@ -1,6 +1,7 @@
 """How a batch is cut into micro batches, ranks and packs changes nothing in what is computed."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,11 @@ def full_batch_config(folder: Path) -> Path:
 
 
 def curve(gang: Gang) -> dict[int, tuple[float, float]]:
-    return {event["step"]: (event["loss"], event["gradNorm"]) for event in gang.succeed().events("step")}
+    return curve_of(gang.succeed())
+
+
+def curve_of(gang: Gang) -> dict[int, tuple[float, float]]:
+    return {event["step"]: (event["loss"], event["gradNorm"]) for event in gang.events("step")}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,29 @@ def test_loss_and_gradient_norm_do_not_depend_on_the_number_of_ranks(
 ) -> None:
     two = Gang.start(zygote, tiny / "two", full_batch_config(tiny), "run.name=two", ranks=2)
     assert_same(base, curve(two))
+
+
+@pytest.mark.parametrize(("replicate", "tensor"), [(2, 2), (1, 2)])
+def test_loss_and_gradient_norm_do_not_depend_on_how_ranks_share_the_model(
+    zygote: Zygote, tiny: Path, base: dict[int, tuple[float, float]], replicate: int, tensor: int
+) -> None:
+    name, ranks = f"shared-{replicate}-{tensor}", replicate * tensor
+    shared = (f"training.parallelism.replicate={replicate}", f"training.parallelism.tensor={tensor}")
+    gang = Gang.start(zygote, tiny / name, full_batch_config(tiny), f"run.name={name}", *shared, ranks=ranks)
+    assert_same(base, curve(gang))
+
+
+def test_a_run_that_split_its_layers_goes_on_where_nothing_is_split(
+    zygote: Zygote, tiny: Path, base: dict[int, tuple[float, float]]
+) -> None:
+    config = full_batch_config(tiny)
+    first = Gang.start(zygote, tiny / "split", config, "run.name=moved", "training.parallelism.tensor=2", ranks=2)
+    first.wait_for(lambda event: event["event"] == "step" and event["step"] >= STEPS // 2)
+    first.kill(1, signal.SIGTERM)
+    assert first.wait() == [75, 75], first.stderr()
+    second = Gang.start(zygote, tiny / "moved", config, "run.name=moved").succeed()
+    assert not second.events("warning"), "it is the same run"
+    assert_same(base, {**curve_of(first), **curve_of(second)})
 
 
 def test_loss_and_gradient_norm_do_not_depend_on_packing(

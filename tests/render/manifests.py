@@ -49,6 +49,7 @@ spec:
     weightDecay: "1e-5"
     validateEverySteps: 20
     activationCheckpointing: Full
+    parallelism: {replicate: 2}
   compute:
     nodes: 2
     accelerator: {resource: nvidia.com/gpu, perNode: 8}

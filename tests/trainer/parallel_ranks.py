@@ -8,13 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from kubetune_trainer.export import trained_weights
 from kubetune_trainer.lora import apply_lora, init_lora, lora_state_dict, whole_tensor
 from kubetune_trainer.model import Decoder, build_model, load_weights, read_config
 from kubetune_trainer.optim import build_optimizer, clip_grad_norm
-from kubetune_trainer.parallel import parallelize
+from kubetune_trainer.parallel import build_mesh, parallelize
 from tests.trainer.tiny import random_tokens
 
 NUM_STEPS = 3
@@ -30,16 +29,33 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(rank: int, num_ranks: int, folder: Path) -> None:
-    """Train every case for a few steps; rank 0 leaves what came out in `<folder>/ranks-<n>.pt`."""
+MESHES: dict[str, dict[str, int]] = {
+    "2 ranks": {"num_ranks": 2},
+    "3 ranks": {"num_ranks": 3},
+    "2 copies on 2 ranks each": {"num_ranks": 4, "replicate": 2},
+    "2 groups of 2 that split layers": {"num_ranks": 4, "tensor": 2},
+}
+
+
+def has_plan(case: str, mesh: str) -> bool:
+    """Whether what a case trains can be split over the tensor groups of a mesh, if it has any."""
+    return "tensor" not in MESHES[mesh] or not CASES[case].get("has_magnitude")
+
+
+def run(rank: int, mesh: str, folder: Path) -> None:
+    """Train every case for a few steps; rank 0 leaves what came out in `<folder>/<mesh>.pt`."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous-{num_ranks}", rank=rank, world_size=num_ranks
+        "gloo", init_method=f"file://{folder}/rendezvous-{mesh}", rank=rank, world_size=MESHES[mesh]["num_ranks"]
     )
-    results = {name: _train(folder / "model", rank=rank, num_ranks=num_ranks, **case) for name, case in CASES.items()}
+    results = {
+        name: _train(folder / "model", rank=rank, mesh=MESHES[mesh], **case)
+        for name, case in CASES.items()
+        if has_plan(name, mesh)
+    }
     if rank == 0:
-        torch.save(results, folder / f"ranks-{num_ranks}.pt")
+        torch.save(results, folder / f"{mesh}.pt")
     dist.destroy_process_group()
 
 
@@ -47,7 +63,7 @@ def _train(
     model_folder: Path,
     *,
     rank: int,
-    num_ranks: int,
+    mesh: dict[str, int],
     precision: str,
     lora: bool,
     checkpointing: str,
@@ -56,14 +72,16 @@ def _train(
     model = build_model(read_config(model_folder))
     if lora:
         apply_lora(model, rank=2, alpha=4, has_magnitude=has_magnitude)  # two rows over three ranks: one rank has none
-    mesh = init_device_mesh("cpu", (num_ranks,))
-    parallelize(model, precision=precision, activation_checkpointing=checkpointing, mesh=mesh)
+    parallelize(model, precision=precision, activation_checkpointing=checkpointing, mesh=build_mesh("cpu", **mesh))
     model.to_empty(device="cpu")
     load_weights(model, model_folder)
     init_lora(model, seed=5)
     loaded = {name: whole_tensor(parameter).clone() for name, parameter in model.named_parameters()}
-    rows = slice(rank * NUM_ROWS // num_ranks, (rank + 1) * NUM_ROWS // num_ranks)
+    tensor = mesh.get("tensor", 1)
+    reader, num_readers = rank // tensor, mesh["num_ranks"] // tensor
+    rows = slice(reader * NUM_ROWS // num_readers, (reader + 1) * NUM_ROWS // num_readers)
     losses, norms = train(model, rows=rows)
+    losses = [loss / tensor for loss in losses]  # each rank of a group has added the same
     return {
         "loaded": loaded,
         "losses": losses,

@@ -149,6 +149,28 @@ def test_accumulation_is_the_batch_over_ranks_and_micro_batches(tmp_path: Path) 
     assert [config.accumulation_steps(ranks) for ranks in (1, 2, 3, 6)] == [6, 3, 2, 1]
 
 
+def test_ranks_that_split_layers_see_the_same_rows(tmp_path: Path) -> None:
+    overrides = ["training.parallelism.tensor=2", "training.parallelism.replicate=2"]
+    config = load_config(write(tmp_path, MINIMAL), overrides=overrides)
+    assert [config.accumulation_steps(ranks) for ranks in (4, 12)] == [3, 1]
+    with pytest.raises(ConfigError, match="replicate x tensor must divide the number of ranks 6, got 2 x 2"):
+        config.accumulation_steps(6)
+    with pytest.raises(ConfigError, match=r"groups of 2 ranks x training\.micro_batch_size = 4 x 2 = 8, got 12"):
+        config.accumulation_steps(8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["tuning=DoRA"], "training.parallelism.tensor must be 1 with tuning DoRA, got 2"),
+        (["lora.dropout=0.1"], "lora.dropout must be 0 with training.parallelism.tensor 2, got 0.1"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(tmp_path: Path, overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config(write(tmp_path, MINIMAL), overrides=["training.parallelism.tensor=2", *overrides])
+
+
 @pytest.mark.parametrize(("ranks", "nearest"), [(4, "8 or 16"), (5, "10 or 20"), (8, "16.")])
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do(tmp_path: Path, ranks: int, nearest: str) -> None:
     config = load_config(write(tmp_path, MINIMAL))
@@ -161,4 +183,5 @@ def test_the_training_digest_follows_what_decides_the_numbers_and_nothing_else(t
     path = write(tmp_path, MINIMAL)
     digest = load_config(path).training_digest()
     assert load_config(path, overrides=["run.name=b", "checkpoint.keep=9"]).training_digest() == digest
+    assert load_config(path, overrides=["training.parallelism.tensor=2"]).training_digest() == digest
     assert load_config(path, overrides=["training.seed=1"]).training_digest() != digest

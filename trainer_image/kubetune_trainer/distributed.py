@@ -37,6 +37,8 @@ _PEER_LOST = re.compile(
     re.IGNORECASE,
 )
 _T = TypeVar("_T")
+_joined: "list[World]" = []
+"""The world that this process is in, while it is in one: for `exchange`, as torch keeps its default group."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,18 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    tensor: int = 1
+    """Ranks of a tensor group, which compute the same rows together."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the groups that see rows of their own this rank belongs to."""
+        return self.rank // self.tensor
+
+    @property
+    def data_size(self) -> int:
+        """How many groups see rows of their own."""
+        return self.size // self.tensor
 
     @property
     def is_first(self) -> bool:
@@ -61,8 +75,11 @@ class World:
 
 
 @contextmanager
-def join_world() -> Iterator[World]:
+def join_world(*, tensor: int = 1) -> Iterator[World]:
     """Meets the other ranks; one process without torchrun's environment is a world of its own.
+
+    Args:
+        tensor: Ranks that compute the same rows together.
 
     Raises:
         PeerLostError: The others did not come in time, or, while the block runs, one of them went away.
@@ -80,7 +97,10 @@ def join_world() -> Iterator[World]:
     with peer_losses():
         _meet("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", rank, size)
         _share_scratch(is_first=rank == 0)
-        yield World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)
+        world = World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device, tensor=tensor)
+        _joined.append(world)
+        yield world
+        _joined.clear()
     dist.destroy_process_group()
 
 
@@ -242,12 +262,13 @@ def exchange(
     columns = gather_vector(
         [float(trained_tokens), float(tokens), loss_sum, float(stop), float(save), float(uploaded_step), *measures]
     )
-    total = columns.sum(dim=0).tolist()
+    # The ranks of a tensor group have seen the same rows: one of them counts. Any rank may be told to stop.
+    total = columns[:: _joined[0].tensor if _joined else 1].sum(dim=0).tolist()
     return StepTotals(
         trained_tokens=int(total[0]),
         tokens=int(total[1]),
         loss_sum=total[2],
-        stop=total[3] > 0,
+        stop=columns[:, 3].sum().item() > 0,
         save=total[4] > 0,
         uploaded_step=int(columns[:, 5].min().item()),
         measures=tuple(total[6:]),

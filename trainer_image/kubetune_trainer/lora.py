@@ -145,20 +145,23 @@ def init_lora(model: nn.Module, *, seed: int) -> None:
 
     Magnitudes begin as the lengths of the base's rows; the weights must be loaded.
     """
-    from kubetune_trainer.model.weights import local_rows  # noqa: PLC0415 - weights asks this module what an adapter is
+    from kubetune_trainer.model.weights import (  # noqa: PLC0415 - weights asks this module what an adapter is
+        local_place,
+        local_rows,
+    )
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not name.endswith((A_SUFFIX, B_SUFFIX)):
                 continue
-            local, rows = local_rows(parameter)
+            local, place = local_place(parameter)
             if "lora_B" in name:
                 local.zero_()
                 continue
             whole = torch.empty(parameter.shape, dtype=torch.float32)
             nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-            local.copy_(whole[rows])
+            local.copy_(whole[place])
         for module in model.modules():
             if isinstance(module, LoRALinear) and module.lora_magnitude_vector is not None:
                 # A rank has at least the rows whose lengths it keeps: the base is sharded by rows too, or whole.

@@ -1,11 +1,13 @@
 """Optimizer, learning-rate schedule and gradient clipping."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from kubetune_trainer.lora import B_SUFFIX
@@ -58,6 +60,14 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def sharing(tensor: Tensor) -> tuple[ProcessGroup, ...]:
+    """Return the groups of ranks of which each holds another part of a tensor; those with copies are left out."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return tuple(mesh.get_group(axis) for axis in range(mesh.ndim) if not placements[axis].is_replicate())
+
+
 def learning_rate_factor(step: int, *, scheduler: str, warmup_steps: int, total_steps: int) -> float:
     """Return what the learning rate is multiplied with in a step, counted from 0.
 
@@ -87,11 +97,16 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     local = [local_part(gradient) for gradient in gradients]
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in local]
-    square = torch.stack(norms).square().sum()
-    if isinstance(gradients[0], DTensor):
-        torch.distributed.all_reduce(square, group=gradients[0].device_mesh.get_group())
-    norm = square.sqrt()
+    squares: dict[tuple[ProcessGroup, ...], list[Tensor]] = defaultdict(list)
+    for gradient, part in zip(gradients, local, strict=True):
+        squares[sharing(gradient)].append(torch.linalg.vector_norm(part, dtype=torch.float64).square())
+    total = torch.zeros((), dtype=torch.float64, device=local[0].device)
+    for groups, those in squares.items():
+        square = torch.stack(those).sum()
+        for group in groups:
+            torch.distributed.all_reduce(square, group=group)
+        total += square
+    norm = total.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(local, scale.to(local[0].dtype))
     return norm

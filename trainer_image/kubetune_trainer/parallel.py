@@ -1,8 +1,8 @@
 """Spread an untouched model over ranks from outside: precision, recomputation, then FSDP2 (arXiv 2304.11277).
 
-The order is fixed: weights get the type that they are kept in, blocks are told to recompute, and every block becomes
-one group of fully_shard, with embedding, final norm and output head in the root's. This tree's tests run CPU and gloo
-only; nothing here asks which device it is but `compute_dtype`.
+The order is fixed: weights get the type that they are kept in, layers are split over tensor groups, blocks are told to
+recompute, and every block becomes one group of fully_shard, with embedding, final norm and output head in the root's.
+This tree's tests run CPU and gloo only; nothing here asks which device it is but `compute_dtype`.
 """
 
 from typing import Final, Literal
@@ -10,17 +10,34 @@ from typing import Final, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.tensor_parallel import split_layers
 
+REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
+"""Dimensions of a mesh, the outermost first."""
 Precision = Literal["FP32", "BF16Mixed", "BF16"]
 ActivationCheckpointing = Literal["None", "Full"]
 
 KEEP_WHOLE_BYTES: Final = 2**30
 """A model whose weights take no more than this may lie whole in each rank's memory, which spares traffic: its trained
 weights stay gathered from forward to backward, and its frozen ones are not sharded at all."""
+
+
+def build_mesh(device_type: str, *, num_ranks: int, replicate: int = 1, tensor: int = 1) -> DeviceMesh:
+    """Arrange the ranks: those of a tensor group lie side by side, then those that share a copy of the weights.
+
+    Args:
+        device_type: Where they compute.
+        num_ranks: All of them; a multiple of `replicate` x `tensor`.
+        replicate: Copies of the weights, each sharded over its part of the ranks (HSDP).
+        tensor: Ranks over which the layers of a block are split.
+    """
+    sizes = {REPLICATE: replicate, SHARD: num_ranks // (replicate * tensor), TENSOR: tensor}
+    used = {name: size for name, size in sizes.items() if size > 1 or name == SHARD}
+    return init_device_mesh(device_type, tuple(used.values()), mesh_dim_names=tuple(used))
 
 
 def parallelize(
@@ -44,23 +61,24 @@ def parallelize(
             in bf16, and computes in bf16; a small model's frozen ones are kept in the type that it computes in. BF16
             keeps and computes everything in bf16. Gradients are summed in fp32.
         activation_checkpointing: Full keeps only each block's input and computes the rest again in backward.
-        mesh: One dimension, all ranks.
+        mesh: What `build_mesh` returns.
 
     Returns:
         The type that it computes in: what `precision` says, but fp32 where some rank's CPU has no bf16 arithmetic.
     """
-    for block in model.model.layers:
-        block.recompute = activation_checkpointing == "Full"
-    dtype = torch.float32 if precision == "FP32" else _agreed_compute_dtype(mesh)
+    names = mesh.mesh_dim_names or ()
+    shards = mesh[REPLICATE, SHARD] if REPLICATE in names else mesh[SHARD]
+    dtype = torch.float32 if precision == "FP32" else _agreed_compute_dtype(mesh.device_type)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     whole = stays_whole(model, dtype)
+    set_dtypes(model, precision=precision, frozen=dtype if whole else None)
+    if TENSOR in names:
+        split_layers(model, mesh[TENSOR])
     frozen = {weight for weight in model.parameters() if not weight.requires_grad} if whole else set()
-    set_dtypes(model, precision=precision)
-    for weight in frozen:
-        weight.data = weight.data.to(dtype)
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not whole, ignored_params=frozen)
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+        block.recompute = activation_checkpointing == "Full"
+        fully_shard(block, mesh=shards, mp_policy=policy, reshard_after_forward=not whole, ignored_params=frozen)
+    fully_shard(model, mesh=shards, mp_policy=policy, ignored_params=frozen)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -84,16 +102,16 @@ def compute_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def _agreed_compute_dtype(mesh: DeviceMesh) -> torch.dtype:
+def _agreed_compute_dtype(device_type: str) -> torch.dtype:
     """Ask all ranks: weights travel in this type, so that one rank must not differ."""
-    has_bf16 = torch.tensor(int(compute_dtype(mesh.device_type) == torch.bfloat16), device=mesh.device_type)
-    dist.all_reduce(has_bf16, op=dist.ReduceOp.MIN, group=mesh.get_group())
+    has_bf16 = torch.tensor(int(compute_dtype(device_type) == torch.bfloat16), device=device_type)
+    dist.all_reduce(has_bf16, op=dist.ReduceOp.MIN)
     return torch.bfloat16 if has_bf16.item() else torch.float32
 
 
-def set_dtypes(model: nn.Module, *, precision: Precision) -> None:
-    """Give each weight the type in which it is kept between steps."""
+def set_dtypes(model: nn.Module, *, precision: Precision, frozen: torch.dtype | None = None) -> None:
+    """Give each weight the type in which it is kept between steps; unset, `precision` says that of frozen ones too."""
     trained = torch.bfloat16 if precision == "BF16" else torch.float32
-    frozen = torch.float32 if precision == "FP32" else torch.bfloat16
+    frozen = frozen or (torch.float32 if precision == "FP32" else torch.bfloat16)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(trained if parameter.requires_grad else frozen)

@@ -86,6 +86,17 @@ class Simpo(ApiModel):
     """By how much the reward of the better answer has to be greater."""
 
 
+class Parallelism(ApiModel):
+    """How the processes share the model beside FSDP, which shards it over all that are left."""
+
+    replicate: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Copies of the model, each sharded over its part of the processes. With the number of nodes, weights travel within
+    a node alone."""
+    tensor: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes over which the layers of a block are split (tensor parallelism); they see the same rows. Not above
+    accelerator.perNode, since they talk to each other in every layer."""
+
+
 class Training(ApiModel):
     """How the weights are trained: exactly one of epochs, maxSteps says for how long."""
 
@@ -116,6 +127,8 @@ class Training(ApiModel):
     """BF16Mixed: trained weights and optimizer in fp32, computation in bf16. BF16: all in bf16. FP32: all in fp32."""
     activation_checkpointing: Literal["None", "Full"] = "None"
     """Full computes activations again in the backward pass, which saves memory and costs time."""
+    parallelism: Parallelism | None = None
+    """How the processes share the model. Unset: FSDP shards it over all of them."""
     seed: Annotated[int, Field(ge=0, le=4_294_967_295)] = 42
     """Seed of the order of samples, the validation split, dropout and new weights."""
     validate_every_steps: Steps | None = None
@@ -194,6 +207,18 @@ class FineTuneJobSpec(JobSpec):
             cel="!has(self.training.validateEverySteps) || has(self.dataset.validation)",
             message="spec.training.validateEverySteps needs spec.dataset.validation",
             check=lambda value: value.training.validate_every_steps is None or value.dataset.validation is not None,
+        ),
+        Rule(
+            cel=(
+                "!has(self.training.parallelism) || self.training.parallelism.tensor == 1 || "
+                "(self.tuning in ['LoRA', 'Full'] && (!has(self.lora) || double(self.lora.dropout) == 0.0))"
+            ),
+            message="spec.training.parallelism.tensor must be 1 with tuning: DoRA and with a spec.lora.dropout",
+            check=lambda value: (
+                value.training.parallelism is None
+                or value.training.parallelism.tensor == 1
+                or (value.tuning in {"LoRA", "Full"} and (value.lora is None or float(value.lora.dropout) == 0))
+            ),
         ),
         *(
             Rule(
@@ -390,18 +415,26 @@ def parse_finetunejob(manifest: Mapping[str, Any]) -> FineTuneJob:
 
 
 def batch_problem(spec: FineTuneJobSpec, *, ranks: int) -> str | None:
-    """Why the global batch cannot be shared out evenly among this many processes; None if it can.
+    """Why this many processes cannot share the model or the global batch as the spec says; None if they can.
 
-    The answer names the nearest sizes that can.
+    Of a batch the answer names the nearest sizes that can be shared.
     """
     training = spec.training
-    unit = ranks * training.micro_batch_size
+    shared = training.parallelism or Parallelism()
+    if ranks % (shared.replicate * shared.tensor):
+        return (
+            f"spec.training.parallelism: Invalid value: replicate {shared.replicate} x tensor {shared.tensor}: "
+            f"must divide the number of processes, {ranks}"
+        )
+    readers = ranks // shared.tensor
+    unit = readers * training.micro_batch_size
     size = training.global_batch_size
     if size % unit == 0:
         return None
     below, above = size // unit * unit, (size // unit + 1) * unit
     nearest = f"{below} or {above}" if below else str(above)
+    who = "processes" if shared.tensor == 1 else f"groups of {shared.tensor} processes"
     return (
         f"spec.training.globalBatchSize: Invalid value: {size}: must be divisible by {unit} "
-        f"({ranks} processes x microBatchSize {training.micro_batch_size}); nearest: {nearest}"
+        f"({readers} {who} x microBatchSize {training.micro_batch_size}); nearest: {nearest}"
     )

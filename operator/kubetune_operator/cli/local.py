@@ -132,11 +132,18 @@ def check_batch(bundle: Bundle) -> None:
 
 
 def processes_for(job: Job, *, limit: int) -> int:
-    """The most processes, up to the manifest's number and the limit, that share the global batch out evenly."""
+    """The most processes, up to the manifest's number and the limit, that can share the model and the global batch.
+
+    Raises:
+        SpecError: No number within the limit can.
+    """
     most = max(1, min(job.spec.ranks, limit))
     if not isinstance(job, FineTuneJob):
         return most
-    return next(number for number in range(most, 0, -1) if batch_problem(job.spec, ranks=number) is None)
+    for number in range(most, 0, -1):
+        if batch_problem(job.spec, ranks=number) is None:
+            return number
+    raise SpecError(f"FineTuneJob {job.metadata.name}", problems=[str(batch_problem(job.spec, ranks=most))])
 
 
 def local_config(bundle: Bundle, *, processes: int) -> dict[str, Any]:

@@ -46,6 +46,15 @@ class Lora(Block):
     """What training.learning_rate is multiplied with for the adapters' second matrix, B (LoRA+)."""
 
 
+class Parallelism(Block):
+    """How the ranks share the model beside FSDP, which shards it over all that are left."""
+
+    replicate: int = Field(default=1, ge=1)
+    """Copies of the model, each sharded over its part of the ranks (HSDP)."""
+    tensor: int = Field(default=1, ge=1)
+    """Ranks over which the layers of a block are split; they see the same rows."""
+
+
 class Training(Block):
     """How long and how the optimizer steps: exactly one of epochs, max_steps."""
 
@@ -73,6 +82,8 @@ class Training(Block):
     """BF16Mixed keeps trained weights and optimizer in fp32 and computes in bf16."""
     activation_checkpointing: Literal["None", "Full"] = "None"
     """Full recomputes every block in the backward pass."""
+    parallelism: Parallelism = Parallelism()
+    """How the ranks share the model."""
     seed: int = Field(default=42, ge=0)
     """Decides data order, adapters' first values and dropout."""
     validate_every_steps: int | None = Field(default=None, ge=1)
@@ -195,6 +206,13 @@ class FineTuneConfig(JobConfig):
     def _fits_together(self) -> Self:
         if self.tuning == "Full" and self.lora is not None:
             raise ValueError("lora must not be set with tuning Full")
+        tensor = self.training.parallelism.tensor
+        if tensor > 1 and self.tuning not in {"LoRA", "Full"}:
+            raise ValueError(f"training.parallelism.tensor must be 1 with tuning {self.tuning}, got {tensor}")
+        if tensor > 1 and self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout must be 0 with training.parallelism.tensor {tensor}, got {self.lora.dropout}"
+            )
         adapters = [output.name for output in self.outputs if output.type == "PEFT"]
         if self.tuning == "Full" and adapters:
             raise ValueError(f"outputs of type PEFT need adapters, got output {adapters[0]} with tuning Full")
@@ -216,16 +234,25 @@ class FineTuneConfig(JobConfig):
         """The micro batches of one rank in an optimizer step.
 
         Raises:
-            ConfigError: The global batch size cannot be divided; names the nearest that can.
+            ConfigError: The ranks cannot be arranged so, or the global batch size cannot be divided; names the nearest
+                that can.
         """
-        unit = world_size * self.training.micro_batch_size
+        shared = self.training.parallelism
+        if world_size % (shared.replicate * shared.tensor):
+            raise ConfigError(
+                f"{self.title}: training.parallelism.replicate x tensor must divide the number of ranks {world_size}, "
+                f"got {shared.replicate} x {shared.tensor}"
+            )
+        readers = world_size // shared.tensor
+        unit = readers * self.training.micro_batch_size
         size = self.training.global_batch_size
         if size % unit == 0:
             return size // unit
         nearest = [str(valid) for valid in (size // unit * unit, (size // unit + 1) * unit) if valid]
+        who = "ranks" if shared.tensor == 1 else f"groups of {shared.tensor} ranks"
         raise ConfigError(
-            f"{self.title}: training.global_batch_size must be divisible by ranks x training.micro_batch_size"
-            f" = {world_size} x {self.training.micro_batch_size} = {unit}, got {size}",
+            f"{self.title}: training.global_batch_size must be divisible by {who} x training.micro_batch_size"
+            f" = {readers} x {self.training.micro_batch_size} = {unit}, got {size}",
             hint=f"Set training.global_batch_size to {' or '.join(nearest)}.",
         )
 
@@ -242,4 +269,5 @@ class FineTuneConfig(JobConfig):
             for key, value in self.model_dump(mode="json", include=decisive).items()
             if value is not None or key == "lora"
         }
+        del decides["training"]["parallelism"]
         return fingerprint(decides, length=16)

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.overrides import TorchFunctionMode
 
 from kubetune_trainer.errors import DataError
@@ -122,7 +123,7 @@ def load_weights(model: Decoder, path: str | Path) -> None:
     """Fill a model's weights from a folder; adapters are left as they are.
 
     Args:
-        model: Its parameters have memory already, and may be shards over a mesh of one dimension.
+        model: Its parameters have memory already, and may be shards over any mesh of ours.
         path: Folder in Hugging Face format.
 
     Raises:
@@ -133,22 +134,36 @@ def load_weights(model: Decoder, path: str | Path) -> None:
         files.check({name: tuple(parameter.shape) for name, parameter in wanted.items()})
         with torch.no_grad():
             for name, parameter in wanted.items():
-                local, rows = local_rows(parameter)
-                local.copy_(files.read(name, rows=rows))
+                local, place = local_place(parameter)
+                local.copy_(files.read_part(name, place))
+
+
+def local_place(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """Return this rank's part of a parameter, and where it lies in the whole: a slice for each dimension.
+
+    The innermost dimension of a mesh divides first: FSDP shards what tensor parallelism has left.
+    """
+    begins, sizes = [0] * parameter.dim(), list(parameter.shape)
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for axis in reversed(range(mesh.ndim)):
+            placement = parameter.placements[axis]
+            if not isinstance(placement, Shard | _StridedShard):
+                continue
+            whole, each = sizes[placement.dim], -(-sizes[placement.dim] // mesh.size(axis))
+            begin = min(mesh.get_local_rank(axis) * each, whole)
+            begins[placement.dim] += begin
+            sizes[placement.dim] = min(each, whole - begin)
+        parameter = parameter.to_local()
+    assert tuple(parameter.shape) == tuple(sizes), f"expected a part of {sizes}, got {tuple(parameter.shape)}"
+    return parameter, tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
 
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, slice]:
-    """Return this rank's part of a parameter, and which rows of the whole it holds."""
-    if not isinstance(parameter, DTensor):
-        return parameter, slice(0, parameter.shape[0])
-    assert parameter.placements == (Shard(0),), (
-        f"expected shards of rows over one dimension, got {parameter.placements}"
-    )
-    mesh = parameter.device_mesh
-    rows_per_rank = -(-parameter.shape[0] // mesh.size())
-    start = min(mesh.get_local_rank() * rows_per_rank, parameter.shape[0])
-    local = parameter.to_local()
-    return local, slice(start, start + local.shape[0])
+    """Return this rank's part of a parameter of which it holds whole rows, and which of them."""
+    local, place = local_place(parameter)
+    assert local.shape[1:] == parameter.shape[1:], f"expected whole rows of {tuple(parameter.shape)}"
+    return local, place[0]
 
 
 class WeightFiles:
@@ -214,6 +229,10 @@ class WeightFiles:
     def read(self, name: str, *, rows: slice) -> Tensor:
         """Read some rows of a tensor, in their stored type."""
         return self._slice(name)[rows]
+
+    def read_part(self, name: str, place: tuple[slice, ...]) -> Tensor:
+        """Read a part of a tensor, a slice for each dimension, in its stored type."""
+        return self._slice(name)[place]
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor whole, in the files' order."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from kubetune_trainer.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
 from kubetune_trainer.config import FineTuneConfig, load_config
@@ -22,7 +22,7 @@ from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import build_model, load_weights
 from kubetune_trainer.names import CHECKPOINTS_DIR
 from kubetune_trainer.optim import build_optimizer
-from kubetune_trainer.parallel import parallelize
+from kubetune_trainer.parallel import build_mesh, parallelize
 from kubetune_trainer.report import attempt, end_with, open_log, report, serve_metrics
 from kubetune_trainer.storage import open_store, scratch_dir
 from kubetune_trainer.tokenizer import load_tokenizer
@@ -69,8 +69,8 @@ def begin(arguments: Sequence[str], *, description: str, recipes: Sequence[str])
     if config.recipe not in recipes:
         raise ConfigError(f"{config.title}: recipe must be {' or '.join(recipes)} for this script, got {config.recipe}")
     stop = StopSignal(leave=lambda: end_with(PreemptedError("stopped outside of training; no finished step is lost")))
-    with join_world() as world:
-        config.accumulation_steps(world.size)  # refuses a batch that the ranks cannot share
+    with join_world(tensor=config.training.parallelism.tensor) as world:
+        config.accumulation_steps(world.size)  # refuses what the ranks cannot share
         serve_metrics()
         log = scratch_dir() / f"attempt-{attempt()}.jsonl"
         open_log(log)
@@ -130,7 +130,7 @@ def build(config: FineTuneConfig, model_dir: Path, world: World) -> Decoder:
         model,
         precision=config.training.precision,
         activation_checkpointing=config.training.activation_checkpointing,
-        mesh=init_device_mesh(world.device.type, (world.size,)),
+        mesh=mesh_of(config, world),
     )
     model.to_empty(device=world.device)
     load_weights(model, model_dir)
@@ -138,11 +138,16 @@ def build(config: FineTuneConfig, model_dir: Path, world: World) -> Decoder:
     return model
 
 
+def mesh_of(config: FineTuneConfig, world: World) -> DeviceMesh:
+    """The ranks, as `training.parallelism` arranges them."""
+    wanted = config.training.parallelism
+    return build_mesh(world.device.type, num_ranks=world.size, replicate=wanted.replicate, tensor=wanted.tensor)
+
+
 def build_frozen(job: Job, model_dir: Path) -> Decoder:
     """A second model that is only asked and never trained, sharded as the first."""
     model = build_model(read_config(model_dir)).requires_grad_(requires_grad=False)
-    mesh = init_device_mesh(job.world.device.type, (job.world.size,))
-    parallelize(model, precision=job.config.training.precision, mesh=mesh)
+    parallelize(model, precision=job.config.training.precision, mesh=mesh_of(job.config, job.world))
     model.to_empty(device=job.world.device)
     load_weights(model, model_dir)
     return model.eval()

@@ -21,7 +21,8 @@ def global_rows(job: Job, step: int) -> list[int]:
 
 def micro_batch_rows(job: Job, step: int) -> list[list[int]]:
     """This rank's rows of a step, a list for each micro batch."""
-    mine, size = global_rows(job, step)[job.world.rank :: job.world.size], job.config.training.micro_batch_size
+    world, size = job.world, job.config.training.micro_batch_size
+    mine = global_rows(job, step)[world.data_rank :: world.data_size]
     return [mine[start : start + size] for start in range(0, len(mine), size)]
 
 
@@ -29,8 +30,8 @@ def validation_rows(job: Job, num_rows: int) -> list[range]:
     """This rank's rows of the held-out data, a range for each round; a rank with nothing left has an empty one."""
     world, size = job.world, job.config.training.micro_batch_size
     return [
-        range(start + world.rank, min(start + world.size * size, num_rows), world.size)
-        for start in range(0, num_rows, world.size * size)
+        range(start + world.data_rank, min(start + world.data_size * size, num_rows), world.data_size)
+        for start in range(0, num_rows, world.data_size * size)
     ]
 
 
