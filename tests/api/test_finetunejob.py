@@ -56,6 +56,17 @@ GOOD: dict[str, dict[str, Any]] = {
         "spec__dataset__packing": "None",
     },
     "a recipe for preferences without one": {"spec__recipe": "SimPO"},
+    "a script of one's own": {
+        "spec__recipe": "Custom",
+        "spec__custom": {"script": {"configMap": {"name": "focal", "key": "focal.py"}}, "args": ["--gamma", "2.0"]},
+    },
+    "a script of the image": {"spec__recipe": "Custom", "spec__custom": {"script": {"path": "/opt/recipes/my.py"}}},
+    "a script that learns from pairs, with another recipe's settings": {
+        "spec__recipe": "Custom",
+        "spec__custom": {"script": {"path": "/my.py"}},
+        "spec__dpo": {"loss": "Hinge"},
+        "spec__dataset__sources__0__format": "Preference",
+    },
     "a model of the Hub": {"spec__model": {"hub": {"repo": "HuggingFaceTB/SmolLM2-135M"}}},
     "a model of the Hub without an owner": {"spec__model": {"hub": {"repo": "gpt2", "revision": "v1"}}},
     "a gated model": {"spec__model": {"hub": {"repo": "a/b", "tokenSecret": {"name": "hf", "key": "token"}}}},
@@ -162,23 +173,57 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a block of another recipe": (
         {"spec__recipe": "ORPO", "spec__dpo": {}},
-        "spec.dpo is allowed only with recipe: DPO",
+        "spec.dpo is allowed only with recipe: DPO or Custom",
     ),
     "pairs for supervised fine-tuning": (
         {"spec__dataset__sources__0__format": "Preference"},
-        "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, and only then",
+        "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, not with SFT",
     ),
     "texts for preferences": (
         {"spec__recipe": "DPO", "spec__dataset__sources__0__format": "Text"},
-        "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, and only then",
+        "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, not with SFT",
     ),
     "packed pairs": (
         {"spec__recipe": "DPO", "spec__dataset__packing": "BestFit"},
-        "spec.dataset.packing must be None with recipe: DPO, ORPO or SimPO",
+        "spec.dataset.packing must be None with format: Preference, and so with recipe: DPO, ORPO or SimPO",
     ),
     "split answers": (
         {"spec__recipe": "DPO", "spec__dataset__overlong": "Split"},
-        "spec.dataset with recipe: DPO, ORPO or SimPO must have trainOn Assistant and not overlong Split",
+        "spec.dataset must have trainOn Assistant and not overlong Split with format: Preference",
+    ),
+    "a script without its recipe": (
+        {"spec__custom": {"script": {"path": "/my.py"}}},
+        "spec.custom is required with recipe: Custom, and allowed only with it",
+    ),
+    "a recipe of one's own without a script": (
+        {"spec__recipe": "Custom"},
+        "spec.custom is required with recipe: Custom, and allowed only with it",
+    ),
+    "a script in two places": (
+        {
+            "spec__recipe": "Custom",
+            "spec__custom": {"script": {"path": "/my.py", "configMap": {"name": "a", "key": "my.py"}}},
+        },
+        "exactly one of configMap, path must be set",
+    ),
+    "a script that is no Python": (
+        {"spec__recipe": "Custom", "spec__custom": {"script": {"configMap": {"name": "a", "key": "my.sh"}}}},
+        "configMap.key must end in .py",
+    ),
+    "a script somewhere": (
+        {"spec__recipe": "Custom", "spec__custom": {"script": {"path": "my.py"}}},
+        "must be an absolute path that ends in .py",
+    ),
+    "a script for examples and pairs": (
+        {
+            "spec__recipe": "Custom",
+            "spec__custom": {"script": {"path": "/my.py"}},
+            "spec__dataset__sources": [
+                {"name": "a", "uri": {"location": "s3://data/a"}, "format": "Preference"},
+                {"name": "b", "uri": {"location": "s3://data/b"}, "format": "Text"},
+            ],
+        },
+        "SimPO, not with SFT, and all or none with Custom",
     ),
     "labels that are as often wrong as right": (
         {"spec__recipe": "DPO", "spec__dpo": {"labelSmoothing": "0.5"}},

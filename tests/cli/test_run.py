@@ -36,7 +36,9 @@ wanted = json.loads((here / "behaviour.json").read_text())
 variables = {key: value for key, value in os.environ.items() if key.startswith(("PET_", "KUBETUNE_", "MY_"))}
 secrets = pathlib.Path(os.environ.get("KUBETUNE_SECRETS_DIR", "/nonexistent"))
 files = {str(path.relative_to(secrets)): path.read_text() for path in secrets.rglob("*") if path.is_file()}
-call = {"recipe": recipe, "config": pathlib.Path(config).read_text(), "variables": variables, "files": files}
+call = {"recipe": recipe, "script": pathlib.Path(recipe).read_text() if recipe.endswith(".py") else ""}
+call |= {"arguments": sys.argv[4:]}
+call |= {"config": pathlib.Path(config).read_text(), "variables": variables, "files": files}
 with (here / "calls.jsonl").open("a") as calls: calls.write(json.dumps(call) + "\\n")
 sys.stderr.write("a line of the log\\n")
 if recipe == "finetune":
@@ -96,6 +98,33 @@ def test_prepare_and_finetune_run_on_the_operators_config(kubetune: Any, trainer
         "directory": "s3://team/runs/default/run7-local", "cache": "s3://team/runs/default/cache",
     }  # fmt: skip
     assert config["training"]["learning_rate"] == 2e-4
+
+
+def test_a_script_beside_the_job_is_started_with_its_arguments(kubetune: Any, trainer: Trainer, tmp_path: Path) -> None:
+    beside = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "focal"}, "data": {"focal.py": "pass\n"}}
+    custom = {"script": {"configMap": {"name": "focal", "key": "focal.py"}}, "args": ["--gamma", "2.0"]}
+    ran = kubetune("run", write(tmp_path, beside, spec__recipe="Custom", spec__custom=custom))
+    assert ran.code == 0, ran.err
+    prepare, work = trainer.calls
+    assert (prepare["recipe"], prepare["arguments"]) == ("prepare", [])
+    assert work["recipe"] == f"{work['variables']['KUBETUNE_CONFIGMAPS_DIR']}/focal/focal.py"
+    assert (work["script"], work["arguments"]) == ("pass\n", ["--gamma", "2.0"])
+
+
+def test_a_script_that_is_not_on_this_machine_is_told_before_anything_runs(
+    kubetune: Any, trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    custom = {"script": {"configMap": {"name": "focal", "key": "focal.py"}}}
+    ran = kubetune("run", write(tmp_path, spec__recipe="Custom", spec__custom=custom))
+    assert (ran.code, "needs ConfigMap focal with key focal.py in the same file" in ran.err) == (1, True)
+    ran = kubetune("run", write(tmp_path, spec__recipe="Custom", spec__custom={"script": {"path": "/none/my.py"}}))
+    assert (ran.code, "spec.custom.script.path: there is no /none/my.py on this machine" in ran.err) == (1, True)
+    assert not (trainer.folder / "calls.jsonl").exists()
+    (tmp_path / "focal").mkdir()
+    (tmp_path / "focal" / "focal.py").write_text("pass\n")
+    monkeypatch.setenv("KUBETUNE_CONFIGMAPS_DIR", str(tmp_path))
+    assert kubetune("run", write(tmp_path, spec__recipe="Custom", spec__custom=custom)).code == 0
+    assert trainer.calls[-1]["recipe"] == f"{tmp_path}/focal/focal.py"
 
 
 def test_pods_become_processes(

@@ -126,6 +126,25 @@ def test_a_broken_secret_beside_the_job_is_refused(
         assert (ran.code, message in ran.err) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"focal.py": "x = 1\n"}, "is valid"),
+        ({"other.py": "x = 1\n"}, "ConfigMap focal has no key focal.py, only other.py"),
+        ({"focal.py": "x = 1\ny = (\n"}, "key focal.py of ConfigMap focal is not Python: '(' was never closed, line 2"),
+    ],
+)
+def test_a_script_beside_the_job_is_there_and_is_python(
+    data: dict[str, str], message: str, kubetune: Any, tmp_path: Path
+) -> None:
+    beside = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "focal"}, "data": data}
+    custom = {"script": {"configMap": {"name": "focal", "key": "focal.py"}}}
+    job = manifest(spec__recipe="Custom", spec__custom=custom)
+    ran = kubetune("validate", write(tmp_path / "job.yaml", job, beside))
+    assert message in ran.out + ran.err
+    assert ran.code == (0 if "is valid" in message else 1)
+
+
 def test_standard_input_is_read(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "kubetune_operator.cli", "validate", "-"],

@@ -165,3 +165,13 @@ def test_every_command_of_kubetune_exists() -> None:
     named = {word for page in PAGES for word in re.findall(r"(?:\$ |`)kubetune ([a-z]+)", page.read_text())}
     assert named
     assert named <= set(known)
+
+
+def test_the_page_shows_the_example_of_a_script_as_it_is() -> None:
+    (shown,) = [each for each in code_blocks(DOCS / "training.md", "python") if each.startswith("def focal_loss")]
+    objects = yaml.safe_load_all((ROOT / "examples" / "custom.yaml").read_text())
+    (script,) = [each["data"]["focal.py"] for each in objects if each["metadata"]["name"] == "focal" and "data" in each]
+    assert shown in script
+    (block,) = [each for each in code_blocks(DOCS / "training.md", "yaml") if "recipe: Custom" in each]
+    example = next(yaml.safe_load_all((ROOT / "examples" / "custom.yaml").read_text()))["spec"]
+    assert yaml.safe_load(block)["spec"] == {name: example[name] for name in ("recipe", "custom")}

@@ -58,7 +58,7 @@ class Gang:
     @classmethod
     def start(
         cls, zygote: Zygote, folder: Path, config: Path, *overrides: str, ranks: int = 1, recipe: str = "finetune",
-        environment: dict[str, str] | None = None, before: str = "",
+        script: Path | None = None, environment: dict[str, str] | None = None, before: str = "",
     ) -> Self:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         gang = cls(zygote, folder)
@@ -70,7 +70,7 @@ class Gang:
                 "KUBETUNE_TERMINATION_LOG": str(folder / f"message-{rank}.json"), "GLOO_SOCKET_IFNAME": "lo",
             }  # fmt: skip
             started = zygote.ask(
-                do="start", recipe=str(ROOT / "recipes" / f"{recipe}.py"),
+                do="start", recipe=str(script or ROOT / "recipes" / f"{recipe}.py"),
                 arguments=["--config", str(config), *overrides],
                 environment={**of_rank, **(environment or {})}, folder=str(folder),
                 stdout=str(folder / f"stdout-{rank}"), stderr=str(folder / f"stderr-{rank}"), before=before,

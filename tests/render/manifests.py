@@ -86,6 +86,21 @@ spec:
   lifecycle: {maxRestarts: 5, gracePeriodSeconds: 60}
 """
 
+CUSTOM = """
+apiVersion: kubetune.dev/v1alpha1
+kind: FineTuneJob
+metadata: {name: custom, namespace: team-a}
+spec:
+  model: {hub: {repo: HuggingFaceTB/SmolLM2-135M-Instruct}}
+  dataset: {sources: [{name: small, configMap: {name: samples, key: data.jsonl}}]}
+  recipe: Custom
+  custom: {script: {configMap: {name: focal, key: focal.py}}, args: ["--gamma", "2.0"]}
+  training: {epochs: 1}
+  compute: {nodes: 2}
+  workspace: {uri: "pvc://runs/kubetune"}
+  outputs: [{name: merged, type: HuggingFace}]
+"""
+
 EVAL_SMALL = """
 apiVersion: kubetune.dev/v1alpha1
 kind: EvalJob

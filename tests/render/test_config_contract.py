@@ -188,6 +188,29 @@ def test_a_recipe_is_read_with_its_block_and_without_packing(
     assert (config.recipe, config.rows, config.dataset.packing) == (recipe, "Pairs", "None")
 
 
+@pytest.mark.parametrize(
+    ("format_", "rows", "packing"), [("Auto", "Samples", "BestFit"), ("Preference", "Pairs", "None")]
+)
+def test_a_script_of_ones_own_is_read_and_its_data_says_what_a_row_is(
+    tmp_path: Path, format_: str, rows: str, packing: str
+) -> None:
+    dataset = {"sources": [{"name": "pairs", "hub": {"repo": "a/b"}, "format": format_}]}
+    script = {"configMap": {"name": "focal", "key": "focal.py"}}
+    config = loaded(
+        SMALL, tmp_path=tmp_path, recipe="Custom", dataset=dataset, dpo={"beta": "0.2"},
+        custom={"script": script, "args": ["--gamma", "2.0"]},
+    )  # fmt: skip
+    assert config.custom is not None
+    assert config.custom.model_dump(exclude_none=True) == {
+        "script": {"config_map": {"name": "focal", "key": "focal.py"}}, "args": ("--gamma", "2.0"),
+    }  # fmt: skip
+    assert config.dpo is not None
+    assert (config.dpo.beta, config.rows, config.dataset.packing) == (0.2, rows, packing)
+    in_image = loaded(SMALL, tmp_path=tmp_path, recipe="Custom", custom={"script": {"path": "/opt/my.py"}}).custom
+    assert in_image is not None
+    assert (in_image.script.path, in_image.args) == ("/opt/my.py", ())
+
+
 def test_references_to_other_jobs_are_replaced_by_what_they_stand_for(tmp_path: Path) -> None:
     reference = {"kind": "FineTuneJob", "name": "first"}
     resolved = Resolved(

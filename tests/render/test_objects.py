@@ -11,6 +11,7 @@ from kubetune_operator.render.job import render_work_job
 from kubetune_operator.render.objects import render_all
 from kubetune_operator.settings import Settings
 from tests.render.manifests import (
+    CUSTOM,
     EVAL_EVERYTHING,
     EVAL_SMALL,
     EVERYTHING,
@@ -28,6 +29,7 @@ CASES = {
     "small": (SMALL, Settings(identity="test")),
     "everything": (EVERYTHING, Settings(identity="test", image_pull_secrets=("registry",))),
     "everything-on-cpu": (EVERYTHING, Settings(identity="test", cpu_processes=2)),
+    "custom": (CUSTOM, Settings(identity="test")),
     "eval-small": (EVAL_SMALL, Settings(identity="test")),
     "eval-everything": (EVAL_EVERYTHING, Settings(identity="test")),
     "quantize-small": (QUANTIZE_SMALL, Settings(identity="test")),

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, computed_field
 
 from kubetune_operator.api.common import (
+    ATOMIC,
+    ConfigMapKeyRef,
     ModelSource,
     Number,
     PositiveNumber,
@@ -97,6 +99,42 @@ class Parallelism(ApiModel):
     accelerator.perNode, since they talk to each other in every layer."""
 
 
+class Script(ApiModel):
+    """A recipe of one's own, in Python: exactly one of configMap, path."""
+
+    rules = (
+        exactly_one_of("configMap", "path"),
+        Rule(
+            cel="!has(self.configMap) || self.configMap.key.endsWith('.py')",
+            message="configMap.key must end in .py",
+            check=lambda value: value.config_map is None or value.config_map.key.endswith(".py"),
+        ),
+    )
+
+    config_map: ConfigMapKeyRef | None = None
+    """A key of a ConfigMap, which is mounted into the pods."""
+    path: (
+        Annotated[
+            str,
+            Field(max_length=1024),
+            matches(r"/([^/]+/)*[^/]+\.py", message="must be an absolute path that ends in .py"),
+        ]
+        | None
+    ) = None
+    """A file of the trainer's image, or of a volume that compute mounts."""
+
+
+class Custom(ApiModel):
+    """A script that trains in place of a recipe that comes with kubetune, on the same data, model and checkpoints."""
+
+    script: Script
+    """Where the script is."""
+    args: (
+        Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=64, json_schema_extra=ATOMIC)] | None
+    ) = None
+    """What the script is given after --config FILE."""
+
+
 class Training(ApiModel):
     """How the weights are trained: exactly one of epochs, maxSteps says for how long."""
 
@@ -183,10 +221,23 @@ class Output(OutputBase):
 
 BLOCKS: Final = {"DPO": "dpo", "ORPO": "orpo", "SimPO": "simpo"}
 """The block that goes with a recipe."""
+PAIRED: Final = ("Auto", "Preference")
+"""Formats of pairs of answers."""
+
+_EXAMPLES: Final = (
+    "(self.recipe == 'SFT' || (self.recipe == 'Custom' && self.dataset.sources.all(s, s.format != 'Preference')))"
+)
+
+
+def learns_from_examples(spec: "FineTuneJobSpec") -> bool:
+    """Whether rows are examples, not pairs of answers; for a script of one's own, the format of its data says it."""
+    if spec.recipe == "Custom":
+        return all(source.format != "Preference" for source in spec.dataset.sources)
+    return spec.recipe == "SFT"
 
 
 def _has_its_recipe(value: Any, *, recipe: str, block: str) -> bool:
-    return value.recipe == recipe or getattr(value, block) is None
+    return value.recipe in {recipe, "Custom"} or getattr(value, block) is None
 
 
 class FineTuneJobSpec(JobSpec):
@@ -222,33 +273,45 @@ class FineTuneJobSpec(JobSpec):
         ),
         *(
             Rule(
-                cel=f"self.recipe == '{recipe}' || !has(self.{block})",
-                message=f"spec.{block} is allowed only with recipe: {recipe}",
+                cel=f"self.recipe in ['{recipe}', 'Custom'] || !has(self.{block})",
+                message=f"spec.{block} is allowed only with recipe: {recipe} or Custom",
                 check=partial(_has_its_recipe, recipe=recipe, block=block),
             )
             for recipe, block in BLOCKS.items()
         ),
         Rule(
+            cel="(self.recipe == 'Custom') == has(self.custom)",
+            message="spec.custom is required with recipe: Custom, and allowed only with it",
+            check=lambda value: (value.recipe == "Custom") == (value.custom is not None),
+        ),
+        Rule(
             cel=(
-                "self.recipe == 'SFT' ? self.dataset.sources.all(s, s.format != 'Preference') : "
+                f"{_EXAMPLES} ? self.dataset.sources.all(s, s.format != 'Preference') : "
                 "self.dataset.sources.all(s, s.format in ['Auto', 'Preference'])"
             ),
-            message="spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, and only then",
+            message=(
+                "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, not with SFT, "
+                "and all or none with Custom"
+            ),
             check=lambda value: all(
-                source.format != "Preference" if value.recipe == "SFT" else source.format in {"Auto", "Preference"}
+                source.format != "Preference" if learns_from_examples(value) else source.format in PAIRED
                 for source in value.dataset.sources
             ),
         ),
         Rule(
-            cel="self.recipe == 'SFT' || !has(self.dataset.packing) || self.dataset.packing == 'None'",
-            message="spec.dataset.packing must be None with recipe: DPO, ORPO or SimPO",
-            check=lambda value: value.recipe == "SFT" or value.dataset.packing in {None, "None"},
+            cel=f"{_EXAMPLES} || !has(self.dataset.packing) || self.dataset.packing == 'None'",
+            message="spec.dataset.packing must be None with format: Preference, and so with recipe: DPO, ORPO or SimPO",
+            check=lambda value: learns_from_examples(value) or value.dataset.packing in {None, "None"},
         ),
         Rule(
-            cel="self.recipe == 'SFT' || (self.dataset.trainOn == 'Assistant' && self.dataset.overlong != 'Split')",
-            message="spec.dataset with recipe: DPO, ORPO or SimPO must have trainOn Assistant and not overlong Split",
+            cel=f"{_EXAMPLES} || (self.dataset.trainOn == 'Assistant' && self.dataset.overlong != 'Split')",
+            message=(
+                "spec.dataset must have trainOn Assistant and not overlong Split with format: Preference, "
+                "and so with recipe: DPO, ORPO or SimPO"
+            ),
             check=lambda value: (
-                value.recipe == "SFT" or (value.dataset.train_on == "Assistant" and value.dataset.overlong != "Split")
+                learns_from_examples(value)
+                or (value.dataset.train_on == "Assistant" and value.dataset.overlong != "Split")
             ),
         ),
         *frozen(
@@ -257,7 +320,7 @@ class FineTuneJobSpec(JobSpec):
             "tuning",
             "training",
             "outputs",
-            optional=("dpo", "orpo", "simpo", "lora", "checkpoint"),
+            optional=("dpo", "orpo", "simpo", "custom", "lora", "checkpoint"),
         ),
     )
 
@@ -265,14 +328,17 @@ class FineTuneJobSpec(JobSpec):
     """The model to train."""
     dataset: Dataset
     """The data to train on."""
-    recipe: Literal["SFT", "DPO", "ORPO", "SimPO"] = "SFT"
-    """What the loss is. SFT: supervised fine-tuning. DPO, ORPO, SimPO: of two answers, the better one is learned."""
+    recipe: Literal["SFT", "DPO", "ORPO", "SimPO", "Custom"] = "SFT"
+    """What the loss is. SFT: supervised fine-tuning. DPO, ORPO, SimPO: of two answers, the better one is learned.
+    Custom: what a script of your own makes it."""
     dpo: Dpo | None = None
-    """Settings of recipe: DPO. Unset: their defaults. Refused with other recipes."""
+    """Settings of recipe: DPO. Unset: their defaults. Refused with other recipes, except Custom."""
     orpo: Orpo | None = None
-    """Settings of recipe: ORPO. Unset: their defaults. Refused with other recipes."""
+    """Settings of recipe: ORPO. Unset: their defaults. Refused with other recipes, except Custom."""
     simpo: Simpo | None = None
-    """Settings of recipe: SimPO. Unset: their defaults. Refused with other recipes."""
+    """Settings of recipe: SimPO. Unset: their defaults. Refused with other recipes, except Custom."""
+    custom: Custom | None = None
+    """The script of recipe: Custom. Refused with other recipes."""
     tuning: Literal["LoRA", "DoRA", "Full"] = "LoRA"
     """LoRA trains adapters beside frozen weights. DoRA trains adapters that also have a magnitude for each output.
     Full trains all weights."""

@@ -15,6 +15,7 @@ from kubetune_operator.api.manifest import dump_manifests
 from kubetune_operator.cli import cluster, lineage, live, local, recipes, sweep_command, verify
 from kubetune_operator.cli.bundle import load_bundle, load_bundles
 from kubetune_operator.cli.chat import chat as chat_with
+from kubetune_operator.cli.script import check_script
 from kubetune_operator.errors import OperatorError
 from kubetune_operator.render.objects import render_all
 from kubetune_operator.settings import load_settings
@@ -57,6 +58,7 @@ def validate(
     one = [load_bundle(file, name=name, s3_endpoint=s3_endpoint)] if name else None
     for bundle in one or load_bundles(file, s3_endpoint=s3_endpoint):
         local.check_batch(bundle)
+        check_script(bundle)
         for note in bundle.notes():
             typer.echo(f"note: {note}", err=True)
         if live_too:

@@ -193,6 +193,8 @@ def references(job: Job) -> Iterator[Reference]:
             yield Reference(kind="ConfigMap", name=where.name, keys=(where.key,), path=f"{path}.configMap")
     if isinstance(job, EvalJob):
         yield from _task_references(job)
+    if isinstance(job, FineTuneJob) and job.spec.custom and (where := job.spec.custom.script.config_map):
+        yield Reference(kind="ConfigMap", name=where.name, keys=(where.key,), path="spec.custom.script.configMap")
     if spec.storage:
         yield from _s3_references(spec.storage.s3, path="spec.storage.s3")
     yield from _compute_references(job)

@@ -13,6 +13,7 @@ from typing import Any
 from kubetune_operator.cli.bundle import Bundle, Objects, Reference, references
 from kubetune_operator.cli.cluster import Connection, asking, connect, message_of
 from kubetune_operator.cli.local import local_config, local_environment, require_trainer
+from kubetune_operator.cli.script import script_problem
 from kubetune_operator.errors import SpecError
 from kubetune_operator.names import API_GROUP, API_VERSION, KINDS
 from kubetune_operator.render.config import dump_config
@@ -45,6 +46,8 @@ def check(bundle: Bundle, *, say: Say) -> None:
             problems.append(problem)
         else:
             say(f"{reference.path}: {reference.kind} {reference.name} has what is needed")
+    if (problem := script_problem(bundle.job, config_maps=found["ConfigMap"])) and problem not in problems:
+        problems.append(problem)
     problems += _named_elsewhere(cluster, bundle)
     if not problems:
         problems += _probe(bundle, found=found, say=say)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from kubetune_operator.api.quantizejob import QuantizeJob
 from kubetune_operator.api.references import JobKey, compared_with, model_of, resumed_from
 from kubetune_operator.cli.bundle import Bundle, Objects, Reference, references, uris
 from kubetune_operator.cli.progress import Display
+from kubetune_operator.cli.script import check_script, find_script
 from kubetune_operator.errors import SpecError
 from kubetune_operator.names import (
     CONFIG_FILE,
@@ -39,7 +40,6 @@ from kubetune_operator.names import (
     KIND_FINETUNEJOB,
     KINDS,
     ExitCode,
-    recipe_of,
 )
 from kubetune_operator.render.config import Resolved, dump_config, render_config
 
@@ -80,6 +80,7 @@ def outcome_of(bundle: Bundle, *, fresh: bool = False, verbose: bool = False) ->
     """
     require_trainer("kubetune run")
     check_batch(bundle)
+    check_script(bundle)
     console = Console()
     processes = processes_for(bundle.job, limit=devices())
     with tempfile.TemporaryDirectory(prefix="kubetune-run-") as folder, Display(console) as display:
@@ -88,13 +89,13 @@ def outcome_of(bundle: Bundle, *, fresh: bool = False, verbose: bool = False) ->
         config = Path(folder) / CONFIG_FILE
         config.write_text(dump_config(local_config(bundle, processes=processes)), encoding="utf-8")
         environment = os.environ | local_environment(bundle, os.environ, folder=Path(folder))
+        work = find_script(bundle, environment)
         outcome = _claim(config, environment, fresh=fresh)
-        script = recipe_of(bundle.job.kind, recipe=getattr(bundle.job.spec, "recipe", None))
-        for recipe, ranks in (("prepare", 1), (script, processes)):
+        for command, ranks in ((("prepare", ()), 1), (work, processes)):
             if outcome.code:
                 break
             outcome = _stage(
-                recipe, config=config, environment=environment, ranks=ranks, display=display, verbose=verbose
+                *command, config=config, environment=environment, ranks=ranks, display=display, verbose=verbose
             )
         if outcome.code:
             _report(outcome, bundle, display=display)
@@ -290,12 +291,20 @@ def _claim(config: Path, environment: Mapping[str, str], *, fresh: bool) -> Outc
 
 
 def _stage(
-    recipe: str, *, config: Path, environment: Mapping[str, str], ranks: int, display: Display, verbose: bool
+    script: str,
+    arguments: Sequence[str],
+    *,
+    config: Path,
+    environment: Mapping[str, str],
+    ranks: int,
+    display: Display,
+    verbose: bool,
 ) -> Outcome:
     """Run one recipe under the launcher, to its end."""
-    message = config.with_name(f"{recipe}.json")
+    message = config.with_name("message.json")
+    message.unlink(missing_ok=True)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "kubetune_trainer.launch", recipe, "--config", str(config)],
+        [sys.executable, "-P", "-m", "kubetune_trainer.launch", script, "--config", str(config), *arguments],
         env={**environment, ENV_PROCESSES_PER_NODE: str(ranks), ENV_TERMINATION_LOG: str(message)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -7,7 +7,16 @@ from typing import Any, Final
 import yaml
 
 from kubetune_operator.api.dataset import Samples
-from kubetune_operator.api.finetunejob import BLOCKS, Checkpoint, Dpo, FineTuneJob, Lora, Orpo, Simpo
+from kubetune_operator.api.finetunejob import (
+    BLOCKS,
+    Checkpoint,
+    Dpo,
+    FineTuneJob,
+    Lora,
+    Orpo,
+    Simpo,
+    learns_from_examples,
+)
 from kubetune_operator.api.jobs import Job
 from kubetune_operator.api.quantizejob import QuantizeJob
 from kubetune_operator.names import GROUP_VERSION
@@ -120,7 +129,7 @@ def _filled(job: Job) -> Any:
         filled["lora"] = Lora()
     if block := BLOCKS.get(job.spec.recipe):
         filled[block] = getattr(job.spec, block) or {"dpo": Dpo, "orpo": Orpo, "simpo": Simpo}[block]()
-    filled["dataset"] = _packed(job.spec.dataset, default="BestFit" if job.spec.recipe == "SFT" else "None")
+    filled["dataset"] = _packed(job.spec.dataset, default="BestFit" if learns_from_examples(job.spec) else "None")
     if job.spec.checkpoint is None:
         filled["checkpoint"] = Checkpoint()
     return job.spec.model_copy(update=filled)

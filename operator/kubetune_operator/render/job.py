@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from kubetune_operator.api.common import Compute, Lifecycle, Toleration
+from kubetune_operator.api.finetunejob import FineTuneJob
 from kubetune_operator.api.jobs import Job
 from kubetune_operator.names import (
     ANNOTATION_COMPLETION_INDEX,
@@ -97,6 +98,21 @@ def backoff_limit(job: Job, *, counted: int) -> int:
     return max(0, lifecycle_of(job).max_restarts - counted)
 
 
+def work_command(job: Job, *, configmaps_dir: str = CONFIGMAPS_DIR) -> tuple[str, tuple[str, ...]]:
+    """What the launcher starts for the work of a job: the script, and its arguments beside the config.
+
+    Args:
+        job: The custom resource.
+        configmaps_dir: Where ConfigMaps are mounted.
+    """
+    custom = job.spec.custom if isinstance(job, FineTuneJob) else None
+    if custom is None:
+        return recipe_of(job.kind, recipe=getattr(job.spec, "recipe", None)), ()
+    where = custom.script.config_map
+    script = f"{configmaps_dir}/{where.name}/{where.key}" if where is not None else custom.script.path or ""
+    return script, tuple(custom.args or ())
+
+
 def job_labels(job: Job) -> dict[str, str]:
     """The labels by which everything of a job is found."""
     return {LABEL_JOB_NAME: job.metadata.name, LABEL_JOB_KIND: job.kind}
@@ -140,7 +156,7 @@ def render_prepare_job(job: Job, *, config: Json, settings: Settings) -> Json:
         {"name": ENV_PROCESSES_PER_NODE, "value": "1"},
         {"name": ENV_NODE_RANK, "value": "0"},
     ]
-    spec = _pod_spec(job, config=config, settings=settings, recipe="prepare", environment=environment)
+    spec = _pod_spec(job, config=config, settings=settings, command=("prepare", ()), environment=environment)
     compute = compute_of(job)
     if compute.accelerator is not None and not settings.cpu_processes:
         # The data is prepared on CPU nodes; the nodes that the spec selects are the ones with accelerators.
@@ -191,7 +207,7 @@ def render_work_job(job: Job, *, config: Json, attempt: int, backoff_limit: int,
         job,
         config=config,
         settings=settings,
-        recipe=recipe_of(job.kind, recipe=getattr(job.spec, "recipe", None)),
+        command=work_command(job),
         environment=environment,
     )
     if nodes > 1:
@@ -254,14 +270,20 @@ def _pod_failure_policy() -> Json:
     }
 
 
-def _pod_spec(job: Job, *, config: Json, settings: Settings, recipe: str, environment: list[Json]) -> Json:
+def _pod_spec(
+    job: Job, *, config: Json, settings: Settings, command: tuple[str, tuple[str, ...]], environment: list[Json]
+) -> Json:
     compute = compute_of(job)
+    script, arguments = command
     volumes, mounts = _volumes(job, config=config)
     container = {
         "name": TRAINER_CONTAINER,
         "image": settings.trainer_image,
         "imagePullPolicy": settings.trainer_image_pull_policy,
-        "command": ["python", "-m", "kubetune_trainer.launch", recipe, "--config", f"{CONFIG_DIR}/{CONFIG_FILE}"],
+        "command": [
+            *("python", "-m", "kubetune_trainer.launch", script, "--config", f"{CONFIG_DIR}/{CONFIG_FILE}"),
+            *arguments,
+        ],
         "env": _environment(compute, image=settings.trainer_image) + environment,
         "resources": _resources(compute, on_cpu=bool(settings.cpu_processes)),
         "ports": [{"name": "metrics", "containerPort": METRICS_PORT}],

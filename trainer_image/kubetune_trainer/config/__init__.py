@@ -37,7 +37,7 @@ from kubetune_trainer.config.load import (
 )
 from kubetune_trainer.config.outputs import ExecuTorch, Gguf, OutputBase
 from kubetune_trainer.config.quantize import Calibration, QuantizeConfig, QuantizedOutput, QuantizeGate, Verification
-from kubetune_trainer.config.recipes import Dpo, Orpo, Simpo
+from kubetune_trainer.config.recipes import Custom, Dpo, Orpo, Script, Simpo
 
 __all__ = [
     "CaBundle",
@@ -46,6 +46,7 @@ __all__ = [
     "ComparedTo",
     "ConfigMapKey",
     "ConfigMapName",
+    "Custom",
     "Dataset",
     "Dpo",
     "EvalConfig",
@@ -68,6 +69,7 @@ __all__ = [
     "ResumeFrom",
     "Run",
     "S3Storage",
+    "Script",
     "SecretKey",
     "SecretName",
     "Simpo",

@@ -1,5 +1,6 @@
 """The config of a FineTuneJob."""
 
+from collections.abc import Sequence
 from typing import Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
@@ -13,20 +14,29 @@ from kubetune_trainer.config.blocks import (
     check_unique_names,
 )
 from kubetune_trainer.config.outputs import OutputBase
-from kubetune_trainer.config.recipes import BLOCKS, Dpo, Orpo, Recipe, Simpo
+from kubetune_trainer.config.recipes import BLOCKS, Custom, Dpo, Orpo, Recipe, Simpo
 from kubetune_trainer.errors import ConfigError
 from kubetune_trainer.fingerprint import fingerprint
 
 EXAMPLES: Final = ("Auto", "Alpaca", "ShareGPT", "Messages", "PromptCompletion", "Text")
-FORMATS: Final[dict[str, tuple[str, ...]]] = {
-    "SFT": EXAMPLES,
-    "DPO": ("Auto", "Preference"),
-    "ORPO": ("Auto", "Preference"),
-    "SimPO": ("Auto", "Preference"),
-}
-"""The formats that each recipe can learn from."""
+PAIRS: Final = ("Auto", "Preference")
+FORMATS: Final[dict[str, tuple[str, ...]]] = {"SFT": EXAMPLES, "DPO": PAIRS, "ORPO": PAIRS, "SimPO": PAIRS}
+"""The formats that each recipe can learn from; for Custom, those of its own sources say it."""
 WHOLE: Final = ("Truncate", "Drop", "Fail")
 """What may become of an answer that is too long: it is not made into several."""
+
+
+def _formats(recipe: str, given: Sequence[str]) -> tuple[str, ...]:
+    """The formats that a recipe can learn from, given those of its sources."""
+    if recipe == "Custom":
+        return PAIRS if "Preference" in given else EXAMPLES
+    return FORMATS[recipe]
+
+
+def _given_formats(dataset: dict[str, Any]) -> list[str]:
+    """The formats of a dataset that is not checked yet."""
+    sources = dataset.get("sources")
+    return [str(source.get("format")) for source in sources or () if isinstance(source, dict)]
 
 
 class Lora(Block):
@@ -148,6 +158,8 @@ class FineTuneConfig(JobConfig):
     """Settings of recipe ORPO; defaulted with it, refused without."""
     simpo: Simpo | None = None
     """Settings of recipe SimPO; defaulted with it, refused without."""
+    custom: Custom | None = None
+    """The script of recipe Custom; refused without it. The settings of all other recipes may stand beside it."""
     tuning: Literal["LoRA", "DoRA", "Full"] = "LoRA"
     """Which weights are trained: adapters, adapters that also have a magnitude for each output, or all weights."""
     lora: Lora | None = None
@@ -175,16 +187,16 @@ class FineTuneConfig(JobConfig):
             return values
         filled = {**values, block: values.get(block) or {}}
         dataset = values.get("dataset")
-        if FORMATS[values["recipe"]] is not EXAMPLES and isinstance(dataset, dict):
+        if isinstance(dataset, dict) and _formats(values["recipe"], _given_formats(dataset)) is PAIRS:
             filled["dataset"] = {"packing": "None", **dataset}
         return filled
 
     @model_validator(mode="after")
     def _fits_the_recipe(self) -> Self:
         for recipe, block in BLOCKS.items():
-            if recipe != self.recipe and getattr(self, block) is not None:
+            if self.recipe not in {recipe, "Custom"} and getattr(self, block) is not None:
                 raise ValueError(f"{block} must be set only with recipe {recipe}, got recipe {self.recipe}")
-        dataset, formats = self.dataset, FORMATS[self.recipe]
+        dataset, formats = self.dataset, self._formats
         held_out = dataset.validation.sources if dataset.validation else None
         for source in [*dataset.sources, *(held_out or ())]:
             if source.format not in formats:
@@ -259,7 +271,11 @@ class FineTuneConfig(JobConfig):
     @property
     def rows(self) -> Literal["Samples", "Pairs"]:
         """What a row of its data is."""
-        return "Samples" if FORMATS[self.recipe] is EXAMPLES else "Pairs"
+        return "Samples" if self._formats is EXAMPLES else "Pairs"
+
+    @property
+    def _formats(self) -> tuple[str, ...]:
+        return _formats(self.recipe, [source.format for source in self.dataset.sources])
 
     def training_digest(self) -> str:
         """A digest of what decides the numbers of the run; where it lies and what it exports do not."""

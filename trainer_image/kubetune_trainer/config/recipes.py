@@ -1,12 +1,12 @@
 """The blocks of the recipes: what each method can be told beside how it trains."""
 
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from kubetune_trainer.config.blocks import Block
+from kubetune_trainer.config.blocks import Block, ConfigMapKey, check_one_of
 
-Recipe = Literal["SFT", "DPO", "ORPO", "SimPO"]
+Recipe = Literal["SFT", "DPO", "ORPO", "SimPO", "Custom"]
 
 BLOCKS: dict[str, str] = {recipe: recipe.lower() for recipe in get_args(Recipe) if recipe != "SFT"}
 """The block that goes with a recipe."""
@@ -37,3 +37,26 @@ class Simpo(Block):
     """Scale of the rewards."""
     gamma: float = Field(default=1.0, ge=0)
     """By how much the reward of the better answer has to be greater."""
+
+
+class Script(Block):
+    """A recipe of one's own, in Python: exactly one of config_map, path."""
+
+    config_map: ConfigMapKey | None = None
+    """A key of a ConfigMap."""
+    path: str | None = Field(default=None, pattern=r"^/.*\.py$")
+    """A file of the trainer's image, or of a volume."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        check_one_of(self, "config_map", "path")
+        return self
+
+
+class Custom(Block):
+    """A script that trains in place of a recipe that comes with kubetune."""
+
+    script: Script
+    """Where the launcher found it."""
+    args: tuple[str, ...] = ()
+    """What it is given after --config FILE."""

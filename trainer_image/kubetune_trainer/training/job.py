@@ -1,6 +1,7 @@
 """The beginning of a training run: arguments, ranks, the model with its data, and where the last attempt stopped."""
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from kubetune_trainer.data.prepare import Local, Prepared, fetch, prepare
 from kubetune_trainer.data.sampler import total_steps
 from kubetune_trainer.distributed import StopSignal, World, barrier, broadcast_object, join_world
 from kubetune_trainer.errors import ConfigError, PreemptedError
+from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.logs import keep_log
 from kubetune_trainer.lora import apply_lora, init_lora
 from kubetune_trainer.model.config import read_config
@@ -56,17 +58,23 @@ def begin(arguments: Sequence[str], *, description: str, recipes: Sequence[str])
     Args:
         arguments: Those of the command line.
         description: What `--help` says of the script, in its first line.
-        recipes: Which `recipe` of a config the script can do.
+        recipes: Which `recipe` of a config the script can do, beside Custom: it may be somebody's copy.
 
     Raises:
-        ConfigError: The config is wrong, is for another script, or has a batch that the ranks cannot share.
+        ConfigError: The config is wrong, is for another script, or has a batch that the ranks cannot share; or an
+            argument is none of these.
     """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--config", required=True, help="a complete YAML file, as those in recipes/configs")
     parser.add_argument("overrides", nargs="*", help="field=value each, as in training.max_steps=10")
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise ConfigError(
+            f"{Path(sys.argv[0]).name}: arguments must be --config and field=value, got {' '.join(unknown)}",
+            hint="A script with arguments of its own reads them before it calls begin.",
+        )
     config = load_config(options.config, overrides=options.overrides)
-    if config.recipe not in recipes:
+    if config.recipe not in {*recipes, "Custom"}:
         raise ConfigError(f"{config.title}: recipe must be {' or '.join(recipes)} for this script, got {config.recipe}")
     stop = StopSignal(leave=lambda: end_with(PreemptedError("stopped outside of training; no finished step is lost")))
     with join_world(tensor=config.training.parallelism.tensor) as world:
@@ -109,7 +117,7 @@ def set_up(config: FineTuneConfig, world: World, stop: StopSignal) -> Job:
             settings=config.checkpoint,
             world=world,
             scratch=scratch_dir() / f"rank-{world.rank}",
-            record={"seed": training.seed, "configDigest": config.training_digest(), "worldSize": world.size},
+            record={"seed": training.seed, "configDigest": _digest(config), "worldSize": world.size},
         ),
         pad_id=load_tokenizer(local.model_dir).pad_id,
         total_steps=total_steps(
@@ -181,8 +189,8 @@ def _load_newest_checkpoint(job: Job) -> int:
         folder = broadcast_object(find_checkpoint(store) if job.world.is_first else None)
         if folder is not None:
             resumed = load_checkpoint(store, folder, model=job.model, optimizer=job.optimizer, scratch=scratch)
-            if resumed.record["configDigest"] != config.training_digest():
-                report("warning", message=f"{resumed.uri} was saved under another config; the loss may jump")
+            if resumed.record["configDigest"] != _digest(config):
+                report("warning", message=f"{resumed.uri} was saved under another config or script; the loss may jump")
             report("resume", step=resumed.step, uri=resumed.uri)
             job.checkpointer.start_from(resumed)
             return resumed.step
@@ -191,3 +199,10 @@ def _load_newest_checkpoint(job: Job) -> int:
             f"{config.title}: checkpoint.resume_from.uri must hold a complete checkpoint, got {first.uri}"
         )
     return 0
+
+
+def _digest(config: FineTuneConfig) -> str:
+    """A digest of what decides the numbers of the run: its config, and the script where that is somebody's own."""
+    if config.recipe != "Custom":
+        return config.training_digest()
+    return fingerprint([config.training_digest(), Path(sys.argv[0]).read_text(encoding="utf-8")], length=16)
