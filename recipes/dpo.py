@@ -4,8 +4,9 @@
 
 The script reads as `finetune.py` does: `main` is the run, `train` is the loop, and what follows are its parts. All
 three methods raise the probability of the chosen answer over that of the rejected one. DPO measures both against a
-reference model; ORPO has the cross entropy of the chosen conversation beside it, and SimPO asks for a margin, both of
-them without a reference. The losses are in `kubetune_trainer.preference`.
+reference model: the one before training, or another that `dpo.reference` names. ORPO has the cross entropy of the
+chosen conversation beside it, and SimPO asks for a margin, both of them without a reference. The losses are in
+`kubetune_trainer.preference`.
 
 Shapes: P pairs of a micro batch, B = 2 P answers of which the first half is chosen, T tokens.
 """
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def build_reference(job: Job) -> Decoder | None:
     """DPO's frozen reference; None for the other methods, and where it is the trained model without its adapters."""
+    if (other := job.local.others.get("dpo.reference")) is not None:
+        return build_frozen(job, other.model_dir)
     if job.config.dpo is None or job.config.lora is not None:
         return None
     return build_frozen(job, job.local.model_dir)

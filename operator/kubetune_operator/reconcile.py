@@ -28,7 +28,7 @@ from kubetune_operator.lifecycle.draft import (
     TellQueue,
 )
 from kubetune_operator.lifecycle.queueing import was_paused
-from kubetune_operator.lifecycle.upstream import adapters_base
+from kubetune_operator.lifecycle.upstream import adapters_bases
 from kubetune_operator.names import (
     COMPONENT_QUEUE,
     CONFIG_FILE,
@@ -214,10 +214,9 @@ class Reconciler:
         return found
 
     async def _configs(self, job: Job, *, upstream: dict[JobKey, Job]) -> dict[JobKey, Json]:
-        """The config of the job whose adapters this one would use."""
-        key = adapters_base(job, upstream=upstream)
-        config, _ = await self._config(upstream[key]) if key is not None else (None, [])
-        return {key: config} if key is not None and config is not None else {}
+        """The configs of the jobs whose adapters this one would use."""
+        found = {key: await self._config(upstream[key]) for key in adapters_bases(job, upstream=upstream)}
+        return {key: config for key, (config, _) in found.items() if config is not None}
 
     async def _events(self, active: Json, *, pods: Sequence[Json], now: datetime) -> list[Json]:
         """Events about what does not start; read only after it had the time to."""

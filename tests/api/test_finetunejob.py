@@ -73,6 +73,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "another job's output": {"spec__model": {"jobRef": {"kind": "FineTuneJob", "name": "stage-1", "output": "merged"}}},
     "a FineTuneJob's output, its kind left out": {"spec__model": {"jobRef": {"name": "stage-1"}}},
     "a quantized model of the same name": {"spec__model": {"jobRef": {"kind": "QuantizeJob", "name": "run7"}}},
+    "a reference of the Hub": {"spec__recipe": "DPO", "spec__dpo": {"reference": {"hub": {"repo": "a/b"}}}},
+    "another job's output as reference": {"spec__recipe": "DPO", "spec__dpo": {"reference": {"jobRef": {"name": "a"}}}},
     "jobs to wait for": {
         "spec__after": [
             {"kind": "EvalJob", "name": "run7", "condition": "GatePassed"},
@@ -450,6 +452,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a job that waits for itself": (
         {"spec__model": {"jobRef": {"kind": "FineTuneJob", "name": "run7"}}},
         "spec.model.jobRef must name another job",
+    ),
+    "a job that measures against itself": (
+        {"spec__recipe": "DPO", "spec__dpo": {"reference": {"jobRef": {"kind": "FineTuneJob", "name": "run7"}}}},
+        "spec.dpo.reference.jobRef must name another job",
+    ),
+    "a reference from nowhere": (
+        {"spec__recipe": "DPO", "spec__dpo": {"reference": {}}},
+        "exactly one of hub, uri, jobRef must be set",
     ),
     "a job that comes after itself": (
         {"spec__after": [{"kind": "FineTuneJob", "name": "run7"}]},

@@ -16,6 +16,7 @@ LINEAGE: dict[str, Any] = {
     "kind": "QuantizeJob", "namespace": "team", "name": "small", "uid": "2", "image": "trainer@sha256:9",
     "configDigest": "sha256:7", "finishedAt": "2026-01-01T00:00:00Z",
     "model": {"location": "s3://runs/bot/outputs/merged", "digest": "sha256:m"},
+    "otherModels": [{"field": "dpo.reference", "location": "org/other", "commit": "def"}],
     "sources": [{"name": "calibration", "location": "s3://data/c.jsonl", "digest": "sha256:c"}],
     "outputs": [{"name": "int8", "type": "CompressedTensors", "uri": "s3://m/int8", "digest": "sha256:8", "bytes": 9}],
     "parents": [
@@ -39,6 +40,7 @@ LINEAGE: dict[str, Any] = {
 TREE = """\
 QuantizeJob team/small, finished 2026-01-01T00:00:00Z
 ├── model s3://runs/bot/outputs/merged, digest sha256:m
+├── dpo.reference org/other, commit def
 ├── data calibration: s3://data/c.jsonl, digest sha256:c
 ├── config sha256:7
 ├── image trainer@sha256:9

@@ -247,11 +247,14 @@ def test_a_job_reference_means_an_earlier_local_run(tmp_path: Path) -> None:
         metadata__name="stage-2",
         spec__model={"jobRef": {"kind": "FineTuneJob", "name": "stage-1"}},
         spec__checkpoint={"resumeFrom": {"jobRef": {"kind": "FineTuneJob", "name": "stage-1"}}},
+        spec__recipe="DPO",
+        spec__dpo={"reference": {"jobRef": {"name": "stage-1", "output": "m1"}}},
     )
     path = tmp_path / "jobs.yaml"
     path.write_text(dump_manifests([first, second]))
     config = local.local_config(load_bundle(path, name="stage-2"), processes=1)
     assert config["model"] == {"uri": {"location": "s3://team/runs/default/stage-1-local/outputs/m1"}}
+    assert config["dpo"]["reference"] == config["model"]
     assert config["checkpoint"]["resume_from"] == {"uri": "s3://team/runs/default/stage-1-local/checkpoints"}
 
     path.write_text(dump_manifests([second]))

@@ -1,5 +1,6 @@
 """DPO, ORPO and SimPO: they learn, and their numbers depend on the rows of a step alone."""
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.recipes.gang import Gang, Zygote
-from tests.recipes.tiny import write_config
+from tests.recipes.tiny import write_config, write_model
 
 STEPS = 8
 RELATIVE = 1e-4
@@ -84,3 +85,30 @@ def test_every_step_and_validation_tells_the_rewards(zygote: Zygote, tiny: Path)
         assert event["rewardsMargin"] == pytest.approx(event["rewardsChosen"] - event["rewardsRejected"], abs=1e-9)
         assert 0 <= event["rewardsAccuracy"] <= 1
     assert validation["validationLoss"] > 0
+
+
+def test_answers_are_measured_against_the_model_that_the_reference_names(zygote: Zygote, tiny: Path) -> None:
+    other = tiny / "other"
+    write_model(other, num_hidden_layers=1)
+    default = curve(run(zygote, tiny, "measured", "training.max_steps=3"))
+    named = {"uri": {"location": f"file://{tiny}/model"}}
+    assert curve(run(zygote, tiny, "measured-1", "training.max_steps=3", dpo={"reference": named})) == default
+    named = {"uri": {"location": f"file://{other}"}}
+    run_blocks: dict[str, Any] = {"dpo": {"reference": named}, "outputs": [{"name": "merged", "type": "HuggingFace"}]}
+    gang = run(zygote, tiny, "measured-2", "training.max_steps=3", **run_blocks)
+    assert curve(gang)[1][0] != pytest.approx(default[1][0], abs=1e-3), "another reference, another margin"
+    [told] = json.loads((tiny / "runs/measured-2/lineage.json").read_text())["otherModels"]
+    assert (told["field"], told["location"]) == ("dpo.reference", f"file://{other}")
+
+
+def test_a_reference_with_another_tokenizer_is_refused(zygote: Zygote, tiny: Path) -> None:
+    strange = tiny / "strange"
+    write_model(strange)
+    tokenizer = json.loads((strange / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["\u0120zebra"] = tokenizer["model"]["vocab"].pop("\u0120cat")
+    tokenizer["model"]["merges"] = []
+    (strange / "tokenizer.json").write_text(json.dumps(tokenizer))
+    gang = run(zygote, tiny, "strange-run", dpo={"reference": {"uri": {"location": f"file://{strange}"}}})
+    assert gang.wait() == [64], gang.stderr()
+    said = gang.message()["message"]
+    assert "dpo.reference must have the tokenizer of the model, got '\u0120cat' as id None in place of" in said

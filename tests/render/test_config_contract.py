@@ -37,7 +37,7 @@ from tests.render.manifests import (
 
 RESOLVED = Resolved(
     processes_per_node=1,
-    model={"uri": {"location": "s3://models/base"}, "adapter": {"location": "s3://runs/adapter"}},
+    models={"model": {"uri": {"location": "s3://models/base"}, "adapter": {"location": "s3://runs/adapter"}}},
     compared={"base": "s3://runs/team/team-a/base-1f0c9a2b"},
     parents=(
         {"kind": "FineTuneJob", "name": "tuned", "uid": "u1", "output": "adapter"},
@@ -172,19 +172,25 @@ def test_a_fraction_and_full_tuning_are_read(tmp_path: Path) -> None:
     assert config.lora is None
 
 
+REFERENCE = {"hub": {"repo": "a/b", "revision": "main"}}
+
+
 @pytest.mark.parametrize(
     ("recipe", "block", "given", "expected"),
     [
         ("DPO", "dpo", {"loss": "IPO", "labelSmoothing": "0.1"}, {"loss": "IPO", "beta": 0.1, "label_smoothing": 0.1}),
+        ("DPO", "dpo", {"reference": {"hub": {"repo": "a/b"}}}, {"reference": REFERENCE}),
         ("ORPO", "orpo", None, {"beta": 0.1}),
         ("SimPO", "simpo", {"gamma": "0.5"}, {"beta": 2.0, "gamma": 0.5}),
     ],
 )
 def test_a_recipe_is_read_with_its_block_and_without_packing(
-    tmp_path: Path, recipe: str, block: str, given: dict[str, str] | None, expected: dict[str, Any]
+    tmp_path: Path, recipe: str, block: str, given: dict[str, Any] | None, expected: dict[str, Any]
 ) -> None:
     config = loaded(SMALL, tmp_path=tmp_path, recipe=recipe, **({block: given} if given else {}))
-    assert getattr(config, block).model_dump() == expected
+    found = getattr(config, block).model_dump(exclude_none=True)
+    assert {name: found[name] for name in expected} == expected
+    assert len(found) == len(expected) or "reference" in expected
     assert (config.recipe, config.rows, config.dataset.packing) == (recipe, "Pairs", "None")
 
 
@@ -215,17 +221,22 @@ def test_references_to_other_jobs_are_replaced_by_what_they_stand_for(tmp_path: 
     reference = {"kind": "FineTuneJob", "name": "first"}
     resolved = Resolved(
         processes_per_node=1,
-        model={"uri": {"location": "s3://runs/out", "s3": {"endpoint": "https://s3:9000"}}},
+        models={
+            "model": {"uri": {"location": "s3://runs/out", "s3": {"endpoint": "https://s3:9000"}}},
+            "dpo.reference": {"uri": {"location": "s3://models/base"}, "adapter": {"location": "s3://runs/adapter"}},
+        },
         resume_from="s3://runs/c/step-8",
     )
     config = loaded(
         SMALL, tmp_path=tmp_path, resolved=resolved,
         model={"jobRef": reference}, checkpoint={"resumeFrom": {"jobRef": reference}},
+        recipe="DPO", dpo={"reference": {"jobRef": reference}},
     )  # fmt: skip
     assert config.model.uri is not None
     assert config.model.uri.location == "s3://runs/out"
     assert config.checkpoint.resume_from is not None
     assert config.checkpoint.resume_from.uri == "s3://runs/c/step-8"
+    assert config.other_models["dpo.reference"].model_dump(exclude_none=True) == resolved.models["dpo.reference"]
 
 
 def _shared(module: ModuleType) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from kubetune_operator.api.kinds import parse_job
 from kubetune_operator.api.references import JobKey, key_of
 from kubetune_operator.lifecycle import decide
 from kubetune_operator.lifecycle.draft import Create, Decision, Observed
+from kubetune_operator.lifecycle.upstream import adapters_bases
 from kubetune_operator.settings import Settings
 
 Json = dict[str, Any]
@@ -218,3 +219,36 @@ def test_a_job_that_has_what_it_needs_is_no_part_of_a_circle() -> None:
         "UpstreamCycle",
         "EvalJob down waits for FineTuneJob up, which waits for EvalJob down; delete one of them",
     )
+
+
+def measures(name: str = "up", output: str | None = None, *, model: Json | None = None) -> Job:
+    """A job whose answers are measured against another job's output."""
+    reference = {"jobRef": {"name": name} | ({"output": output} if output else {})}
+    return job("FineTuneJob", "down", recipe="DPO", dpo={"reference": reference}, model=model or HUB)
+
+
+def test_a_model_beside_the_trained_one_is_waited_for_and_told_as_parent() -> None:
+    assert waiting(decided(measures())) == ("UpstreamMissing", "FineTuneJob up does not exist")
+    running = job("FineTuneJob", "up", status={"state": "Running"})
+    assert waiting(decided(measures(), running)) == ("WaitingForUpstream", "FineTuneJob up is running")
+    decision = decided(measures(), complete("FineTuneJob", "PEFT", "HuggingFace"))
+    config = config_of(decision)
+    assert (config["model"], config["dpo"]["reference"]) == (HUB, {"uri": {"location": "s3://out/HuggingFace"}})
+    assert decision.status.resolved is not None
+    [used] = decision.status.resolved.parents or []
+    assert (used.name, used.output, used.digest) == ("up", "huggingface", "d-HuggingFace")
+
+
+def test_adapters_measure_together_with_the_model_that_they_were_trained_on() -> None:
+    made, parent = measures(output="peft"), complete("FineTuneJob", "PEFT", "HuggingFace")
+    assert adapters_bases(made, upstream={ADAPTED: parent}) == [ADAPTED]
+    reference = config_of(decided(made, parent, configs={ADAPTED: {"model": HUB}}))["dpo"]["reference"]
+    assert reference == {"hub": HUB["hub"] | {"revision": "c0ffee"}, "adapter": {"location": "s3://out/PEFT"}}
+
+
+def test_jobs_that_measure_against_each_other_wait_in_a_circle() -> None:
+    other = job(
+        "FineTuneJob", "up", recipe="DPO", dpo={"reference": {"jobRef": {"name": "down"}}}, status={"state": "Pending"}
+    )
+    said = "FineTuneJob down waits for FineTuneJob up, which waits for FineTuneJob down; delete one of them"
+    assert waiting(decided(measures(), other)) == ("UpstreamCycle", said)

@@ -70,6 +70,21 @@ def test_weights_gradients_and_optimizer_are_spread_over_ranks(
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "others", "expected"),
+    [
+        (["tuning=Full"], {}, 2 * PARAMETERS),
+        (["run.num_nodes=2"], {"dpo.reference": SHAPE}, PARAMETERS),
+        ([], {}, None),
+    ],
+)
+def test_a_reference_is_counted_where_it_is_a_model_of_its_own(
+    overrides: list[str], others: dict[str, Any], expected: float | None, tmp_path: Path
+) -> None:
+    found = parts(estimate_memory(config(tmp_path, "recipe=DPO", *overrides), SHAPE, others=others).message)
+    assert found.get("reference") == (None if expected is None else pytest.approx(expected, rel=0.02))
+
+
 def test_the_parts_add_up(tmp_path: Path) -> None:
     estimate = estimate_memory(config(tmp_path), SHAPE)
     found = parts(estimate.message)

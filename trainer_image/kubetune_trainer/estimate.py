@@ -4,6 +4,7 @@ The largest parts, rather too high than too low: weights, gradients and optimize
 gathered for one block at a time, activations of one micro batch, a chunk of logits, and the runtime itself.
 """
 
+from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -43,12 +44,15 @@ def count_parameters(shape: ModelConfig) -> int:
     return _count(build_model(shape))
 
 
-def estimate_memory(config: FineTuneConfig, shape: ModelConfig) -> Estimate:
+def estimate_memory(
+    config: FineTuneConfig, shape: ModelConfig, *, others: Mapping[str, ModelConfig] | None = None
+) -> Estimate:
     """Estimates what one rank needs at its peak.
 
     Args:
         config: The run; its number of nodes and processes says over how many ranks the weights are spread.
         shape: The model.
+        others: The models that are asked beside it, by field.
     """
     model = build_model(shape)
     if config.lora is not None:
@@ -66,9 +70,13 @@ def estimate_memory(config: FineTuneConfig, shape: ModelConfig) -> Estimate:
         "logits": CHUNK_TOKENS * shape.vocab_size * (2 * FP32 + _compute_bytes(config)),
         "runtime": RUNTIME_BYTES,
     }
-    if config.dpo is not None and config.lora is None:
-        held = _count(model) * _compute_bytes(config)
-        parts["reference"] = held if _whole(model, config) else held // ranks
+    asked = dict(others or {})
+    if config.dpo is not None and config.dpo.reference is None and config.lora is None:
+        asked["dpo.reference"] = shape
+    for field, other in asked.items():
+        frozen_model = build_model(other).requires_grad_(requires_grad=False)
+        held = _count(frozen_model) * _compute_bytes(config)
+        parts[field.rpartition(".")[2]] = held if _whole(frozen_model, config) else held // ranks
     message = ", ".join(f"{name} {_readable(size)}" for name, size in parts.items())
     return Estimate(memory_per_device_bytes=sum(parts.values()), message=message)
 

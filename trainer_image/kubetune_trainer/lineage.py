@@ -20,7 +20,7 @@ from kubetune_trainer.config import JobConfig, Source
 from kubetune_trainer.data.sources import FoundSource
 from kubetune_trainer.export.digest import digest_of
 from kubetune_trainer.export.store import StoredOutput
-from kubetune_trainer.model_files import FoundModel
+from kubetune_trainer.model_files import FoundModel, FoundOther, LocalModel
 from kubetune_trainer.names import ABOUT_FILES, ENV_IMAGE, LINEAGE_FILE
 from kubetune_trainer.storage import open_store
 
@@ -74,16 +74,23 @@ def make_lineage(
     model_dir: Path,
     adapter: FoundModel | None = None,
     adapter_dir: Path | None = None,
+    others: Mapping[str, tuple[FoundOther, LocalModel]] | None = None,
     sources: Sequence[Mapping[str, Any]] = (),
     outputs: Sequence[StoredOutput] = (),
     parents: Sequence[Lineage] = (),
     judged: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> Lineage:
-    """Return a finished run's lineage; the arguments are those of `record_lineage`."""
+    """Return a finished run's lineage.
+
+    The arguments are those of `record_lineage`, and `others`: the models that it used beside its own, by field, as they
+    were found and where they are here.
+    """
     inputs = [_input(model, model_dir)]
     if adapter is not None and adapter_dir is not None:
         inputs.append(_input(adapter, adapter_dir))
-    folders = [folder for folder in (model_dir, adapter_dir) if folder is not None]
+    asked = [_other(field, *other) for field, other in (others or {}).items()]
+    beside = [folder for _, local in (others or {}).values() for folder in (local.base_dir, local.adapter_dir)]
+    folders = [folder for folder in (model_dir, adapter_dir, *beside) if folder is not None]
     known = [*(found for folder in folders if (found := read_lineage(folder)) is not None), *parents]
     lineage: Lineage = {
         "apiVersion": config.api_version,
@@ -95,6 +102,7 @@ def make_lineage(
         "configDigest": f"sha256:{config.digest()}",
         "model": inputs[0],
         "adapter": inputs[1] if len(inputs) > 1 else None,
+        "otherModels": asked or None,
         "sources": [dict(source) for source in sources],
         **(judged or {}),
         "parents": list(_parents(config, known)),
@@ -155,6 +163,11 @@ def _input(model: FoundModel, folder: Path) -> Lineage:
             with (folder / path).open("rb") as stream:
                 hashes[path] = hashlib.file_digest(stream, "sha256").hexdigest()
     return _given({"location": model.location, "commit": model.commit, "digest": digest_of(hashes)})
+
+
+def _other(field: str, found: FoundOther, local: LocalModel) -> Lineage:
+    adapter = _input(found.adapter, local.adapter_dir) if found.adapter and local.adapter_dir else None
+    return _given({"field": field, **_input(found.model, local.base_dir), "adapter": adapter})
 
 
 def _parents(config: JobConfig, known: Sequence[Lineage]) -> Iterator[Lineage]:

@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from kubetune_trainer.config import JobConfig, S3Storage
-from kubetune_trainer.errors import DataError
+from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.hub import HubRepo, find_repo
@@ -19,7 +20,7 @@ from kubetune_trainer.model.weights import GGUF_FILE, INDEX_FILE, WEIGHTS_FILE, 
 from kubetune_trainer.names import COMPLETE_MARKER
 from kubetune_trainer.report import Report
 from kubetune_trainer.storage import ObjectInfo, Store, open_store, scratch_dir
-from kubetune_trainer.tokenizer import TOKENIZER_FILE
+from kubetune_trainer.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 WEIGHT_SUFFIXES = frozenset(
     {
@@ -192,6 +193,74 @@ def fetch_merged(model: FoundModel, adapter: FoundModel | None, *, config: JobCo
         save_merged(base_dir, adapter_dir, merged_dir)
         (merged_dir / COMPLETE_MARKER).touch()
     return base_dir, adapter_dir, merged_dir
+
+
+class FoundOther(BaseModel):
+    """A model that a run uses beside its own, as it was when the run was prepared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: FoundModel
+    """The model."""
+    adapter: FoundModel | None = None
+    """The adapter that is merged into it."""
+
+    def told(self, field: str) -> dict[str, str]:
+        """What a termination message says of it."""
+        adapter = {"adapter": self.adapter.location} if self.adapter else {}
+        return {"field": field, **self.model.told(), **adapter}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalModel:
+    """A model on this machine."""
+
+    model_dir: Path
+    """Its folder, with its adapter merged."""
+    base_dir: Path
+    """Its folder as it was found."""
+    adapter_dir: Path | None
+    """Folder of the adapter, if any."""
+
+
+def locate_others(config: JobConfig, *, tokenizer: Tokenizer, report: Report) -> dict[str, tuple[FoundOther, Path]]:
+    """Finds the models that a run uses beside its own, by field.
+
+    Args:
+        config: The run.
+        tokenizer: Its model's; the others have to read the same tokens.
+        report: Told how far a download is.
+
+    Returns:
+        Each with a folder that has its files but the weights.
+
+    Raises:
+        DataError: A file is missing or cut off.
+        ConfigError: The Hub has no such repository, or the model has another tokenizer.
+    """
+    found = {}
+    for field, named in config.other_models.items():
+        alone = config.model_copy(update={"model": named})
+        model = locate_model(alone, report=report)
+        folder = fetch_model(model, s3=model_s3(alone), only_small=True)
+        if problem := tokenizer.differs_from(load_tokenizer(folder)):
+            raise ConfigError(f"{config.title}: {field} must have the tokenizer of the model, got {problem}")
+        found[field] = FoundOther(model=model, adapter=locate_adapter(alone)), folder
+    return found
+
+
+def fetch_others(found: Mapping[str, FoundOther], *, config: JobConfig) -> dict[str, LocalModel]:
+    """Brings the models that a run uses beside its own to this machine.
+
+    Raises:
+        DataError: A file has changed since they were found.
+    """
+    local = {}
+    for field, other in found.items():
+        alone = config.model_copy(update={"model": config.other_models[field]})
+        base_dir, adapter_dir, model_dir = fetch_merged(other.model, other.adapter, config=alone)
+        local[field] = LocalModel(model_dir=model_dir, base_dir=base_dir, adapter_dir=adapter_dir)
+    return local
 
 
 def is_small(path: str) -> bool:

@@ -64,7 +64,8 @@ def main() -> int:
 
 def places(config: JobConfig) -> Iterator[Place]:
     """Every place that a run of this config needs."""
-    yield _model(config)
+    for path, model in {"model": config.model, **config.other_models}.items():
+        yield _model(config.model_copy(update={"model": model}), field=f"spec.{path}")
     for field, sources in _sources(config).items():
         for index, source in enumerate(sources or ()):
             yield _source(source, config, field=f"spec.{field}[{index}]")
@@ -104,13 +105,13 @@ def _look_for_tasks(folder: UriSource, *, config: EvalConfig, name: str) -> None
         raise DataError(f"task_files {name} has no .yaml files")
 
 
-def _model(config: JobConfig) -> Place:
+def _model(config: JobConfig, *, field: str) -> Place:
     if config.model.hub is not None:
         hub = config.model.hub
-        return Place("spec.model.hub", _repository(hub), partial(find_repo, hub, kind="model"))
+        return Place(f"{field}.hub", _repository(hub), partial(find_repo, hub, kind="model"))
     uri = config.model.uri
     assert uri is not None
-    return Place("spec.model.uri.location", uri.location, partial(find_model, uri.location, s3=model_s3(config)))
+    return Place(f"{field}.uri.location", uri.location, partial(find_model, uri.location, s3=model_s3(config)))
 
 
 def _source(source: Source, config: JobConfig, *, field: str) -> Place:

@@ -49,6 +49,14 @@ class Tokenizer:
         """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def differs_from(self, other: "Tokenizer") -> str:
+        """Say in which token another tokenizer differs; empty if the same ids mean the same to both."""
+        mine, theirs = self.backend.get_vocab(), other.backend.get_vocab()
+        for token in sorted(mine.keys() | theirs.keys()):
+            if mine.get(token) != theirs.get(token):
+                return f"{token!r} as id {theirs.get(token)} in place of {mine.get(token)}"
+        return ""
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -58,7 +58,7 @@ class Lora(ApiModel):
 
 
 class Dpo(ApiModel):
-    """Direct preference optimization. The reference is the model before training."""
+    """Direct preference optimization."""
 
     loss: Literal["Sigmoid", "IPO", "Hinge"] = "Sigmoid"
     """Form of the loss."""
@@ -70,6 +70,9 @@ class Dpo(ApiModel):
         matches(r"0(\.[0-4][0-9]*)?", message='must be a number in quotes, from 0 to below 0.5, for example "0.1"'),
     ] = "0.0"
     """How often a pair is taken to be the wrong way round, with loss: Sigmoid."""
+    reference: ModelSource | None = None
+    """The model that answers are measured against. Its tokenizer must be the model's. Unset: the model before
+    training."""
 
 
 class Orpo(ApiModel):
@@ -221,6 +224,8 @@ class Output(OutputBase):
 
 BLOCKS: Final = {"DPO": "dpo", "ORPO": "orpo", "SimPO": "simpo"}
 """The block that goes with a recipe."""
+OTHER_MODELS: Final = (("dpo", "reference"),)
+"""Blocks and their fields that name a model which is used beside the one that is trained."""
 PAIRED: Final = ("Auto", "Preference")
 """Formats of pairs of answers."""
 
@@ -447,6 +452,25 @@ def _resumes_from_another(job: Any) -> bool:
     return resume is None or resume.job_ref is None or resume.job_ref.name != job.metadata.name
 
 
+def _takes_from_another(job: Any, *, block: str, name: str) -> bool:
+    source = getattr(getattr(job.spec, block), name, None)
+    reference = source.job_ref if source is not None else None
+    return reference is None or (reference.kind, reference.name) != ("FineTuneJob", job.metadata.name)
+
+
+def _another_job(block: str, name: str) -> Rule:
+    """The rule that a model which is used beside the trained one is no output of the job itself."""
+    field = f"self.spec.{block}.{name}"
+    return Rule(
+        cel=(
+            f"!has(self.spec.{block}) || !has({field}) || !has({field}.jobRef) || "
+            f"{field}.jobRef.kind != 'FineTuneJob' || {field}.jobRef.name != self.metadata.name"
+        ),
+        message=f"spec.{block}.{name}.jobRef must name another job",
+        check=partial(_takes_from_another, block=block, name=name),
+    )
+
+
 class FineTuneJob(Job):
     """Adapts a language model to data on the cluster's accelerators."""
 
@@ -461,6 +485,7 @@ class FineTuneJob(Job):
             message="spec.checkpoint.resumeFrom.jobRef must name another job",
             check=_resumes_from_another,
         ),
+        *(_another_job(block, name) for block, name in OTHER_MODELS),
     )
 
     kind: Literal["FineTuneJob"]

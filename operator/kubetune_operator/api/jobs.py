@@ -172,6 +172,13 @@ class ResolvedModel(StatusModel):
     """Folder of the adapters that are merged into it. Unset: none."""
 
 
+class ResolvedOtherModel(ResolvedModel):
+    """The exact model that all attempts use beside the one that is worked on."""
+
+    field: Annotated[str, Field(max_length=63)]
+    """Its field in the spec, for example dpo.reference."""
+
+
 class ResolvedSource(StatusModel):
     """The exact data that all attempts use."""
 
@@ -205,6 +212,8 @@ class Resolved(StatusModel):
 
     model: ResolvedModel | None = None
     """The model."""
+    other_models: Annotated[list[ResolvedOtherModel], Field(max_length=8), Unique(("field",))] | None = None
+    """Models that are used beside it."""
     sources: Annotated[list[ResolvedSource], Field(max_length=64), Unique(("name",))] | None = None
     """The data."""
     config: Annotated[str, Field(max_length=253)] | None = None

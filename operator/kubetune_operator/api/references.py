@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
+from kubetune_operator.api.common import ModelSource
 from kubetune_operator.api.evaljob import EvalJob
-from kubetune_operator.api.finetunejob import FineTuneJob
+from kubetune_operator.api.finetunejob import OTHER_MODELS, FineTuneJob
 from kubetune_operator.api.jobs import Job
 from kubetune_operator.names import KIND_EVALJOB
 
@@ -25,10 +26,17 @@ def key_of(job: Job) -> JobKey:
     return JobKey(job.kind, job.metadata.name)
 
 
-def model_of(job: Job) -> JobKey | None:
-    """The job whose output is the model."""
-    reference = job.spec.model.job_ref
-    return JobKey(reference.kind, reference.name) if reference is not None else None
+def model_sources(job: Job) -> dict[str, ModelSource]:
+    """The models that a job names, by their field in the spec: its own first, then those that it uses beside."""
+    fields = OTHER_MODELS if isinstance(job, FineTuneJob) else ()
+    others = {f"{block}.{name}": getattr(getattr(job.spec, block), name, None) for block, name in fields}
+    return {"model": job.spec.model} | {field: source for field, source in others.items() if source is not None}
+
+
+def models_of(job: Job) -> dict[str, JobKey]:
+    """The jobs whose outputs are models of this one, by the model's field in the spec."""
+    references = {field: source.job_ref for field, source in model_sources(job).items()}
+    return {field: JobKey(ref.kind, ref.name) for field, ref in references.items() if ref is not None}
 
 
 def resumed_from(job: Job) -> JobKey | None:
@@ -47,7 +55,7 @@ def compared_with(job: Job) -> list[JobKey]:
 
 def used_by(job: Job) -> list[JobKey]:
     """The jobs whose results a job uses, each once."""
-    keys = [model_of(job), resumed_from(job), *compared_with(job)]
+    keys = [*models_of(job).values(), resumed_from(job), *compared_with(job)]
     return list(dict.fromkeys(key for key in keys if key is not None))
 
 

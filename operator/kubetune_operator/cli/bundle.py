@@ -16,7 +16,7 @@ from kubetune_operator.api.jobs import Job
 from kubetune_operator.api.kinds import parse_job
 from kubetune_operator.api.manifest import load_manifests
 from kubetune_operator.api.quantizejob import QuantizeJob, ignored_calibration
-from kubetune_operator.api.references import JobKey, key_of
+from kubetune_operator.api.references import JobKey, key_of, model_sources
 from kubetune_operator.errors import SpecError
 from kubetune_operator.names import API_GROUP, S3_ACCESS_KEY, S3_SECRET_KEY
 
@@ -157,9 +157,7 @@ def _reached_at(manifest: dict[str, Any], s3_endpoint: str | None) -> dict[str, 
 def uris(job: Job) -> Iterator[tuple[str, str]]:
     """Every URI of a job with the field that holds it."""
     spec = job.spec
-    if spec.model.uri:
-        yield "spec.model.uri.location", spec.model.uri.location
-    for path, source in _sources(job):
+    for path, source in [*_models(job), *_sources(job)]:
         if source.uri:
             yield f"{path}.uri.location", source.uri.location
     yield "spec.workspace.uri", spec.workspace.uri
@@ -168,26 +166,20 @@ def uris(job: Job) -> Iterator[tuple[str, str]]:
     if isinstance(job, EvalJob):
         for index, files in enumerate(job.spec.task_files or []):
             yield from [(f"spec.taskFiles[{index}].uri.location", files.uri.location)] if files.uri else []
-    if isinstance(job, FineTuneJob | QuantizeJob):
-        for index, output in enumerate(job.spec.outputs):
-            if output.uri:
-                yield f"spec.outputs[{index}].uri", output.uri
+    for index, output in enumerate(job.spec.outputs if isinstance(job, FineTuneJob | QuantizeJob) else []):
+        yield from [(f"spec.outputs[{index}].uri", output.uri)] if output.uri else []
 
 
 def references(job: Job) -> Iterator[Reference]:
     """Every Secret and ConfigMap that a job names."""
     spec = job.spec
-    if spec.model.hub and spec.model.hub.token_secret:
-        token = spec.model.hub.token_secret
-        yield Reference(kind="Secret", name=token.name, keys=(token.key,), path="spec.model.hub.tokenSecret")
-    if spec.model.uri:
-        yield from _s3_references(spec.model.uri.s3, path="spec.model.uri.s3")
-    for path, source in _sources(job):
+    for path, source in [*_models(job), *_sources(job)]:
         if source.hub and source.hub.token_secret:
             token = source.hub.token_secret
             yield Reference(kind="Secret", name=token.name, keys=(token.key,), path=f"{path}.hub.tokenSecret")
         if source.uri:
             yield from _s3_references(source.uri.s3, path=f"{path}.uri.s3")
+    for path, source in _sources(job):
         if source.config_map:
             where = source.config_map
             yield Reference(kind="ConfigMap", name=where.name, keys=(where.key,), path=f"{path}.configMap")
@@ -232,6 +224,11 @@ def _s3_references(s3: S3 | None, *, path: str) -> Iterator[Reference]:
     if s3 and s3.ca_bundle:
         where = s3.ca_bundle.config_map
         yield Reference(kind="ConfigMap", name=where.name, keys=(where.key,), path=f"{path}.caBundle.configMap")
+
+
+def _models(job: Job) -> Iterator[tuple[str, Any]]:
+    """Every model with its field."""
+    yield from ((f"spec.{field}", model) for field, model in model_sources(job).items())
 
 
 def _sources(job: Job) -> Iterator[tuple[str, Any]]:

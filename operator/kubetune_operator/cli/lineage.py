@@ -87,6 +87,7 @@ def recorded(lineage: Json) -> Node:
     node.title += f", finished {lineage['finishedAt']}" if lineage.get("finishedAt") else ""
     node.facts += _inputs(lineage.get("model"), None)
     node.facts += [f"adapter {_place(lineage['adapter'])}"] if lineage.get("adapter") else []
+    node.facts += _others(lineage.get("otherModels"))
     node.facts += _inputs(None, lineage.get("sources"))
     node.facts += _tasks(lineage.get("tasks"))
     if digest := lineage.get("configDigest"):
@@ -109,6 +110,11 @@ def _inputs(model: Json | None, sources: Any) -> Iterator[str]:
         yield f"model {_place(model)}"
     for source in sources or []:
         yield f"data {source.get('name')}: {_place(source)}"
+
+
+def _others(models: Any) -> Iterator[str]:
+    for model in models or []:
+        yield f"{model.get('field')} {_place(model)}"
 
 
 def _place(thing: Json) -> str:
@@ -194,6 +200,7 @@ def _traced(cluster: Connection, job: Json, *, seen: set[str]) -> Node:
     model = {"location": _asked_model(job["spec"]["model"]), **(resolved.get("model") or {})}
     if "jobRef" not in job["spec"]["model"] or resolved.get("model"):
         node.facts += _inputs(model, None)
+    node.facts += _others(resolved.get("otherModels"))
     node.facts += _inputs(None, resolved.get("sources"))
     if config := resolved.get("config"):
         node.facts.append(f"config: ConfigMap {config}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kubetune_operator.api.references import models_of
 from kubetune_operator.cli.bundle import Bundle, Objects, Reference, references
 from kubetune_operator.cli.cluster import Connection, asking, connect, message_of
 from kubetune_operator.cli.local import local_config, local_environment, require_trainer
@@ -148,8 +149,9 @@ def _probe(bundle: Bundle, *, found: dict[str, Objects], say: Say) -> list[str]:
         config_maps=found["ConfigMap"],
         others=bundle.others,
     )
-    if bundle.job.spec.model.job_ref is not None:
-        say("spec.model.jobRef: the storage is not looked at; the operator waits for the other job")
+    if others := models_of(bundle.job):
+        named = ", ".join(f"spec.{path}.jobRef" for path in others)
+        say(f"{named}: the storage is not looked at; the operator waits for the other job")
         return []
     with tempfile.TemporaryDirectory(prefix="kubetune-probe-") as folder:
         config = Path(folder) / "config.yaml"

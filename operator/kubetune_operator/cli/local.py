@@ -17,11 +17,11 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from kubetune_operator.api.common import Compute
+from kubetune_operator.api.common import Compute, JobRef
 from kubetune_operator.api.finetunejob import FineTuneJob, batch_problem
 from kubetune_operator.api.jobs import Job
 from kubetune_operator.api.quantizejob import QuantizeJob
-from kubetune_operator.api.references import JobKey, compared_with, model_of, resumed_from
+from kubetune_operator.api.references import JobKey, compared_with, model_sources, resumed_from
 from kubetune_operator.cli.bundle import Bundle, Objects, Reference, references, uris
 from kubetune_operator.cli.progress import Display
 from kubetune_operator.cli.script import check_script, find_script
@@ -164,7 +164,11 @@ def local_config(bundle: Bundle, *, processes: int) -> dict[str, Any]:
     resumed = resumed_from(job)
     resolved = Resolved(
         processes_per_node=processes,
-        model={"uri": {"location": _referenced_output(bundle)}} if job.spec.model.job_ref else None,
+        models={
+            path: {"uri": {"location": _referenced_output(bundle, path, model.job_ref)}}
+            for path, model in model_sources(job).items()
+            if model.job_ref is not None
+        },
         resume_from=f"{_former_run(job, resumed)}/checkpoints" if resumed else None,
         compared={other.name: _former_run(job, other) for other in compared_with(job)},
     )
@@ -217,15 +221,15 @@ def _write(objects: Objects, *, folder: Path) -> Path:
     return folder
 
 
-def _referenced_output(bundle: Bundle) -> str:
-    """The output of an earlier local run that model.jobRef means."""
-    reference, parent = bundle.job.spec.model.job_ref, model_of(bundle.job)
-    assert reference is not None and parent is not None  # noqa: S101, PT018 (the caller's own condition)
+def _referenced_output(bundle: Bundle, path: str, reference: JobRef) -> str:
+    """The output of an earlier local run that the jobRef of a model means."""
+    parent = JobKey(reference.kind, reference.name)
     outputs = _outputs_of(bundle.others.get(parent))
     name = reference.output or next(iter(outputs), None)
     if name is None:
         problem = (
-            f"spec.model.jobRef.output: Required value: `kubetune run` needs the name of the output of {reference.name}"
+            f"spec.{path}.jobRef.output: Required value: "
+            f"`kubetune run` needs the name of the output of {reference.name}"
         )
         raise SpecError(bundle.title, problems=[problem])
     return outputs.get(name) or f"{_former_run(bundle.job, parent)}/outputs/{name}"

@@ -26,6 +26,8 @@ from kubetune_operator.status import (
 
 Json = dict[str, Any]
 
+MODELS: Final = 8
+"""How many models beside the job's own the status has room for."""
 SOURCES: Final = 64
 """How many sources the status has room for."""
 
@@ -146,7 +148,12 @@ def _resolved(draft: Draft, *, report: Json) -> api.Resolved:
     adapter = ((draft.seen.config or {}).get("model") or {}).get("adapter")
     said = (report.get("model") or {}) | ({"adapter": adapter["location"]} if adapter else {})
     model = taken(draft, api.ResolvedModel, said)
+    others = {other.field: other for other in taken_all(draft, api.ResolvedOtherModel, report.get("otherModels"))}
     sources = {source.name: source for source in taken_all(draft, ResolvedSource, report.get("sources"))}
     return (draft.status.resolved or api.Resolved()).model_copy(
-        update={"model": model, "sources": list(sources.values())[:SOURCES]}
+        update={
+            "model": model,
+            "other_models": list(others.values())[:MODELS] or None,
+            "sources": list(sources.values())[:SOURCES],
+        }
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kubetune_operator.api import jobs as api
-from kubetune_operator.api.common import S3
+from kubetune_operator.api.common import S3, JobRef
 from kubetune_operator.api.finetunejob import FineTuneJobStatus
 from kubetune_operator.api.jobs import Job, Parent, Prerequisite
 from kubetune_operator.api.outputs import ADAPTERS, LOADABLE, WHOLE, FinishedOutput
@@ -13,7 +13,7 @@ from kubetune_operator.api.references import (
     JobKey,
     compared_with,
     key_of,
-    model_of,
+    model_sources,
     references_of,
     resumed_from,
     still_waits,
@@ -44,8 +44,8 @@ class Waiting:
 class _Found:
     """What has been resolved so far."""
 
-    model: Json | None = None
-    output: FinishedOutput | None = None
+    models: dict[str, Json] = field(default_factory=dict)
+    outputs: dict[JobKey, FinishedOutput] = field(default_factory=dict)
     resume_from: str | None = None
     compared: dict[str, str] = field(default_factory=dict)
 
@@ -65,7 +65,7 @@ def write_config(draft: Draft) -> bool:
     )
     resolved = Resolved(
         processes_per_node=processes_per_node(draft.job, cpu_processes=draft.settings.cpu_processes),
-        model=found.model,
+        models=found.models,
         resume_from=found.resume_from,
         compared=found.compared,
         parents=tuple(parent.model_dump(exclude_none=True, exclude={"digest"}) for parent in parents),
@@ -79,14 +79,17 @@ def write_config(draft: Draft) -> bool:
     return True
 
 
-def adapters_base(job: Job, *, upstream: dict[JobKey, Job]) -> JobKey | None:
-    """The job whose adapters this one would use, and whose config therefore says what their base is."""
-    key = model_of(job)
-    parent = upstream.get(key) if key is not None else None
-    if key is None or parent is None or parent.status.state != "Complete":
-        return None
-    output = _chosen(job, parent)
-    return key if isinstance(output, FinishedOutput) and output.type == ADAPTERS else None
+def adapters_bases(job: Job, *, upstream: dict[JobKey, Job]) -> list[JobKey]:
+    """The jobs whose adapters this one would use, and whose configs therefore say what their base is; each once."""
+    bases = []
+    for reference in (source.job_ref for source in model_sources(job).values()):
+        parent = upstream.get(_key(reference)) if reference is not None else None
+        if reference is None or parent is None or parent.status.state != "Complete":
+            continue
+        output = _chosen(job, reference, parent=parent)
+        if isinstance(output, FinishedOutput) and output.type == ADAPTERS:
+            bases.append(_key(reference))
+    return list(dict.fromkeys(bases))
 
 
 def _resolve(draft: Draft) -> _Found | Waiting:
@@ -98,7 +101,7 @@ def _resolve(draft: Draft) -> _Found | Waiting:
         if waiting := _held_by(draft, item):
             return waiting
     found = _Found()
-    for resolve in (_resolve_model, _resolve_checkpoint, _resolve_comparisons):
+    for resolve in (_resolve_models, _resolve_checkpoint, _resolve_comparisons):
         if waiting := resolve(draft, found):
             return waiting
     return found
@@ -150,17 +153,21 @@ def _unfinished(parent: Job) -> Waiting:
     return Waiting(reason="WaitingForUpstream", message=f"{parent.title} is {state}")
 
 
-# ----------------------------------------------------------------------------------------------- model.jobRef
+# ------------------------------------------------------------------- model.jobRef, and those of the other models
 
 
-def _resolve_model(draft: Draft, found: _Found) -> Waiting | None:
-    key = model_of(draft.job)
-    if key is None:
-        return None
-    parent = _complete(draft, key)
+def _resolve_models(draft: Draft, found: _Found) -> Waiting | None:
+    for path, source in model_sources(draft.job).items():
+        if source.job_ref is not None and (waiting := _resolve_model(draft, found, path, source.job_ref)):
+            return waiting
+    return None
+
+
+def _resolve_model(draft: Draft, found: _Found, path: str, reference: JobRef) -> Waiting | None:
+    parent = _complete(draft, _key(reference))
     if isinstance(parent, Waiting):
         return parent
-    output = _chosen(draft.job, parent)
+    output = _chosen(draft.job, reference, parent=parent)
     if isinstance(output, Waiting):
         return output
     uri = _uri(output.uri, s3=_access(parent), ours=_access(draft.job))
@@ -169,14 +176,18 @@ def _resolve_model(draft: Draft, found: _Found) -> Waiting | None:
         model = _with_adapters(draft, parent, adapters=uri)
     if isinstance(model, Waiting):
         return model
-    found.model, found.output = model, output
+    found.models[path] = model
+    found.outputs.setdefault(_key(reference), output)
     return None
 
 
-def _chosen(job: Job, parent: Job) -> FinishedOutput | Waiting:
+def _key(reference: JobRef) -> JobKey:
+    return JobKey(reference.kind, reference.name)
+
+
+def _chosen(job: Job, reference: JobRef, *, parent: Job) -> FinishedOutput | Waiting:
     """The output of another job that this one uses: the named one, else the one that serves it best."""
-    assert job.spec.model.job_ref is not None  # noqa: S101 (whoever calls has looked)
-    name, loadable = job.spec.model.job_ref.output, LOADABLE[job.kind]
+    name, loadable = reference.output, LOADABLE[job.kind]
     status = parent.status
     written = (status.outputs or []) if isinstance(status, FineTuneJobStatus | QuantizeJobStatus) else []
     has = f"it has {', '.join(f'{item.name} ({item.type})' for item in written) or 'none'}"
@@ -257,7 +268,7 @@ def _parents(draft: Draft, *, found: _Found) -> list[Parent]:
     """The jobs whose results are used, as the status and the lineage name them."""
     parents = []
     for key in used_by(draft.job):
-        output = found.output if key == model_of(draft.job) else None
+        output = found.outputs.get(key)
         parents.append(
             Parent(
                 kind=key.kind,

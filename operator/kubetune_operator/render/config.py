@@ -57,14 +57,14 @@ class Resolved:
 
     Attributes:
         processes_per_node: Ranks on each node.
-        model: The model block in the trainer's words that stands for `model.jobRef`, None if the spec has none.
+        models: Blocks in the trainer's words that stand for models with a jobRef, by field: model, dpo.reference.
         resume_from: The checkpoint behind `checkpoint.resumeFrom.jobRef`, None if the spec has none.
         compared: Run directories of the EvalJobs that gates compare with, by name.
         parents: The jobs whose results are used, for the lineage: kind, name, uid, and output where one is used.
     """
 
     processes_per_node: int
-    model: Json | None = None
+    models: Mapping[str, Json] = field(default_factory=dict)
     resume_from: str | None = None
     compared: Mapping[str, str] = field(default_factory=dict)
     parents: tuple[Json, ...] = ()
@@ -87,8 +87,9 @@ def render_config(job: Job, *, resolved: Resolved) -> Json:
     config = {key: value for key, value in spec.items() if key not in CLUSTER_ONLY}
     for path in NUMBERS:
         _to_number(config, path=path)
-    if resolved.model is not None:
-        config["model"] = resolved.model
+    for model_field, model in resolved.models.items():
+        block, _, name = model_field.rpartition(".")
+        (config[block] if block else config)[name] = model
     if resolved.resume_from is not None:
         config["checkpoint"]["resume_from"] = {"uri": resolved.resume_from}
     for gate in config.get("gates") or []:

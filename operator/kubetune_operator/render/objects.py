@@ -3,7 +3,7 @@
 from typing import Any
 
 from kubetune_operator.api.jobs import Job
-from kubetune_operator.api.references import compared_with, model_of, resumed_from
+from kubetune_operator.api.references import compared_with, models_of, resumed_from
 from kubetune_operator.render.config import Resolved, render_config
 from kubetune_operator.render.job import (
     backoff_limit,
@@ -27,7 +27,7 @@ def render_all(job: Job, settings: Settings) -> list[Json]:
     """
     resolved = Resolved(
         processes_per_node=processes_per_node(job, cpu_processes=settings.cpu_processes),
-        model={"uri": {"location": f"<output of {parent.title}>"}} if (parent := model_of(job)) else None,
+        models={path: {"uri": {"location": f"<output of {key.title}>"}} for path, key in models_of(job).items()},
         resume_from=f"<checkpoint of {resumed.title}>" if (resumed := resumed_from(job)) else None,
         compared={other.name: f"<directory of {other.title}>" for other in compared_with(job)},
     )

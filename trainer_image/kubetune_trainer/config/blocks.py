@@ -251,6 +251,11 @@ class JobConfig(Block):
     workspace: Workspace
     """The durable place of runs and caches."""
 
+    @property
+    def other_models(self) -> dict[str, Model]:
+        """The models that the job uses beside its own, by field."""
+        return {}
+
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of all that the job is told, but not of where it runs."""
         told = self.model_dump(mode="json", exclude={"run"})

@@ -9,6 +9,7 @@ from kubetune_trainer.config.blocks import (
     Block,
     Dataset,
     JobConfig,
+    Model,
     Uri,
     check_one_of,
     check_unique_names,
@@ -267,6 +268,12 @@ class FineTuneConfig(JobConfig):
             f" = {readers} x {self.training.micro_batch_size} = {unit}, got {size}",
             hint=f"Set training.global_batch_size to {' or '.join(nearest)}.",
         )
+
+    @property
+    def other_models(self) -> dict[str, Model]:
+        """The models that are asked beside the one that is trained, by field."""
+        asked = {"dpo.reference": self.dpo and self.dpo.reference}
+        return {field: model for field, model in asked.items() if model is not None}
 
     @property
     def rows(self) -> Literal["Samples", "Pairs"]:

@@ -4,7 +4,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from kubetune_trainer.config.blocks import Block, ConfigMapKey, check_one_of
+from kubetune_trainer.config.blocks import Block, ConfigMapKey, Model, check_one_of
 
 Recipe = Literal["SFT", "DPO", "ORPO", "SimPO", "Custom"]
 
@@ -18,9 +18,11 @@ class Dpo(Block):
     loss: Literal["Sigmoid", "IPO", "Hinge"] = "Sigmoid"
     """Sigmoid is that of the paper, Hinge that of SLiC (arXiv 2309.06657), IPO that of arXiv 2310.12036."""
     beta: float = Field(default=0.1, gt=0)
-    """How much it costs to leave the model to start from, which is the reference."""
+    """How much it costs to leave the reference."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """How often a pair is taken to be the wrong way round; for Sigmoid."""
+    reference: Model | None = None
+    """The model that answers are measured against; unset means the model before training."""
 
 
 class Orpo(Block):

@@ -36,11 +36,15 @@ from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model_files import (
     FoundModel,
+    FoundOther,
+    LocalModel,
     fetch_merged,
     fetch_model,
+    fetch_others,
     is_small,
     locate_adapter,
     locate_model,
+    locate_others,
     model_s3,
 )
 from kubetune_trainer.names import COMPLETE_MARKER, REPORT_FILE, TERMINATION_MESSAGE_BYTES
@@ -112,6 +116,8 @@ class Prepared(PreparedData):
     """The model."""
     adapter: FoundModel | None = None
     """The adapter that is merged into it before the run begins."""
+    others: Mapping[str, FoundOther] = {}
+    """The models that are used beside it, by field."""
     sources: tuple[FoundSource, ...]
     """The datasets."""
     estimate: Estimate
@@ -125,9 +131,11 @@ class Prepared(PreparedData):
 
     def message(self) -> dict[str, Any]:
         """Returns the fields of the termination message; datasets too many for its size are left out of it."""
-        inner = {"asked", "model", "adapter", "train", "validation", "preview", "report"}
+        inner = {"asked", "model", "adapter", "others", "train", "validation", "preview", "report"}
         told = self.model_dump(mode="json", by_alias=True, exclude=inner, exclude_none=True)
         message = {"model": self.model.told(), **told}
+        if self.others:
+            message["otherModels"] = [other.told(field) for field, other in self.others.items()]
         if self.report is not None:
             message["artifacts"] = {"report": self.report}
         if len(json.dumps(message).encode()) > MESSAGE_BYTES:
@@ -145,6 +153,8 @@ class Local:
     """Folder of the model as it was found."""
     adapter_dir: Path | None
     """Folder of the adapter, if any."""
+    others: Mapping[str, LocalModel]
+    """The models that are used beside it, by field."""
     train_data: DataStore
     """Rows to train on."""
     validation_data: DataStore | None
@@ -170,6 +180,7 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
     folder = fetch_model(model, s3=model_s3(config), only_small=True)
     shape, tokenizer = read_config(folder), load_tokenizer(folder)
     check_outputs(config.outputs, folder, title=config.title)
+    others = locate_others(config, tokenizer=tokenizer, report=report)
     sources = [open_source(source, config=config) for source in config.dataset.sources]
     data = _prepare_data(config, sources, model=model, tokenizer=tokenizer, report=report)
     prepared = Prepared(
@@ -178,8 +189,11 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
         asked=_asked(config),
         model=model,
         adapter=locate_adapter(config),
+        others={field: found for field, (found, _) in others.items()},
         sources=tuple(opened.found for opened in sources),
-        estimate=estimate_memory(config, shape),
+        estimate=estimate_memory(
+            config, shape, others={field: read_config(folder) for field, (_, folder) in others.items()}
+        ),
         parameters=count_parameters(shape),
         total_steps=total_steps(
             data.train.rows,
@@ -206,6 +220,7 @@ def fetch(prepared: Prepared, config: FineTuneConfig) -> Local:
         model_dir=model_dir,
         base_dir=base_dir,
         adapter_dir=adapter_dir,
+        others=fetch_others(prepared.others, config=config),
         train_data=fetch_rows(prepared.train, config),
         validation_data=fetch_rows(prepared.validation, config) if prepared.validation else None,
     )
@@ -225,6 +240,7 @@ def _asked(config: FineTuneConfig) -> str:
     asked = [config.model.model_dump(mode="json"), config.dataset.model_dump(mode="json"), config.training.seed]
     if config.rows != "Samples":
         asked.append(config.rows)
+    asked += [{field: model.model_dump(mode="json")} for field, model in config.other_models.items()]
     return fingerprint(asked, length=16)
 
 

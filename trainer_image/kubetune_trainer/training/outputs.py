@@ -60,6 +60,7 @@ def describe(job: Job, outputs: Sequence[StoredOutput]) -> None:
         model_dir=local.base_dir,
         adapter=prepared.adapter,
         adapter_dir=local.adapter_dir,
+        others={field: (found, local.others[field]) for field, found in prepared.others.items()},
         sources=lineage_sources(config.dataset.sources, prepared.sources),
         outputs=outputs,
     )
