@@ -19,6 +19,7 @@ LONGEST_FIRST: Final = (
     "trainer/test_export_gguf.py",
     "controller/test_evaljob.py",
     "cli/test_run_for_real.py",
+    "recipes/test_memory_and_speed.py",
     "trainer/test_parallel.py",
     "controller/test_restarts.py",
     "controller/test_suspend.py",

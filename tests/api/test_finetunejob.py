@@ -123,6 +123,10 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "steps instead of epochs": {"spec__training": {"maxSteps": 10}},
     "full tuning": {"spec__tuning": "Full"},
+    "compiled blocks that recompute some activations": {
+        "spec__training__compile": "Blocks",
+        "spec__training__activationCheckpointing": "Selective",
+    },
     "adapters with magnitudes": {
         "spec__tuning": "DoRA",
         "spec__lora": {"rankStabilized": True, "learningRateRatio": "16"},
@@ -282,6 +286,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "three choices": (
         {"spec__training__precision": "FP16"},
         'spec.training.precision: Unsupported value: "FP16": supported values: "BF16Mixed", "BF16", "FP32"',
+    ),
+    "something else to compile": (
+        {"spec__training__compile": "Model"},
+        'spec.training.compile: Unsupported value: "Model": supported values: "None", "Blocks"',
     ),
     "a number too small": (
         {"spec__lora": {"rank": 0}},

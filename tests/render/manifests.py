@@ -48,7 +48,8 @@ spec:
     learningRate: "2e-4"
     weightDecay: "1e-5"
     validateEverySteps: 20
-    activationCheckpointing: Full
+    activationCheckpointing: Selective
+    compile: Blocks
     parallelism: {replicate: 2}
   compute:
     nodes: 2

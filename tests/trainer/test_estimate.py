@@ -101,6 +101,7 @@ def test_the_parts_add_up(tmp_path: Path) -> None:
         ("training.micro_batch_size=4", pytest.approx(4)),
         ("training.precision=FP32", pytest.approx(1.8, rel=0.05)),
         ("training.activation_checkpointing=None", pytest.approx(14, rel=0.1)),
+        ("training.activation_checkpointing=Selective", pytest.approx(7, rel=0.1)),
     ],
 )
 def test_activations_follow_the_micro_batch(change: str, factor: Any, tmp_path: Path) -> None:

@@ -118,6 +118,15 @@ def activation_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:
     root = 2 * norm
     if config.training.activation_checkpointing == "Full":
         blocks = shape.num_layers * shape.hidden_size * compute + block
+    elif config.training.activation_checkpointing == "Selective":
+        # What projections and attention return, and the copy of it that attention computes with.
+        products = (
+            2 * shape.token_width + 2 * shape.hidden_size + (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        )
+        blocks = (
+            shape.num_layers * ((shape.hidden_size + products) * compute + shape.num_heads * shape.head_dim * FP32)
+            + block
+        )
     else:
         blocks = shape.num_layers * block
     sequences = config.training.micro_batch_size * (2 if config.rows == "Pairs" else 1)

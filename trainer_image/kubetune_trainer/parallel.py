@@ -1,8 +1,9 @@
-"""Spread an untouched model over ranks from outside: precision, recomputation, then FSDP2 (arXiv 2304.11277).
+"""Spread an untouched model over ranks from outside: precision, recomputation, compilation, then FSDP2.
 
 The order is fixed: weights get the type that they are kept in, layers are split over tensor groups, blocks are told to
-recompute, and every block becomes one group of fully_shard, with embedding, final norm and output head in the root's.
-This tree's tests run CPU and gloo only; nothing here asks which device it is but `compute_dtype`.
+recompute, they are compiled, and every block becomes one group of fully_shard (arXiv 2304.11277), with embedding, final
+norm and output head in the root's. This tree's tests run CPU and gloo only; nothing here asks which device it is but
+`compute_dtype`.
 """
 
 from typing import Final, Literal
@@ -13,13 +14,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from kubetune_trainer.compiled import compile_blocks
 from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.model.recompute import ActivationCheckpointing
 from kubetune_trainer.tensor_parallel import split_layers
 
 REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
 """Dimensions of a mesh, the outermost first."""
 Precision = Literal["FP32", "BF16Mixed", "BF16"]
-ActivationCheckpointing = Literal["None", "Full"]
 
 KEEP_WHOLE_BYTES: Final = 2**30
 """A model whose weights take no more than this may lie whole in each rank's memory, which spares traffic: its trained
@@ -45,6 +47,7 @@ def parallelize(
     *,
     precision: Precision,
     activation_checkpointing: ActivationCheckpointing = "None",
+    is_compiled: bool = False,
     mesh: DeviceMesh,
 ) -> torch.dtype:
     """Make a model ready to train on a mesh, in place; its weights must not be loaded yet (meta device).
@@ -60,7 +63,9 @@ def parallelize(
         precision: FP32 keeps and computes everything in fp32. BF16Mixed keeps trained weights in fp32 and frozen ones
             in bf16, and computes in bf16; a small model's frozen ones are kept in the type that it computes in. BF16
             keeps and computes everything in bf16. Gradients are summed in fp32.
-        activation_checkpointing: Full keeps only each block's input and computes the rest again in backward.
+        activation_checkpointing: Full keeps only each block's input and computes the rest again in backward; Selective
+            also keeps what products of matrices and attention return.
+        is_compiled: Compile each block.
         mesh: What `build_mesh` returns.
 
     Returns:
@@ -76,7 +81,10 @@ def parallelize(
         split_layers(model, mesh[TENSOR])
     frozen = {weight for weight in model.parameters() if not weight.requires_grad} if whole else set()
     for block in model.model.layers:
-        block.recompute = activation_checkpointing == "Full"
+        block.recompute = activation_checkpointing
+    if is_compiled:
+        compile_blocks(model)
+    for block in model.model.layers:
         fully_shard(block, mesh=shards, mp_policy=policy, reshard_after_forward=not whole, ignored_params=frozen)
     fully_shard(model, mesh=shards, mp_policy=policy, ignored_params=frozen)
     for module in model.modules():

@@ -166,8 +166,12 @@ class Training(ApiModel):
     """Gradients are scaled down to this norm."""
     precision: Literal["BF16Mixed", "BF16", "FP32"] = "BF16Mixed"
     """BF16Mixed: trained weights and optimizer in fp32, computation in bf16. BF16: all in bf16. FP32: all in fp32."""
-    activation_checkpointing: Literal["None", "Full"] = "None"
-    """Full computes activations again in the backward pass, which saves memory and costs time."""
+    activation_checkpointing: Literal["None", "Selective", "Full"] = "None"
+    """Full computes activations again in the backward pass, which saves memory and costs time. Selective keeps those
+    that cost most time to compute, of matrix products and attention: less memory than None, faster than Full."""
+    compile: Literal["None", "Blocks"] = "None"
+    """Blocks compiles each layer of the model, which takes a minute at the start and saves time in every step.
+    The trainer's image needs a compiler."""
     parallelism: Parallelism | None = None
     """How the processes share the model. Unset: FSDP shards it over all of them."""
     seed: Annotated[int, Field(ge=0, le=4_294_967_295)] = 42

@@ -91,8 +91,10 @@ class Training(Block):
     """Gradients are scaled down to this global norm."""
     precision: Literal["BF16Mixed", "BF16", "FP32"] = "BF16Mixed"
     """BF16Mixed keeps trained weights and optimizer in fp32 and computes in bf16."""
-    activation_checkpointing: Literal["None", "Full"] = "None"
-    """Full recomputes every block in the backward pass."""
+    activation_checkpointing: Literal["None", "Selective", "Full"] = "None"
+    """Full recomputes every block in the backward pass, Selective all but products of matrices and attention."""
+    compile: Literal["None", "Blocks"] = "None"
+    """Blocks compiles every block with torch.compile; needs a compiler where it trains."""
     parallelism: Parallelism = Parallelism()
     """How the ranks share the model."""
     seed: int = Field(default=42, ge=0)

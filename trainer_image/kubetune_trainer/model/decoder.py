@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from kubetune_trainer.loss import soft_capped, sum_cross_entropy
 from kubetune_trainer.model.attention import Attention, KVCache, LayerInputs, attention_mask
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.feed_forward import build_feed_forward
 from kubetune_trainer.model.norm import Embedding, RMSNorm
+from kubetune_trainer.model.recompute import ActivationCheckpointing, recomputed
 
 NORMS = {
     "Before": ("input_layernorm", "post_attention_layernorm"),
@@ -46,17 +46,15 @@ class Block(nn.Module):
         self.norm_places = config.norm_places
         for name in NORMS[config.norm_places]:
             setattr(self, name, RMSNorm(config.hidden_size, eps=config.norm_eps, style=config.norm_style))
-        self.recompute = False
-        """Whether backward computes the activations again instead of keeping them; set by `parallelize`."""
+        self.recompute: ActivationCheckpointing = "None"
+        """Which activations backward computes again instead of keeping them; set by `parallelize`."""
 
     def forward(
         self, x_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         """Map the residual stream."""
-        if self.recompute and torch.is_grad_enabled():
-            # Inside the block, so that FSDP's hooks stay outside and do not run again.
-            return checkpoint(self._forward, x_BTD, cos, sin, mask, cache, use_reentrant=False)
-        return self._forward(x_BTD, cos, sin, mask, cache)
+        # Inside the block, so that FSDP's hooks stay outside and do not run again.
+        return recomputed(self._forward, x_BTD, cos, sin, mask, cache, mode=self.recompute)
 
     def _forward(
         self, x_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: KVCache | None

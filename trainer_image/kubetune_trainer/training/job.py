@@ -11,6 +11,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from kubetune_trainer.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
+from kubetune_trainer.compiled import check_compiler
 from kubetune_trainer.config import FineTuneConfig, load_config
 from kubetune_trainer.data.prepare import Local, Prepared, fetch, prepare
 from kubetune_trainer.data.sampler import total_steps
@@ -79,6 +80,8 @@ def begin(arguments: Sequence[str], *, description: str, recipes: Sequence[str])
     stop = StopSignal(leave=lambda: end_with(PreemptedError("stopped outside of training; no finished step is lost")))
     with join_world(tensor=config.training.parallelism.tensor) as world:
         config.accumulation_steps(world.size)  # refuses what the ranks cannot share
+        if config.training.compile == "Blocks":
+            check_compiler(config.title, device_type=world.device.type)
         serve_metrics()
         log = scratch_dir() / f"attempt-{attempt()}.jsonl"
         open_log(log)
@@ -138,6 +141,7 @@ def build(config: FineTuneConfig, model_dir: Path, world: World) -> Decoder:
         model,
         precision=config.training.precision,
         activation_checkpointing=config.training.activation_checkpointing,
+        is_compiled=config.training.compile == "Blocks",
         mesh=mesh_of(config, world),
     )
     model.to_empty(device=world.device)
