@@ -97,6 +97,26 @@ GOOD: dict[str, dict[str, Any]] = {
             "caBundle": {"configMap": {"name": "ca", "key": "ca.crt"}},
         }
     },
+    "all trackers": {
+        "spec__tracking": {
+            "wandb": {
+                "project": "support bot",
+                "entity": "team",
+                "group": "night",
+                "tags": ["a", "b"],
+                "mode": "Online",
+                "apiKeySecret": {"name": "wandb", "key": "key"},
+                "baseUrl": "https://wandb.example",
+            },
+            "mlflow": {
+                "trackingUri": "https://mlflow.example/base",
+                "experiment": "tickets",
+                "tokenSecret": {"name": "mlflow", "key": "token"},
+            },
+            "tensorboard": {},
+        }
+    },
+    "an offline tracker": {"spec__tracking": {"wandb": {"project": "p", "mode": "Offline"}}},
     "a local path": {"spec__workspace__uri": "file:///tmp/runs"},
     "a volume claim": {"spec__workspace__uri": "pvc://claim-1/runs"},
     "three sources": {
@@ -234,6 +254,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "labels that are as often wrong as right": (
         {"spec__recipe": "DPO", "spec__dpo": {"labelSmoothing": "0.5"}},
         'must be a number in quotes, from 0 to below 0.5, for example "0.1"',
+    ),
+    "tracking by nobody": ({"spec__tracking": {}}, "at least one of wandb, mlflow, tensorboard must be set"),
+    "an online tracker without a key": (
+        {"spec__tracking": {"wandb": {"project": "p"}}},
+        "apiKeySecret is required with mode: Online",
+    ),
+    "a project with a slash": (
+        {"spec__tracking": {"wandb": {"project": "team/p", "mode": "Offline"}}},
+        "must consist of letters, digits, '-', '_', '.' and spaces",
+    ),
+    "a tracking server of another protocol": (
+        {"spec__tracking": {"mlflow": {"trackingUri": "databricks", "experiment": "e"}}},
+        "must be a URL that starts with http:// or https:// or, for local runs, file:///path",
     ),
     "no spec": ({"spec": ABSENT}, "spec: Required value"),
     "no model": ({"spec__model": ABSENT}, "spec.model: Required value"),

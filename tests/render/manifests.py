@@ -84,6 +84,11 @@ spec:
   - {name: edge, type: GGUF, gguf: {type: Q8_0}}
   - {name: phone, type: ExecuTorch, scheme: Int8DynamicActivationInt4Weight, execuTorch: {maxSequenceLength: 256}}
   - {name: served, type: CompressedTensors, scheme: Int4WeightOnly, groupSize: 64}
+  tracking:
+    wandb:
+      {project: bots, entity: team, group: night, tags: [a], apiKeySecret: {name: wandb, key: api}, baseUrl: "https://w"}
+    mlflow: {trackingUri: "https://mlflow:5000", experiment: bots, tokenSecret: {name: mlflow, key: token}}
+    tensorboard: {}
   lifecycle: {maxRestarts: 5, gracePeriodSeconds: 60}
 """
 

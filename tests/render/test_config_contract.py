@@ -16,7 +16,7 @@ from kubetune_operator.api.evaljob import EvalJobSpec
 from kubetune_operator.render.config import Resolved, dump_config, render_config
 from kubetune_trainer import config as trainer_config
 from kubetune_trainer import names as trainer_names
-from kubetune_trainer.config import FineTuneConfig, JobConfig, load_config
+from kubetune_trainer.config import FineTuneConfig, JobConfig, Mlflow, SecretKey, TensorBoard, Wandb, load_config
 from kubetune_trainer.config import outputs as trainer_outputs
 from kubetune_trainer.config import quantize as trainer_quantize
 from kubetune_trainer.config.evaluate import EvalConfig
@@ -91,6 +91,15 @@ def test_the_trainer_reads_every_field_with_its_value(tmp_path: Path) -> None:
     assert config.model.uri.s3.credentials_secret is not None
     assert config.model.uri.s3.credentials_secret.name == "other"
     assert config.run.directory == "s3://runs/team/team-a/everything-1f0c9a2b"
+    assert config.tracking is not None
+    assert config.tracking.wandb == Wandb(
+        project="bots", entity="team", group="night", tags=("a",), mode="Online",
+        api_key_secret=SecretKey(name="wandb", key="api"), base_url="https://w",
+    )  # fmt: skip
+    assert config.tracking.mlflow == Mlflow(
+        tracking_uri="https://mlflow:5000", experiment="bots", token_secret=SecretKey(name="mlflow", key="token")
+    )
+    assert config.tracking.tensorboard == TensorBoard()
 
 
 def test_the_trainer_reads_an_evaluation_with_the_operators_defaults(tmp_path: Path) -> None:

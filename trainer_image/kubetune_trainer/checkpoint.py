@@ -59,7 +59,14 @@ class Checkpointer:
     """Saves one run's checkpoints. Every rank has one, and all call the same methods in the same steps."""
 
     def __init__(
-        self, store: "Store", *, settings: "Checkpoint", world: World, scratch: Path, record: Mapping[str, Any]
+        self,
+        store: "Store",
+        *,
+        settings: "Checkpoint",
+        world: World,
+        scratch: Path,
+        record: Mapping[str, Any],
+        before_complete: Callable[[], object] = lambda: None,
     ) -> None:
         """Begins with no checkpoint under way.
 
@@ -69,6 +76,7 @@ class Checkpointer:
             world: This rank among the others.
             scratch: A local folder of this rank's own.
             record: What trainer.json says beside the step and its progress.
+            before_complete: What has to be stored before a checkpoint counts; rank 0 calls it in a thread.
         """
         self.settings = settings
         self.in_flight: int | None = None
@@ -76,6 +84,7 @@ class Checkpointer:
         self._store = store
         self._world = world
         self._scratch = scratch
+        self._before_complete = before_complete
         self._record = {**record, "torchVersion": torch.__version__}
         self._saved_at = time.monotonic()
         self._uploaded_step = 0
@@ -187,6 +196,7 @@ class Checkpointer:
     def _complete(self, step: int, began: float) -> None:
         """Makes a checkpoint of a folder whose files are all there, and removes those that are too many."""
         try:
+            self._before_complete()
             self._persist(step, "completion", lambda: complete(self._store, step))
         except Exception as error:  # noqa: BLE001 (as above)
             report("checkpointFailed", step=step, message=str(error))

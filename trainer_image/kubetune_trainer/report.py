@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
@@ -72,6 +73,7 @@ class _Reporter:
         self._log: IO[str] | None = None
         self._metrics: dict[str, Any] = {}
         self.last_step: dict[str, Any] = {}
+        self.listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
 
     def claim_stdout(self) -> None:
         with self._lock:
@@ -110,6 +112,8 @@ class _Reporter:
             if self._log is not None:
                 print(line, file=self._log, flush=True)
             self._measure(event, fields)
+        for listener in self.listeners:
+            listener(event, fields)
 
     def _measure(self, event: str, fields: Mapping[str, Any]) -> None:
         if not self._metrics:
@@ -143,6 +147,16 @@ def open_log(path: Path) -> None:
     """Writes every reported line to this file as well, on the reporting rank."""
     if is_reporting_rank():
         _reporter.open_log(path)
+
+
+@contextmanager
+def listen(listener: Callable[[str, Mapping[str, Any]], None]) -> Iterator[None]:
+    """Calls `listener` with each event and its fields while the block runs, on the reporting rank."""
+    _reporter.listeners.append(listener)
+    try:
+        yield
+    finally:
+        _reporter.listeners.remove(listener)
 
 
 def serve_metrics() -> None:

@@ -31,6 +31,7 @@ from kubetune_operator.api.jobs import (
 )
 from kubetune_operator.api.model import ApiModel, Rule, StatusModel, Unique, exactly_one_of
 from kubetune_operator.api.outputs import OUTPUT_RULES, FinishedOutput, OutputBase
+from kubetune_operator.api.tracking import Tracking
 
 Steps = Annotated[int, Field(ge=1, le=1_000_000_000)]
 
@@ -329,7 +330,7 @@ class FineTuneJobSpec(JobSpec):
             "tuning",
             "training",
             "outputs",
-            optional=("dpo", "orpo", "simpo", "custom", "lora", "checkpoint"),
+            optional=("dpo", "orpo", "simpo", "custom", "lora", "checkpoint", "tracking"),
         ),
     )
 
@@ -359,6 +360,8 @@ class FineTuneJobSpec(JobSpec):
     """When checkpoints are written. Unset: only when the job is told to stop, and at the end."""
     outputs: Annotated[list[Output], Field(min_length=1, max_length=8), Unique(("name",))]
     """The results of the job."""
+    tracking: Tracking | None = None
+    """Trackers of the run. Unset: none."""
 
 
 # ------------------------------------------------------------------------------------------------------ status

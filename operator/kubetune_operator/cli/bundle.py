@@ -161,13 +161,21 @@ def uris(job: Job) -> Iterator[tuple[str, str]]:
         if source.uri:
             yield f"{path}.uri.location", source.uri.location
     yield "spec.workspace.uri", spec.workspace.uri
-    if isinstance(job, FineTuneJob) and (resume := job.spec.checkpoint and job.spec.checkpoint.resume_from):
-        yield from [("spec.checkpoint.resumeFrom.uri", resume.uri)] if resume.uri else []
+    if isinstance(job, FineTuneJob):
+        yield from _training_uris(job)
     if isinstance(job, EvalJob):
         for index, files in enumerate(job.spec.task_files or []):
             yield from [(f"spec.taskFiles[{index}].uri.location", files.uri.location)] if files.uri else []
     for index, output in enumerate(job.spec.outputs if isinstance(job, FineTuneJob | QuantizeJob) else []):
         yield from [(f"spec.outputs[{index}].uri", output.uri)] if output.uri else []
+
+
+def _training_uris(job: FineTuneJob) -> Iterator[tuple[str, str]]:
+    resume = job.spec.checkpoint and job.spec.checkpoint.resume_from
+    if resume and resume.uri:
+        yield "spec.checkpoint.resumeFrom.uri", resume.uri
+    if job.spec.tracking and (mlflow := job.spec.tracking.mlflow):
+        yield "spec.tracking.mlflow.trackingUri", mlflow.tracking_uri
 
 
 def references(job: Job) -> Iterator[Reference]:
@@ -187,6 +195,8 @@ def references(job: Job) -> Iterator[Reference]:
         yield from _task_references(job)
     if isinstance(job, FineTuneJob) and job.spec.custom and (where := job.spec.custom.script.config_map):
         yield Reference(kind="ConfigMap", name=where.name, keys=(where.key,), path="spec.custom.script.configMap")
+    if isinstance(job, FineTuneJob):
+        yield from _tracking_references(job)
     if spec.storage:
         yield from _s3_references(spec.storage.s3, path="spec.storage.s3")
     yield from _compute_references(job)
@@ -199,6 +209,14 @@ def _task_references(job: EvalJob) -> Iterator[Reference]:
             yield Reference(kind="ConfigMap", name=files.config_map.name, keys=(), path=f"{path}.configMap")
         if files.uri:
             yield from _s3_references(files.uri.s3, path=f"{path}.uri.s3")
+
+
+def _tracking_references(job: FineTuneJob) -> Iterator[Reference]:
+    wandb, mlflow = (job.spec.tracking.wandb, job.spec.tracking.mlflow) if job.spec.tracking else (None, None)
+    if wandb and (key := wandb.api_key_secret):
+        yield Reference(kind="Secret", name=key.name, keys=(key.key,), path="spec.tracking.wandb.apiKeySecret")
+    if mlflow and (key := mlflow.token_secret):
+        yield Reference(kind="Secret", name=key.name, keys=(key.key,), path="spec.tracking.mlflow.tokenSecret")
 
 
 def _compute_references(job: Job) -> Iterator[Reference]:

@@ -270,10 +270,19 @@ def _about_references(bundle: Bundle, environment: Mapping[str, str]) -> Iterato
             continue
         told.add((reference.kind, reference.name))
         if reference.kind == "Secret":
-            stand_in = "HF_TOKEN" if reference.path.endswith("tokenSecret") else "the AWS_… variables or profile"
+            stand_in = _stand_in(reference.path)
             yield f"note: Secret {reference.name} is not in the file; taking {stand_in} of this environment"
         else:
             yield f"note: ConfigMap {reference.name} ({reference.path}) is not in the file"
+
+
+def _stand_in(path: str) -> str:
+    """What of this environment is taken where the Secret of a field is not at hand."""
+    known = {
+        "spec.tracking.wandb.apiKeySecret": "WANDB_API_KEY",
+        "spec.tracking.mlflow.tokenSecret": "MLFLOW_TRACKING_TOKEN",
+    }
+    return known.get(path) or ("HF_TOKEN" if path.endswith("tokenSecret") else "the AWS_… variables or profile")
 
 
 def _is_at_hand(reference: Reference, bundle: Bundle, environment: Mapping[str, str]) -> bool:

@@ -58,7 +58,7 @@ def _uris(node: Any, *, path: str) -> list[tuple[str, str]]:
         return [found for key, value in node.items() for found in _uris(value, path=f"{path}.{key}")]
     if isinstance(node, list):
         return [found for number, value in enumerate(node) for found in _uris(value, path=f"{path}[{number}]")]
-    return [(path, node)] if isinstance(node, str) and path.endswith((".uri", ".location")) else []
+    return [(path, node)] if isinstance(node, str) and path.endswith((".uri", ".location", ".trackingUri")) else []
 
 
 def _accepted_message(job: Job, *, settings: Settings) -> str:

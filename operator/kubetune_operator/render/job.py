@@ -432,7 +432,7 @@ def secret_keys_of(config: Json) -> dict[str, set[str]]:
     """The Secrets that a config names, with the keys that must be there."""
     keys: dict[str, set[str]] = {}
     for name, value in _walk(config):
-        if name == "token_secret":
+        if name in {"token_secret", "api_key_secret"}:
             keys.setdefault(value["name"], set()).add(value["key"])
         elif name == "credentials_secret":
             keys.setdefault(value["name"], set()).update({S3_ACCESS_KEY, S3_SECRET_KEY})

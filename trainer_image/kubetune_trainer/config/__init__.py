@@ -38,6 +38,7 @@ from kubetune_trainer.config.load import (
 from kubetune_trainer.config.outputs import ExecuTorch, Gguf, OutputBase
 from kubetune_trainer.config.quantize import Calibration, QuantizeConfig, QuantizedOutput, QuantizeGate, Verification
 from kubetune_trainer.config.recipes import Custom, Dpo, Orpo, Script, Simpo
+from kubetune_trainer.config.tracking import Mlflow, TensorBoard, Tracking, Wandb
 
 __all__ = [
     "CaBundle",
@@ -58,6 +59,7 @@ __all__ = [
     "HubSource",
     "JobConfig",
     "Lora",
+    "Mlflow",
     "Model",
     "Orpo",
     "Output",
@@ -77,10 +79,13 @@ __all__ = [
     "Storage",
     "Task",
     "TaskFiles",
+    "TensorBoard",
+    "Tracking",
     "Training",
     "UriSource",
     "Validation",
     "Verification",
+    "Wandb",
     "Workspace",
     "load_config",
 ]

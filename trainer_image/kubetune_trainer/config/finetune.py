@@ -16,6 +16,7 @@ from kubetune_trainer.config.blocks import (
 )
 from kubetune_trainer.config.outputs import OutputBase
 from kubetune_trainer.config.recipes import BLOCKS, Custom, Dpo, Orpo, Recipe, Simpo
+from kubetune_trainer.config.tracking import Tracking
 from kubetune_trainer.errors import ConfigError
 from kubetune_trainer.fingerprint import fingerprint
 
@@ -173,6 +174,8 @@ class FineTuneConfig(JobConfig):
     """When the state is saved."""
     outputs: tuple[Output, ...] = ()
     """What the run leaves behind."""
+    tracking: Tracking | None = None
+    """Where its numbers are told to, beside its log; unset means nowhere."""
 
     @model_validator(mode="before")
     @classmethod

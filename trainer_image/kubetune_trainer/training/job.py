@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from kubetune_trainer.parallel import build_mesh, parallelize
 from kubetune_trainer.report import attempt, end_with, open_log, report, serve_metrics
 from kubetune_trainer.storage import open_store, scratch_dir
 from kubetune_trainer.tokenizer import load_tokenizer
+from kubetune_trainer.tracking import tracked
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,16 @@ def begin(arguments: Sequence[str], *, description: str, recipes: Sequence[str])
         log = scratch_dir() / f"attempt-{attempt()}.jsonl"
         open_log(log)
         try:
-            yield set_up(config, world, stop)
+            with tracked(config, is_first=world.is_first) as settle:
+                yield set_up(config, world, stop, before_complete=settle)
         finally:
             if world.is_first:
                 keep_log(config, log)
 
 
-def set_up(config: FineTuneConfig, world: World, stop: StopSignal) -> Job:
+def set_up(
+    config: FineTuneConfig, world: World, stop: StopSignal, *, before_complete: Callable[[], object] = lambda: None
+) -> Job:
     """Gets the model and the data to this node, and builds the model on all ranks."""
     report("phase", phase="Downloading")
     prepared = broadcast_object(prepare(config, report=report) if world.is_first else None)
@@ -121,6 +125,7 @@ def set_up(config: FineTuneConfig, world: World, stop: StopSignal) -> Job:
             world=world,
             scratch=scratch_dir() / f"rank-{world.rank}",
             record={"seed": training.seed, "configDigest": _digest(config), "worldSize": world.size},
+            before_complete=before_complete,
         ),
         pad_id=load_tokenizer(local.model_dir).pad_id,
         total_steps=total_steps(

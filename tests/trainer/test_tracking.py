@@ -1,0 +1,159 @@
+"""Trackers never stop a run: they are told what there is to tell when they can be, and a dead one warns once."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kubetune_trainer import tracking
+from kubetune_trainer.config import FineTuneConfig
+from kubetune_trainer.errors import ConfigError
+from kubetune_trainer.report import report
+from kubetune_trainer.storage import scratch_dir
+from kubetune_trainer.tracking import Artifact, Begun, Outbox, Row, numbers_of, run_id, tracked
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("KUBETUNE_SCRATCH", str(tmp_path / "scratch"))
+    scratch_dir.cache_clear()
+    yield
+    scratch_dir.cache_clear()
+
+
+def config(folder: Path, *, uid: str = "u1", **blocks: Any) -> FineTuneConfig:
+    values = {
+        "run": {"name": "run", "uid": uid, "directory": f"file://{folder}/run", "cache": f"file://{folder}/cache"},
+        "workspace": {"uri": f"file://{folder}"},
+        "model": {"uri": {"location": f"file://{folder}/model"}},
+        "dataset": {"sources": [{"name": "a", "uri": {"location": "s3://data/a.jsonl"}}]},
+        "training": {"max_steps": 3},
+    }
+    return FineTuneConfig.model_validate({**values, **blocks})
+
+
+def train(run: FineTuneConfig, *, steps: int = 3) -> float:
+    """Reports as a recipe does; returns the longest that a report took."""
+    longest = 0.0
+    with tracked(run, is_first=True) as settle:
+        report("start", step=0, total_steps=steps)
+        for step in range(1, steps + 1):
+            began = time.monotonic()
+            report("step", step=step, total_steps=steps, attempt=1, loss=1 / step, eta_seconds=1)
+            longest = max(longest, time.monotonic() - began)
+        settle()
+    return longest
+
+
+def test_no_library_of_a_tracker_is_imported_unless_the_config_names_it() -> None:
+    code = (
+        "import sys, kubetune_trainer.training.job\n"
+        "print([name for name in ('wandb', 'mlflow', 'tensorboard') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("answers", [False, True], ids=["nobody listens", "nobody answers"])
+def test_a_dead_server_warns_once_and_holds_nothing_up(
+    answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 2.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if answers:
+            server.listen()
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        began = time.monotonic()
+        longest = train(config(tmp_path, tracking={"mlflow": {"tracking_uri": uri, "experiment": "e"}}), steps=50)
+        assert longest < 1.0, "a report waits for no tracker"
+        assert time.monotonic() - began < 20, "most of it the import of the library"
+    events = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    warnings = [event["message"] for event in events if event["event"] == "warning"]
+    assert 1 <= len(warnings) <= 2
+    assert any(
+        text.startswith(("tracking.mlflow cannot be told: ", "tracking by mlflow did not end")) for text in warnings
+    )
+    assert len([event for event in events if event["event"] == "step"]) == 50
+
+
+class Stumbling:
+    """A tracker that fails a number of times."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.told: list[int] = []
+        self.state = ""
+
+    def open(self, begun: Begun) -> None:
+        self.begun = begun
+
+    def log(self, rows: list[Row]) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError("no route")
+        self.told += [row.step for row in rows]
+
+    def refer(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+
+    def files(self) -> None:
+        return None
+
+    def close(self, state: str) -> None:
+        self.state = state
+
+
+def test_what_could_not_be_told_is_told_later_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.05)
+    tracker = Stumbling(failures=3)
+    outbox = Outbox("mlflow", tracker, config=config(tmp_path))
+    outbox.begin(step=4)
+    for step in range(5, 25):
+        outbox.put(Row(step=step, time=0.0, numbers={"loss": 1.0}))
+        time.sleep(0.02)
+    assert outbox.ask(lambda: outbox.close("Complete")).wait(5)
+    assert (tracker.told, tracker.state, tracker.begun.step) == (list(range(5, 25)), "Complete", 4)
+    assert capfd.readouterr().out.count("tracking.mlflow cannot be told: ConnectionError: no route") == 1
+
+
+@pytest.mark.parametrize(("error", "state"), [(None, "Complete"), (ConfigError("x"), "Failed")])
+def test_the_end_of_a_run_is_told(
+    error: Exception | None, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Stumbling(failures=0)
+    monkeypatch.setattr(tracking, "trackers", lambda _: iter([("mlflow", tracker)]))
+    try:
+        with tracked(config(tmp_path), is_first=True):
+            report("start", step=0)
+            report("checkpoint", step=2, uri="s3://runs/step-2")
+            if error is not None:
+                raise error
+    except ConfigError:
+        pass
+    assert tracker.state == state
+    assert (tracker.artifact.name, tracker.artifact.uri) == ("checkpoint", "s3://runs/step-2")
+
+
+def test_a_validations_numbers_have_names_of_their_own() -> None:
+    fields = {"step": 3, "validation_loss": 0.5, "rewards_margin": 1, "note": "x", "ok": True}
+    assert numbers_of("validation", fields) == {"validation_loss": 0.5, "validation_rewards_margin": 1.0}
+    assert numbers_of("step", {"step": 3, "attempt": 1, "loss": 2}) == {"loss": 2.0}
+
+
+def test_a_runs_identity_is_its_jobs_and_that_of_a_local_run_goes_with_its_folder(tmp_path: Path) -> None:
+    assert run_id(config(tmp_path, uid="a")) == run_id(config(tmp_path, uid="a")) != run_id(config(tmp_path, uid="b"))
+    local = run_id(config(tmp_path, uid="local"))
+    assert run_id(config(tmp_path, uid="local")) == local
+    (tmp_path / "run" / "tracking.id").unlink()
+    assert run_id(config(tmp_path, uid="local")) != local
