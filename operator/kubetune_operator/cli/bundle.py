@@ -193,10 +193,8 @@ def references(job: Job) -> Iterator[Reference]:
             yield Reference(kind="ConfigMap", name=where.name, keys=(where.key,), path=f"{path}.configMap")
     if isinstance(job, EvalJob):
         yield from _task_references(job)
-    if isinstance(job, FineTuneJob) and job.spec.custom and (where := job.spec.custom.script.config_map):
-        yield Reference(kind="ConfigMap", name=where.name, keys=(where.key,), path="spec.custom.script.configMap")
     if isinstance(job, FineTuneJob):
-        yield from _tracking_references(job)
+        yield from _training_references(job)
     if spec.storage:
         yield from _s3_references(spec.storage.s3, path="spec.storage.s3")
     yield from _compute_references(job)
@@ -211,7 +209,9 @@ def _task_references(job: EvalJob) -> Iterator[Reference]:
             yield from _s3_references(files.uri.s3, path=f"{path}.uri.s3")
 
 
-def _tracking_references(job: FineTuneJob) -> Iterator[Reference]:
+def _training_references(job: FineTuneJob) -> Iterator[Reference]:
+    if job.spec.custom and (where := job.spec.custom.script.config_map):
+        yield Reference(kind="ConfigMap", name=where.name, keys=(where.key,), path="spec.custom.script.configMap")
     wandb, mlflow = (job.spec.tracking.wandb, job.spec.tracking.mlflow) if job.spec.tracking else (None, None)
     if wandb and (key := wandb.api_key_secret):
         yield Reference(kind="Secret", name=key.name, keys=(key.key,), path="spec.tracking.wandb.apiKeySecret")
