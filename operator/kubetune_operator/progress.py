@@ -24,7 +24,7 @@ FORMATS: Final = {
 
 PHASES: Final = (
     "Downloading", "Loading", "Training", "Exporting", "Evaluating", "Judging", "Calibrating", "Quantizing",
-    "Storing", "Verifying",
+    "Storing", "Verifying", "Pushing",
 )  # fmt: skip
 """What a trainer may be doing; the reason of the Running condition."""
 

@@ -117,6 +117,16 @@ GOOD: dict[str, dict[str, Any]] = {
         }
     },
     "an offline tracker": {"spec__tracking": {"wandb": {"project": "p", "mode": "Offline"}}},
+    "an output for the Hub": {
+        "spec__pushToHub": {
+            "repo": "team/bot",
+            "output": "merged",
+            "private": False,
+            "tokenSecret": {"name": "hf", "key": "token"},
+        },
+        "spec__outputs": [{"name": "merged", "type": "HuggingFace"}],
+    },
+    "a look into some steps": {"spec__training__profile": {"startStep": 10, "numSteps": 3, "memory": True}},
     "a local path": {"spec__workspace__uri": "file:///tmp/runs"},
     "a volume claim": {"spec__workspace__uri": "pvc://claim-1/runs"},
     "three sources": {
@@ -254,6 +264,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "labels that are as often wrong as right": (
         {"spec__recipe": "DPO", "spec__dpo": {"labelSmoothing": "0.5"}},
         'must be a number in quotes, from 0 to below 0.5, for example "0.1"',
+    ),
+    "too many steps to look into": (
+        {"spec__training__profile": {"numSteps": 21}},
+        "spec.training.profile.numSteps in body should be less than or equal to 20",
+    ),
+    "a push of no output": (
+        {"spec__pushToHub": {"repo": "team/bot", "output": "other"}},
+        "spec.pushToHub.output must be the name of one of spec.outputs",
+    ),
+    "a push to nobody": (
+        {"spec__pushToHub": {"repo": "bot", "output": "merged"}},
+        "must be owner and name, for example my-team/support-bot",
     ),
     "tracking by nobody": ({"spec__tracking": {}}, "at least one of wandb, mlflow, tensorboard must be set"),
     "an online tracker without a key": (

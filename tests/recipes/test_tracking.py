@@ -47,7 +47,7 @@ def run(zygote: Zygote, tiny: Path) -> dict[str, Any]:
     assert gangs[-1].events("resume")[0]["step"] >= 3
     steps, validations = {}, {}
     for gang in gangs:
-        assert gang.events("warning") == []
+        assert not [event for event in gang.events("warning") if "tracking" in event["message"]]
         steps |= {event["step"]: event for event in gang.events("step")}
         validations |= {event["step"]: event["validationLoss"] for event in gang.events("validation")}
     folder = tiny / "runs" / "tracked"
@@ -114,14 +114,13 @@ def test_wandb_folders_of_all_attempts_are_one_run_with_each_step_once(run: dict
     )
     config = {item.key: json.loads(item.value_json) for item in begun.config.update}
     assert config["training"]["max_steps"] == STEPS
-    artifacts = {
-        record.request.log_artifact.artifact.name.partition("-")[2]: record.request.log_artifact.artifact
-        for record in written
-        if record.request.WhichOneof("request_type") == "log_artifact"
-    } or {record.artifact.name.partition("-")[2]: record.artifact for record in written if record.HasField("artifact")}
-    references = {name: [entry.ref for entry in made.manifest.contents] for name, made in artifacts.items()}
-    assert references["adapter"] == [run["gangs"][-1].message()["outputs"][0]["uri"]] or references
-    assert set(references) == {"adapter", "checkpoint"}
+    artifacts = [record.artifact for record in written if record.WhichOneof("record_type") == "artifact"]
+    places = {made.name.partition("-")[2]: made.manifest.contents for made in artifacts}
+    uri = run["gangs"][-1].message()["outputs"][0]["uri"]
+    assert {entry.ref for entry in places["adapter"]} > {f"{uri}/adapter_model.safetensors", f"{uri}/README.md"}
+    assert {entry.ref.partition("/checkpoints/")[2].partition("/")[0] for entry in places["checkpoint"]} == {
+        f"step-{STEPS}"
+    }
     exits = [record.exit.exit_code for record in written if record.WhichOneof("record_type") == "exit"]
     assert exits == [0]
 

@@ -48,6 +48,7 @@ spec:
     learningRate: "2e-4"
     weightDecay: "1e-5"
     validateEverySteps: 20
+    profile: {startStep: 5, numSteps: 3, memory: true}
     activationCheckpointing: Selective
     compile: Blocks
     parallelism: {replicate: 2}
@@ -84,6 +85,7 @@ spec:
   - {name: edge, type: GGUF, gguf: {type: Q8_0}}
   - {name: phone, type: ExecuTorch, scheme: Int8DynamicActivationInt4Weight, execuTorch: {maxSequenceLength: 256}}
   - {name: served, type: CompressedTensors, scheme: Int4WeightOnly, groupSize: 64}
+  pushToHub: {repo: team/bot, output: merged, private: false, tokenSecret: {name: hf, key: write}}
   tracking:
     wandb:
       {project: bots, entity: team, group: night, tags: [a], apiKeySecret: {name: wandb, key: api}, baseUrl: "https://w"}

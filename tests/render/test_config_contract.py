@@ -16,7 +16,17 @@ from kubetune_operator.api.evaljob import EvalJobSpec
 from kubetune_operator.render.config import Resolved, dump_config, render_config
 from kubetune_trainer import config as trainer_config
 from kubetune_trainer import names as trainer_names
-from kubetune_trainer.config import FineTuneConfig, JobConfig, Mlflow, SecretKey, TensorBoard, Wandb, load_config
+from kubetune_trainer.config import (
+    FineTuneConfig,
+    JobConfig,
+    Mlflow,
+    Profile,
+    PushToHub,
+    SecretKey,
+    TensorBoard,
+    Wandb,
+    load_config,
+)
 from kubetune_trainer.config import outputs as trainer_outputs
 from kubetune_trainer.config import quantize as trainer_quantize
 from kubetune_trainer.config.evaluate import EvalConfig
@@ -91,6 +101,10 @@ def test_the_trainer_reads_every_field_with_its_value(tmp_path: Path) -> None:
     assert config.model.uri.s3.credentials_secret is not None
     assert config.model.uri.s3.credentials_secret.name == "other"
     assert config.run.directory == "s3://runs/team/team-a/everything-1f0c9a2b"
+    assert config.training.profile == Profile(start_step=5, num_steps=3, memory=True)
+    assert config.push_to_hub == PushToHub(
+        repo="team/bot", output="merged", private=False, token_secret=SecretKey(name="hf", key="write")
+    )
     assert config.tracking is not None
     assert config.tracking.wandb == Wandb(
         project="bots", entity="team", group="night", tags=("a",), mode="Online",

@@ -85,7 +85,7 @@ def test_secrets_are_mounted_with_the_keys_that_are_named_and_no_others() -> Non
         source["name"]: [item["key"] for item in source["items"]] for source in sources if not source.get("optional")
     }
     keys = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
-    assert needed == {"hf": ["token"], "mlflow": ["token"], "other": keys, "s3": keys, "wandb": ["api"]}
+    assert needed == {"hf": ["token", "write"], "mlflow": ["token"], "other": keys, "s3": keys, "wandb": ["api"]}
 
 
 def test_a_gang_is_counted_by_the_operator_and_a_single_pod_by_the_job_controller() -> None:

@@ -13,7 +13,7 @@ from kubetune_operator.lifecycle.draft import Decision, Observed
 from kubetune_operator.render.job import render_work_job
 from kubetune_operator.render.objects import render_all
 from kubetune_operator.settings import Settings
-from tests.render.manifests import EVAL_SMALL, QUANTIZE_SMALL, job
+from tests.render.manifests import EVAL_SMALL, QUANTIZE_SMALL, SMALL, job
 
 Json = dict[str, Any]
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -103,3 +103,11 @@ def test_a_result_that_is_told_twice_stands_once_and_a_value_that_is_no_number_i
     twice = [RESULT, RESULT | {"value": float("nan")}]
     status = ended(EVAL_SMALL, report={"result": "Complete", "results": twice}).status.to_manifest()
     assert [result["value"] for result in status["results"]] == ["nan"]
+
+
+@pytest.mark.parametrize("pushed", [None, {"repo": "team/bot", "commit": "c0ffee"}])
+def test_a_push_to_the_hub_stands_beside_the_outputs(pushed: Json | None) -> None:
+    output = {"name": "merged", "type": "HuggingFace", "uri": "s3://o/merged", "digest": "d", "bytes": 1}
+    report = {"result": "Complete", "outputs": [output], **({"pushedToHub": pushed} if pushed else {})}
+    status = ended(SMALL, report=report).status.to_manifest()
+    assert (status["outputs"], status.get("pushedToHub")) == ([output], pushed)

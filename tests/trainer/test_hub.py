@@ -1,10 +1,7 @@
 """Models and datasets come from a server that speaks the Hub's API, fixed to the commit that a branch stood for."""
 
-import hashlib
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,89 +14,8 @@ from kubetune_trainer.data.prepare import Prepared, fetch, prepare
 from kubetune_trainer.errors import ConfigError, DataError, StorageError, TrainerError
 from kubetune_trainer.hub import find_repo
 from kubetune_trainer.storage import scratch_dir
+from tests.trainer.hub_server import COMMIT, TOKEN, HubServer
 from tests.trainer.tiny_model import write_model
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-TOKEN = "hf_secret"
-
-
-class HubServer:
-    """The Hub, in this process: one commit per repository, with main pointing to it."""
-
-    def __init__(self) -> None:
-        self.repos: dict[str, dict[str, bytes]] = {}
-        self.cards: dict[str, dict[str, Any]] = {}
-        self.private: set[str] = set()
-        self.failures = 0
-        self.downloads: list[str] = []
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: object) -> None:
-                """Stays silent."""
-
-            def do_GET(self) -> None:
-                server.answer(self)
-
-            do_HEAD = do_GET  # noqa: N815 (the name that http.server looks for)
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._http.serve_forever, daemon=True)
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-
-    def stop(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
-
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        if self.failures:
-            self.failures -= 1
-            self.send(request, 503, {})
-            return
-        parts = request.path.partition("?")[0].strip("/").split("/")
-        if parts[0] == "api":
-            self.answer_info(request, repo="/".join(parts[1:4]), revision="/".join(parts[5:]) or "main")
-            return
-        kind = parts.pop(0) if parts[0] == "datasets" else "models"
-        repo, revision, path = f"{kind}/{parts[0]}/{parts[1]}", parts[3], "/".join(parts[4:])
-        self.answer_file(request, repo=repo, revision=revision, path=path)
-
-    def answer_info(self, request: BaseHTTPRequestHandler, *, repo: str, revision: str) -> None:
-        if self.is_hidden(request, repo):
-            self.send(request, 401, {"X-Error-Code": "RepoNotFound"})
-        elif revision not in {"main", COMMIT}:
-            self.send(request, 404, {"X-Error-Code": "RevisionNotFound"})
-        else:
-            files = [{"rfilename": path} for path in self.repos[repo]]
-            info = {"id": repo.partition("/")[2], "sha": COMMIT, "siblings": files, "cardData": self.cards.get(repo)}
-            self.send(request, 200, {}, json.dumps(info).encode())
-
-    def answer_file(self, request: BaseHTTPRequestHandler, *, repo: str, revision: str, path: str) -> None:
-        if self.is_hidden(request, repo):
-            self.send(request, 401, {"X-Error-Code": "RepoNotFound"})
-        elif revision != COMMIT or path not in self.repos[repo]:
-            self.send(request, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        else:
-            content = self.repos[repo][path]
-            if request.command == "GET":
-                self.downloads.append(path)
-            headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            self.send(request, 200, headers, content)
-
-    def is_hidden(self, request: BaseHTTPRequestHandler, repo: str) -> bool:
-        authorized = request.headers.get("Authorization") == f"Bearer {TOKEN}"
-        return repo not in self.repos or (repo in self.private and not authorized)
-
-    @staticmethod
-    def send(request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], body: bytes = b"") -> None:
-        request.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            request.send_header(name, value)
-        request.end_headers()
-        if request.command == "GET":
-            request.wfile.write(body)
 
 
 @pytest.fixture

@@ -19,11 +19,13 @@ from kubetune_trainer.errors import ConfigError, DataError, StorageError
 from kubetune_trainer.storage import read_secret
 
 if TYPE_CHECKING:
-    from kubetune_trainer.config import HubModel
+    from kubetune_trainer.config import HubModel, SecretKey
 
 RepoType = Literal["model", "dataset"]
 PAUSES_SECONDS: Final = (1.0, 4.0, 15.0)
 """Between the tries of one request; after the last the Hub counts as unavailable."""
+REFUSALS: Final = frozenset({400, 401, 403, 422})
+"""Statuses that another try would only repeat."""
 
 Result = TypeVar("Result")
 
@@ -61,10 +63,10 @@ class HubRepo:
                 revision=self.commit,
                 local_dir=folder,
                 token=self.token or False,
-                endpoint=_endpoint(),
+                endpoint=endpoint(),
             )
 
-        return Path(_with_retries(attempt, what=f"{self.kind} {self.repo} on the Hub: {path}"))
+        return Path(ask_hub(attempt, what=f"{self.kind} {self.repo} on the Hub: {path}"))
 
 
 def find_repo(source: "HubModel", *, kind: RepoType) -> HubRepo:
@@ -74,9 +76,9 @@ def find_repo(source: "HubModel", *, kind: RepoType) -> HubRepo:
         ConfigError: There is no such repository or revision, or the token does not open it.
         StorageError: The Hub does not answer.
     """
-    token = (read_secret(source.token_secret) if source.token_secret else None) or os.environ.get("HF_TOKEN") or None
-    api = huggingface_hub.HfApi(endpoint=_endpoint(), token=token or False)
-    found = _with_retries(
+    token = token_of(source.token_secret)
+    api = huggingface_hub.HfApi(endpoint=endpoint(), token=token or False)
+    found = ask_hub(
         lambda: api.repo_info(source.repo, revision=source.revision, repo_type=kind, timeout=30),
         what=f"{kind} {source.repo} at revision {source.revision} on the Hub",
     )
@@ -90,11 +92,28 @@ def find_repo(source: "HubModel", *, kind: RepoType) -> HubRepo:
     )
 
 
-def _endpoint() -> str | None:
+def token_of(secret: "SecretKey | None") -> str | None:
+    """Returns the token of a Secret, otherwise that of the environment."""
+    return (read_secret(secret) if secret else None) or os.environ.get("HF_TOKEN") or None
+
+
+def endpoint() -> str | None:
+    """Returns the Hub's URL where it is not the public one."""
     return os.environ.get("HF_ENDPOINT") or None
 
 
-def _with_retries(request: Callable[[], Result], *, what: str) -> Result:
+def ask_hub(request: Callable[[], Result], *, what: str) -> Result:
+    """Returns what a request to the Hub returns, after a few tries.
+
+    Args:
+        request: Asks by huggingface_hub.
+        what: How messages begin.
+
+    Raises:
+        ConfigError: The Hub refuses, or has no such thing.
+        DataError: There is no such file.
+        StorageError: The Hub does not answer.
+    """
     for pause in PAUSES_SECONDS:
         try:
             with _translated(what):
@@ -123,8 +142,9 @@ def _translated(what: str) -> Iterator[None]:
         raise DataError(f"{what}: there is no such file") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        if status in {401, 403}:
-            raise ConfigError(f"{what}: the Hub refused with status {status}", hint=access) from error
+        if status in REFUSALS:
+            said = f": {error.server_message}" if error.server_message else ""
+            raise ConfigError(f"{what}: the Hub refused with status {status}{said}", hint=access) from error
         raise StorageError(f"{what}: the Hub answered with status {status}") from error
     except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         hint = "The model and the data may also lie in storage: model.uri, dataset.sources[].uri."

@@ -9,11 +9,13 @@ from pydantic import Field, computed_field
 from kubetune_operator.api.common import (
     ATOMIC,
     ConfigMapKeyRef,
+    DnsLabel,
     ModelSource,
     Number,
     PositiveNumber,
     Probability,
     RunRef,
+    SecretKeyRef,
     Time,
     Uri,
     matches,
@@ -21,6 +23,7 @@ from kubetune_operator.api.common import (
 from kubetune_operator.api.dataset import Dataset
 from kubetune_operator.api.jobs import (
     Count,
+    Digest,
     Job,
     JobSpec,
     JobStatus,
@@ -139,6 +142,17 @@ class Custom(ApiModel):
     """What the script is given after --config FILE."""
 
 
+class Profile(ApiModel):
+    """Steps to look into. What is found lies under profile/ in the run's folder of the workspace."""
+
+    start_step: Steps = 3
+    """The first of these steps. Those before it are slower than others."""
+    num_steps: Annotated[int, Field(ge=1, le=20)] = 2
+    """How many."""
+    memory: bool = False
+    """Record allocations as well: on NVIDIA GPUs as a snapshot of the device's memory, otherwise in the trace."""
+
+
 class Training(ApiModel):
     """How the weights are trained: exactly one of epochs, maxSteps says for how long."""
 
@@ -179,6 +193,8 @@ class Training(ApiModel):
     """Seed of the order of samples, the validation split, dropout and new weights."""
     validate_every_steps: Steps | None = None
     """Steps between validations. Unset: only at the end."""
+    profile: Profile | None = None
+    """Steps of which a trace is written. Unset: none."""
 
 
 class ResumeFrom(ApiModel):
@@ -246,6 +262,23 @@ def learns_from_examples(spec: "FineTuneJobSpec") -> bool:
     return spec.recipe == "SFT"
 
 
+class PushToHub(ApiModel):
+    """An output that also becomes a commit of a repository of the Hugging Face Hub, after all outputs are stored."""
+
+    repo: Annotated[
+        str,
+        Field(min_length=1, max_length=193),
+        matches(r"[-_.a-zA-Z0-9]+/[-_.a-zA-Z0-9]+", message="must be owner and name, for example my-team/support-bot"),
+    ]
+    """Repository, for example my-team/support-bot. It is made if it is not there."""
+    output: DnsLabel
+    """Name of the output."""
+    private: bool = True
+    """Whether the repository is private, if it is made."""
+    token_secret: SecretKeyRef | None = None
+    """Token that may write to the repository. Unset: HF_TOKEN of the environment."""
+
+
 def _has_its_recipe(value: Any, *, recipe: str, block: str) -> bool:
     return value.recipe in {recipe, "Custom"} or getattr(value, block) is None
 
@@ -263,6 +296,13 @@ class FineTuneJobSpec(JobSpec):
             cel="self.tuning != 'Full' || !self.outputs.exists(o, o.type == 'PEFT')",
             message="an output of type PEFT is not allowed with tuning: Full",
             check=lambda value: value.tuning != "Full" or all(output.type != "PEFT" for output in value.outputs),
+        ),
+        Rule(
+            cel="!has(self.pushToHub) || self.outputs.exists(o, o.name == self.pushToHub.output)",
+            message="spec.pushToHub.output must be the name of one of spec.outputs",
+            check=lambda value: (
+                value.push_to_hub is None or value.push_to_hub.output in {output.name for output in value.outputs}
+            ),
         ),
         Rule(
             cel="!has(self.training.validateEverySteps) || has(self.dataset.validation)",
@@ -330,7 +370,7 @@ class FineTuneJobSpec(JobSpec):
             "tuning",
             "training",
             "outputs",
-            optional=("dpo", "orpo", "simpo", "custom", "lora", "checkpoint", "tracking"),
+            optional=("dpo", "orpo", "simpo", "custom", "lora", "checkpoint", "tracking", "pushToHub"),
         ),
     )
 
@@ -362,6 +402,8 @@ class FineTuneJobSpec(JobSpec):
     """The results of the job."""
     tracking: Tracking | None = None
     """Trackers of the run. Unset: none."""
+    push_to_hub: PushToHub | None = None
+    """Output that is pushed to the Hugging Face Hub. Unset: none."""
 
 
 # ------------------------------------------------------------------------------------------------------ status
@@ -439,6 +481,15 @@ class DataArtifacts(StatusModel):
     """A page with the data's statistics, how long samples are, and two of them with what is trained marked."""
 
 
+class PushedToHub(StatusModel):
+    """The commit that an output has become."""
+
+    repo: Annotated[str, Field(max_length=193)]
+    """Repository of the Hub."""
+    commit: Digest
+    """The commit."""
+
+
 class FineTuneJobStatus(JobStatus):
     """What the operator saw. Users read it; only the operator writes it."""
 
@@ -450,6 +501,8 @@ class FineTuneJobStatus(JobStatus):
     """What the data turned out to be."""
     outputs: Annotated[list[FinishedOutput], Field(max_length=8), Unique(("name",))] | None = None
     """Results that are written."""
+    pushed_to_hub: PushedToHub | None = None
+    """What pushToHub has pushed."""
     artifacts: DataArtifacts | None = None
     """Files that the job wrote beside its outputs."""
 

@@ -210,6 +210,8 @@ def _task_references(job: EvalJob) -> Iterator[Reference]:
 
 
 def _training_references(job: FineTuneJob) -> Iterator[Reference]:
+    if job.spec.push_to_hub and (key := job.spec.push_to_hub.token_secret):
+        yield Reference(kind="Secret", name=key.name, keys=(key.key,), path="spec.pushToHub.tokenSecret")
     if job.spec.custom and (where := job.spec.custom.script.config_map):
         yield Reference(kind="ConfigMap", name=where.name, keys=(where.key,), path="spec.custom.script.configMap")
     wandb, mlflow = (job.spec.tracking.wandb, job.spec.tracking.mlflow) if job.spec.tracking else (None, None)

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from kubetune_operator import progress as progresses
 from kubetune_operator.api.evaljob import Artifacts, EvalGateResult, EvalJob, EvalProgress, EvalResult
-from kubetune_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus, Progress
+from kubetune_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus, Progress, PushedToHub
 from kubetune_operator.api.jobs import GateResult
 from kubetune_operator.api.outputs import FinishedOutput
 from kubetune_operator.api.quantizejob import MeasuredOutput, QuantizeGateResult, QuantizeJob, QuantizeProgress
@@ -39,7 +39,8 @@ def take_results(draft: Draft, *, report: Json) -> str:
                 )
                 for output in job.spec.outputs
             ]
-            draft.set(outputs=outputs)
+            pushed = report.get("pushedToHub")
+            draft.set(outputs=outputs, pushed_to_hub=taken(draft, PushedToHub, pushed) if pushed else None)
             return _located(outputs)
     return ""
 

@@ -29,6 +29,8 @@ from kubetune_trainer.config.finetune import (
     FineTuneConfig,
     Lora,
     Output,
+    Profile,
+    PushToHub,
     ResumeFrom,
     Training,
 )
@@ -65,6 +67,8 @@ __all__ = [
     "Output",
     "OutputBase",
     "Parent",
+    "Profile",
+    "PushToHub",
     "QuantizeConfig",
     "QuantizeGate",
     "QuantizedOutput",

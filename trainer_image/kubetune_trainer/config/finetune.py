@@ -10,6 +10,8 @@ from kubetune_trainer.config.blocks import (
     Dataset,
     JobConfig,
     Model,
+    ResourceName,
+    SecretKey,
     Uri,
     check_one_of,
     check_unique_names,
@@ -67,6 +69,17 @@ class Parallelism(Block):
     """Ranks over which the layers of a block are split; they see the same rows."""
 
 
+class Profile(Block):
+    """Steps to look into."""
+
+    start_step: int = Field(default=3, ge=1)
+    """The first of them; those before it are slower than others."""
+    num_steps: int = Field(default=2, ge=1, le=20)
+    """How many."""
+    memory: bool = False
+    """Whether allocations are recorded as well."""
+
+
 class Training(Block):
     """How long and how the optimizer steps: exactly one of epochs, max_steps."""
 
@@ -102,6 +115,8 @@ class Training(Block):
     """Decides data order, adapters' first values and dropout."""
     validate_every_steps: int | None = Field(default=None, ge=1)
     """Steps between validation passes; unset means one, after the last step."""
+    profile: Profile | None = None
+    """Steps of which a trace is written into the run's folder; unset means none."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -147,6 +162,19 @@ class Output(OutputBase):
         return self
 
 
+class PushToHub(Block):
+    """An output that also becomes a commit of a repository of the Hugging Face Hub."""
+
+    repo: str = Field(min_length=1)
+    """Owner and name; made if it is not there."""
+    output: ResourceName
+    """Which of the outputs."""
+    private: bool = True
+    """Whether a repository that is made is private."""
+    token_secret: SecretKey | None = None
+    """Token that may write there; unset uses HF_TOKEN if there is one."""
+
+
 class FineTuneConfig(JobConfig):
     """A whole run."""
 
@@ -176,6 +204,8 @@ class FineTuneConfig(JobConfig):
     """What the run leaves behind."""
     tracking: Tracking | None = None
     """Where its numbers are told to, beside its log; unset means nowhere."""
+    push_to_hub: PushToHub | None = None
+    """Which output is pushed to the Hub, after all are stored; unset means none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -240,6 +270,9 @@ class FineTuneConfig(JobConfig):
                 "nothing but this run would have the merged model that it belongs to"
             )
         check_unique_names("outputs", self.outputs)
+        names = [output.name for output in self.outputs]
+        if self.push_to_hub is not None and self.push_to_hub.output not in names:
+            raise ValueError(f"push_to_hub.output must be one of {', '.join(names)}, got {self.push_to_hub.output}")
         return self
 
     def adapter_settings(self) -> dict[str, Any]:
@@ -297,5 +330,6 @@ class FineTuneConfig(JobConfig):
             for key, value in self.model_dump(mode="json", include=decisive).items()
             if value is not None or key == "lora"
         }
-        del decides["training"]["parallelism"]
+        for name in ("parallelism", "profile"):
+            del decides["training"][name]
         return fingerprint(decides, length=16)

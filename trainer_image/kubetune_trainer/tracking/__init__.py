@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 from uuid import uuid4
@@ -159,8 +159,8 @@ class Taker:
 
     outboxes: Sequence["Outbox"]
     """One for each tracker."""
-    checkpoint: Artifact | None = None
-    """The last complete checkpoint."""
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    """The last complete checkpoint and the outputs: told at the end, when they are what they will be."""
 
     def take(self, event: str, fields: Mapping[str, Any]) -> None:
         """Take note of a reported event; returns at once."""
@@ -169,12 +169,15 @@ class Taker:
                 outbox.begin(step=fields["step"])
             elif event in {"step", "validation"}:
                 outbox.put(Row(step=fields["step"], time=time.time(), numbers=numbers_of(event, fields)))
-            elif event == "output":
-                facts = {key: fields[key] for key in ("type", "digest", "bytes")}
-                outbox.put(Artifact(name=fields["name"], kind="model", uri=fields["uri"], facts=facts))
-        if event in {"checkpoint", "resume"}:
+        if event == "output":
+            facts = {key: fields[key] for key in ("type", "digest", "bytes")}
+            self._keep(Artifact(name=fields["name"], kind="model", uri=fields["uri"], facts=facts))
+        elif event in {"checkpoint", "resume"}:
             facts = {"step": fields["step"]}
-            self.checkpoint = Artifact(name="checkpoint", kind="checkpoint", uri=fields["uri"], facts=facts)
+            self._keep(Artifact(name="checkpoint", kind="checkpoint", uri=fields["uri"], facts=facts))
+
+    def _keep(self, artifact: Artifact) -> None:
+        self.artifacts[f"{artifact.kind}/{artifact.name}"] = artifact
 
     def settle(self) -> None:
         """Bring all files into the run's folder, as far as that can be had in time."""
@@ -184,9 +187,9 @@ class Taker:
     def close(self, state: str) -> None:
         """End all trackers, as far as that can be had in time."""
         for outbox in self.outboxes:
-            if self.checkpoint is not None:
-                outbox.put(self.checkpoint)
-        waiting = {outbox.name: outbox.ask(lambda box=outbox: box.close(state)) for outbox in self.outboxes}  # type: ignore[misc]
+            for artifact in self.artifacts.values():
+                outbox.put(artifact)
+        waiting = {outbox.name: outbox.ask(lambda box=outbox: box.close(state)) for outbox in self.outboxes}
         if not _wait(list(waiting.values()), seconds=CLOSE_SECONDS):
             late = ", ".join(name for name, done in waiting.items() if not done.is_set())
             report("warning", message=f"tracking by {late} did not end within {CLOSE_SECONDS:.0f} s and is left behind")

@@ -26,6 +26,7 @@ from kubetune_trainer.model.weights import build_model, load_weights
 from kubetune_trainer.names import CHECKPOINTS_DIR
 from kubetune_trainer.optim import build_optimizer
 from kubetune_trainer.parallel import build_mesh, parallelize
+from kubetune_trainer.push import outputs_to_push, push_again
 from kubetune_trainer.report import attempt, end_with, open_log, report, serve_metrics
 from kubetune_trainer.storage import open_store, scratch_dir
 from kubetune_trainer.tokenizer import load_tokenizer
@@ -87,11 +88,17 @@ def begin(arguments: Sequence[str], *, description: str, recipes: Sequence[str])
         log = scratch_dir() / f"attempt-{attempt()}.jsonl"
         open_log(log)
         try:
+            outputs = broadcast_object(outputs_to_push(config) if world.is_first else None)
             with tracked(config, is_first=world.is_first) as settle:
-                yield set_up(config, world, stop, before_complete=settle)
+                if outputs is None:
+                    yield set_up(config, world, stop, before_complete=settle)
+                elif world.is_first:
+                    push_again(config, outputs)
         finally:
             if world.is_first:
                 keep_log(config, log)
+    if outputs is not None:
+        raise SystemExit(0)  # the block has nothing to do
 
 
 def set_up(

@@ -14,16 +14,18 @@ from kubetune_trainer.export.store import StoredOutput, store_output
 from kubetune_trainer.lineage import lineage_sources, make_lineage, store_lineage
 from kubetune_trainer.lora import lora_scale, lora_state_dict
 from kubetune_trainer.names import OUTPUTS_DIR
+from kubetune_trainer.push import push_output
 from kubetune_trainer.report import last_step, report, write_termination_message
 from kubetune_trainer.storage import scratch_dir
 from kubetune_trainer.training.job import Job
 
 
 def finish(job: Job, outputs: list[dict[str, Any]]) -> None:
-    """Says that the run is done, and what it leaves behind."""
+    """Pushes the output that is to be pushed, and says that the run is done and what it leaves behind."""
+    pushed = push_output(job.config, outputs) if job.world.is_first else None
     report("done", step=job.total_steps)
     if job.world.is_first:
-        write_termination_message("Complete", exit_code=0, outputs=outputs, progress=last_step())
+        write_termination_message("Complete", exit_code=0, outputs=outputs, pushed_to_hub=pushed, progress=last_step())
 
 
 def export(job: Job) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import time
 from kubetune_trainer.memory import peak_memory_bytes
 from kubetune_trainer.report import attempt, report
 from kubetune_trainer.training.job import Job
+from kubetune_trainer.training.profiler import StepProfiler
 
 
 class Progress:
@@ -17,6 +18,8 @@ class Progress:
 
     def __init__(self, job: Job, first_step: int) -> None:
         self._job, self._first_step = job, first_step
+        self._profiler = StepProfiler(job.config, job.world)
+        self._profiler.after(first_step)
         self._began = self._step_began = time.monotonic()
 
     def report_step(self, step: int, *, loss: float, tokens: int, grad_norm: float, **measures: float) -> None:
@@ -46,3 +49,4 @@ class Progress:
             eta_seconds=round(per_step * (job.total_steps - step)),
             **measures,
         )
+        self._profiler.after(step)
