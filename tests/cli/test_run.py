@@ -179,6 +179,26 @@ def test_what_stands_in_for_a_secret_is_said(kubetune: Any, trainer: Trainer, tm
     assert "KUBETUNE_SECRETS_DIR" not in trainer.calls[0]["variables"]
 
 
+@pytest.mark.parametrize(
+    ("field", "block", "variable"),
+    [
+        ("tracking", {"wandb": {"project": "p", "apiKeySecret": {"name": "x", "key": "k"}}}, "WANDB_API_KEY"),
+        (
+            "tracking",
+            {"mlflow": {"trackingUri": "http://m", "experiment": "e", "tokenSecret": {"name": "x", "key": "k"}}},
+            "MLFLOW_TRACKING_TOKEN",
+        ),
+        ("pushToHub", {"repo": "a/b", "output": "merged", "tokenSecret": {"name": "x", "key": "k"}}, "HF_TOKEN"),
+    ],
+)
+def test_each_token_has_a_variable_of_its_own_to_stand_in(
+    kubetune: Any, trainer: Trainer, tmp_path: Path, field: str, block: dict[str, Any], *, variable: str
+) -> None:
+    ran = kubetune("run", write(tmp_path, **{f"spec__{field}": block}))
+    assert f"note: Secret x is not in the file; taking {variable} of this environment" in ran.out
+    assert trainer.calls
+
+
 @pytest.mark.parametrize("stage", ["prepare", "finetune"])
 def test_a_failure_ends_with_the_trainers_code_message_and_hint(
     stage: str, kubetune: Any, trainer: Trainer, tmp_path: Path
