@@ -162,7 +162,7 @@ class HubServer:
     def take_object(self, request: BaseHTTPRequestHandler, *, oid: str, content: bytes) -> None:
         if self.failing_uploads:
             self.failing_uploads -= 1
-            self.send(request, 500, {})
+            self.send(request, 507, {})  # huggingface_hub itself tries 500 and the like again, for half a minute
             return
         assert hashlib.sha256(content).hexdigest() == oid
         self.uploads.append(oid)
