@@ -111,3 +111,11 @@ def test_a_card_without_a_head_says_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "README.md").write_text(text)
     assert read_head(tmp_path) == {}
     assert read_head(tmp_path / "none") == {}
+
+
+def test_how_a_reference_is_reached_stays_out_of_the_card(tmp_path: Path) -> None:
+    reference = {"hub": {"repo": "org/judge", "token_secret": {"name": "my-secret", "key": "token"}}}
+    data = {"sources": [{"name": "pairs", "uri": {"location": "s3://data/pairs.jsonl"}}]}
+    card = card_of(tmp_path, recipe="DPO", dpo={"reference": reference}, dataset=data)
+    assert "org/judge" in card
+    assert "my-secret" not in card

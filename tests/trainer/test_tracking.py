@@ -53,8 +53,9 @@ import json, sys, time
 from kubetune_trainer import tracking
 from kubetune_trainer.config import FineTuneConfig
 from kubetune_trainer.report import report
+from kubetune_trainer.tracking import wandb_run
 
-tracking.CLOSE_SECONDS = 8.0
+tracking.CLOSE_SECONDS, wandb_run.INIT_SECONDS = 6.0, 4
 longest = 0.0
 with tracking.tracked(FineTuneConfig.model_validate_json(sys.argv[1]), is_first=True) as settle:
     report("start", step=0, total_steps=50)
@@ -68,26 +69,30 @@ report("waited", longest=longest, close=time.monotonic() - ended)
 """
 
 
-@pytest.mark.parametrize("answers", [False, True], ids=["nobody listens", "nobody answers"])
-def test_a_dead_server_warns_once_and_holds_nothing_up(answers: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["mlflow, nobody listens", "mlflow, nobody answers", "wandb, nobody listens"])
+def test_a_dead_server_warns_once_and_holds_nothing_up(case: str, tmp_path: Path) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        if answers:
+        if case.endswith("answers"):
             server.listen()
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
-        run = config(tmp_path, tracking={"mlflow": {"tracking_uri": uri, "experiment": "e"}})
-        quick = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+        blocks = {"mlflow": {"tracking_uri": uri, "experiment": "e"}, "wandb": {"project": "p", "base_url": uri}}
+        name = case.partition(",")[0]
+        run = config(tmp_path, tracking={name: blocks[name]})
+        quick = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "WANDB_API_KEY": "k" * 40}
+        began = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", DEAD, run.model_dump_json()], env={**os.environ, **quick}, timeout=60,
             capture_output=True, text=True, check=True,
         )  # fmt: skip
+    assert time.monotonic() - began < 40, "nor does the process that ends"
     events = [json.loads(line) for line in done.stdout.splitlines()]
     [waited] = [event for event in events if event["event"] == "waited"]
     assert waited["longest"] < 1.0, "a report waits for no tracker"
     assert waited["close"] < 10.0
     warnings = [event["message"] for event in events if event["event"] == "warning"]
     assert 1 <= len(warnings) <= 2, "one of the server, and where there was no time left, one of the end"
-    starts = ("tracking.mlflow cannot be told: ", "tracking by mlflow did not end within")
+    starts = (f"tracking.{name} cannot be told: ", f"tracking by {name} did not end within")
     assert all(text.startswith(starts) for text in warnings)
     assert len([event for event in events if event["event"] == "step"]) == 50
 

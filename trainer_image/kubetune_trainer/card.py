@@ -21,6 +21,7 @@ LIBRARIES: Final = {"HuggingFace": "transformers", "PEFT": "peft"}
 """The types of outputs that get a card, and the library that loads each."""
 CARRIED: Final = ("license", "license_name", "license_link", "language")
 """What the base's card says and is as true of what was made from it."""
+ACCESS: Final = frozenset({"token_secret", "s3"})
 TAG: Final = "kubetune"
 MEASURES: Final = {
     "step": "Optimizer steps",
@@ -134,9 +135,16 @@ def _settings(config: FineTuneConfig) -> dict[str, Any]:
     blocks = ("recipe", config.recipe.lower(), "tuning", "lora", "training")
     of_rows = ("max_sequence_length", "overlong", "packing", "train_on")
     return {
-        **{name: told[name] for name in blocks if name in told},
+        **{name: _without_access(told[name]) for name in blocks if name in told},
         "dataset": {name: told["dataset"][name] for name in of_rows},
     }
+
+
+def _without_access(node: Any) -> Any:
+    """A block without how a model that it names is reached: Secrets and services are nobody else's business."""
+    if not isinstance(node, dict):
+        return node
+    return {key: _without_access(value) for key, value in node.items() if key not in ACCESS}
 
 
 def _sources(lineage: Lineage) -> Iterable[Sequence[Any]]:
