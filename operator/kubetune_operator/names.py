@@ -91,13 +91,20 @@ class ExitCode(IntEnum):
     DATA = 65
     DOES_NOT_FIT = 66
     STORAGE = 69
+    OUT_OF_MEMORY = 71
     PREEMPTED = 75
     NON_FINITE_LOSS = 77
     PEER_LOST = 78
 
 
-PERMANENT_EXIT_CODES: Final = (ExitCode.CONFIG, ExitCode.DATA, ExitCode.DOES_NOT_FIT, ExitCode.NON_FINITE_LOSS)
-"""Codes that another attempt would only repeat; the Job fails at once on them."""
+PERMANENT_EXIT_CODES: Final = (
+    ExitCode.CONFIG,
+    ExitCode.DATA,
+    ExitCode.DOES_NOT_FIT,
+    ExitCode.OUT_OF_MEMORY,
+    ExitCode.NON_FINITE_LOSS,
+)
+"""Codes that the same Job would only repeat; it fails at once on them. After OUT_OF_MEMORY another Job may do less."""
 
 # Labels, written by the operator on everything it creates.
 LABEL_JOB_NAME: Final = f"{API_GROUP}/job-name"

@@ -25,6 +25,8 @@ Json = dict[str, Any]
 
 MESSAGE_LENGTH: Final = 2048
 NODE_LOST: Final = "NodeLost"
+OOM_KILLED: Final = "OOMKilled"
+"""What the kubelet says of a container that the kernel killed for its memory."""
 SLOW_END: Final = timedelta(seconds=30)
 """How long a pod may take to end before its node is looked at; most checkpoints take less."""
 
@@ -53,6 +55,7 @@ class Ending:
         peer_lost: It ended because another rank did, so it explains nothing.
         preempted: It was asked to go and is not to blame.
         permanent: Another attempt would only repeat it.
+        out_of_memory: It needed more memory than it had.
         report: The termination message, empty if there was none.
     """
 
@@ -61,6 +64,7 @@ class Ending:
     peer_lost: bool = False
     preempted: bool = False
     permanent: bool = False
+    out_of_memory: bool = False
     report: Json
 
 
@@ -204,6 +208,7 @@ def ending_of(pod: Json, *, lost: str = "") -> Ending:
         peer_lost=code == ExitCode.PEER_LOST,
         preempted=preempted,
         permanent=code in PERMANENT_EXIT_CODES,
+        out_of_memory=code == ExitCode.OUT_OF_MEMORY or terminated.get("reason") == OOM_KILLED,
         report=report,
     )
 
@@ -273,8 +278,8 @@ def _explain(pod: Json, *, terminated: Json, report: Json, disrupted: Json | Non
     """Reason, message and hint of an ending, from the best witness that there is."""
     code = terminated.get("exitCode")
     status = pod.get("status", {})
-    if terminated.get("reason") == "OOMKilled":
-        return "OOMKilled", "the container needed more memory than its limit and was killed", _hint_memory(pod)
+    if terminated.get("reason") == OOM_KILLED:
+        return OOM_KILLED, "the container needed more memory than its limit and was killed", _hint_memory(pod)
     if report.get("reason"):
         return str(report["reason"]), str(report.get("message") or ""), str(report.get("hint") or "")
     if disrupted is not None:

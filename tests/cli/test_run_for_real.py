@@ -1,8 +1,11 @@
 """`kubetune run` with the real trainer: a tiny model, stopped in mid-training and gone on with."""
 
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,9 +47,10 @@ def job(tmp_path: Path) -> Path:
     return path
 
 
-def start(job: Path) -> "subprocess.Popen[str]":
+def start(job: Path, *, before: Callable[[], None] | None = None) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "kubetune_operator.cli", "run", str(job)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=job.parent)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, cwd=job.parent, preexec_fn=before, **streams)  # noqa: PLW1509
 
 
 def test_a_run_stops_with_a_checkpoint_goes_on_and_leaves_its_outputs(job: Path) -> None:
@@ -70,6 +74,22 @@ def test_a_run_stops_with_a_checkpoint_goes_on_and_leaves_its_outputs(job: Path)
     outputs = job.parent / "runs" / "default" / "run7-local" / "outputs"
     assert (outputs / "merged" / "model.safetensors").is_file()
     assert (outputs / "adapter" / "adapter_config.json").is_file()
+
+
+MEMORY_BYTES = 1_500_000_000
+"""What each process of the next test may have: enough for 1024 rows at a time, too little for 2048."""
+
+
+def test_a_run_out_of_memory_goes_on_with_smaller_micro_batches(job: Path) -> None:
+    text = job.read_text().replace("microBatchSize: 2", "microBatchSize: 2048").replace("nodes: 2", "nodes: 1")
+    job.write_text(text.replace("globalBatchSize: 4", "globalBatchSize: 2048").replace("maxSteps: 12", "maxSteps: 1"))
+    limit = (MEMORY_BYTES, MEMORY_BYTES)
+    ran = start(job, before=partial(resource.setrlimit, resource.RLIMIT_DATA, limit))
+    out, err = ran.communicate(timeout=240)
+    assert (ran.returncode, err) == (0, ""), out
+    assert "out of memory: [enforce fail at" in out
+    assert "another attempt has microBatchSize 1024 in place of 2048\n" in out
+    assert "step 1/1  loss " in out
 
 
 def test_a_changed_manifest_starts_anew_only_when_asked(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ async def test_restarts_of_a_gang_keep_the_quota_and_take_less_than_half_a_minut
     before = await workload_of(world, "first")
     for attempt in (2, 3, 4):
         begun = time.monotonic()
-        await world.end(pods[1], code=137, reason="OOMKilled")
+        await world.end(pods[1], code=137)
         pods = await world.training(name="first", nodes=2, attempt=attempt)
         assert time.monotonic() - begun < RESTARTED_SECONDS
         assert admitted(await world.status("second"))["reason"] == "WaitingForQuota"

@@ -1,11 +1,12 @@
 """Restarts: each failure is answered once, by a new attempt for a gang, by the Job controller for one pod."""
 
 import time
+from typing import Any
 
 import pytest
 
 from kubetune_operator.status import index_of
-from tests.controller.world import World
+from tests.controller.world import World, condition_of, running_of
 
 pytestmark = pytest.mark.control_plane
 
@@ -41,15 +42,14 @@ async def test_five_kills_of_a_gang_are_five_restarts_each_within_seconds(world:
 async def test_a_gang_that_fails_too_often_fails_with_the_cause(world: World) -> None:
     pods = await _in_training(world, nodes=2, lifecycle={"maxRestarts": 1})
     for attempt in (1, 2):
-        await world.end(pods[1], code=137, reason="OOMKilled")
+        await world.end(pods[1], code=139)
         if attempt == 1:
             pods = await world.training(nodes=2, attempt=2)
     status = await world.state("Failed")
     failed = next(item for item in status["conditions"] if item["type"] == "Failed")
     assert failed["reason"] == "MaxRestartsExceeded"
     assert status["restarts"] == 1
-    assert status["lastFailure"]["reason"] == "OOMKilled"
-    assert "memory" in status["lastFailure"]["hint"]
+    assert "SIGSEGV" in status["lastFailure"]["message"]
     assert status["lastFailure"]["node"] == world.node
     await world.stopped("run-train-2")  # what still runs ends, and what failed stays for diagnosis
 
@@ -130,3 +130,61 @@ async def test_a_training_job_that_somebody_deletes_is_started_anew(world: World
     pods = await world.training(nodes=2, attempt=2)
     status = await world.complete(pods)
     assert status["restarts"] == 1
+
+
+FOUR_ROWS = {"maxSteps": 30, "globalBatchSize": 8, "microBatchSize": 4}
+OUT_OF_MEMORY = {"result": "Failed", "exitCode": 71, "reason": "OutOfMemory", "message": "CUDA out of memory"}
+
+
+def _overrides(pod: dict[str, Any]) -> list[str]:
+    """What the trainer in a pod is told beside its config."""
+    command = pod["spec"]["containers"][0]["command"]
+    return list(command[command.index("--config") + 2 :])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "code", "report", "why"),
+    [(1, 137, None, "OOMKilled"), (1, 71, OUT_OF_MEMORY, ""), (2, 137, None, "OOMKilled"), (2, 71, OUT_OF_MEMORY, "")],
+)
+async def test_out_of_memory_halves_the_micro_batch_down_to_one_row_and_then_fails(
+    world: World, nodes: int, code: int, report: dict[str, Any] | None, why: str
+) -> None:
+    """No restart of these counts: none is allowed here."""
+    [pod, *peers] = await _in_training(world, nodes=nodes, lifecycle={"maxRestarts": 0}, training=FOUR_ROWS)
+    assert _overrides(pod) == []
+    reason = why or "OutOfMemory"
+    for attempt, (before, size) in enumerate([(4, 2), (2, 1)], start=2):
+        await world.end(pod, code=code, report=report, reason=why)
+        for peer in peers:
+            await world.end(peer, code=78, report={"exitCode": 78, "reason": "PeerLost"})
+        pod, *peers = await world.training(nodes=nodes, attempt=attempt)
+        assert _overrides(pod) == [f"training.micro_batch_size={size}"]
+        status = await world.status()
+        assert (status["microBatchSize"], status["restarts"]) == (size, attempt - 1)
+        assert f"microBatchSize {size} " in running_of(status)["message"]
+        assert status["lastFailure"]["reason"] == reason
+        assert status["lastFailure"]["hint"].startswith(
+            f"The next attempt has microBatchSize {size} in place of {before}"
+        )
+    config = await world.config()
+    assert config["training"]["micro_batch_size"] == 4, "the config stays as it was made"
+    await world.end(pod, code=code, report=report, reason=why)
+    status = await world.state("Failed")
+    assert condition_of(status, "Failed")["reason"] == reason
+    assert (status["restarts"], status["microBatchSize"]) == (2, 1)
+    assert "Even one row at a time needs too much" in status["lastFailure"]["hint"]
+    told = await world.cluster.list_all("Event", namespace=world.namespace)
+    assert any("attempt 2 has microBatchSize 2 in place of 4" in event["message"] for event in told)
+
+
+async def test_what_ran_out_of_memory_keeps_its_smaller_micro_batch_through_other_restarts(world: World) -> None:
+    [pod] = await _in_training(world, nodes=1, training=FOUR_ROWS)
+    await world.end(pod, code=71, report=OUT_OF_MEMORY)
+    [pod] = await world.training(attempt=2)
+    await world.patch(suspend=True)
+    await world.gone("Job", "run-train-2")
+    await world.patch(suspend=False)
+    [pod] = await world.training(attempt=3)
+    assert _overrides(pod) == ["training.micro_batch_size=2"]
+    status = await world.complete([pod])
+    assert status["microBatchSize"] == 2

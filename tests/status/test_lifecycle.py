@@ -248,3 +248,38 @@ def test_a_lost_node_is_named_where_a_peer_could_only_tell_that_it_lost_one() ->
 def test_a_pod_of_one_node_that_is_told_to_go_is_left_to_the_job_controller(status: str) -> None:
     going = deleted(pod(0), conditions=[{"type": "DisruptionTarget", "status": status, "reason": "R"}])
     assert decided(observe(pods=[going])).status.attempt == 1
+
+
+def killed_for_memory(index: int) -> Json:
+    ended = pod(index, code=137)
+    ended["status"]["containerStatuses"][0]["state"]["terminated"]["reason"] = "OOMKilled"
+    return ended
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize(("size", "smaller"), [(64, 32), (6, 3), (9, 3), (7, 1), (2, 1)])
+def test_an_attempt_out_of_memory_is_answered_once_by_one_whose_micro_batch_still_divides_the_batch(
+    nodes: int, size: int, smaller: int
+) -> None:
+    spec = {"training": {"maxSteps": 5, "globalBatchSize": size * nodes, "microBatchSize": size}}
+    pods = [killed_for_memory(0), *(pod(index, code=78) for index in range(1, nodes))]
+    seen = observe(nodes=nodes, pods=pods, spec=spec)
+    first = decided(seen)
+    assert first.status.micro_batch_size == smaller
+    assert (first.status.attempt, first.status.restarts) == (2, 1)
+    assert Delete(kind="Job", name="small-train-1", uid="train") in first.actions
+    again = decided(replace(seen, job=seen.job.model_copy(update={"status": first.status})))
+    assert again.status == first.status
+    started = decided(observe(nodes=nodes, spec=spec, status=first.status.to_manifest(), jobs=0))
+    [job] = [each.manifest for each in started.actions if isinstance(each, Create) and each.manifest["kind"] == "Job"]
+    assert job["spec"]["template"]["spec"]["containers"][0]["command"][-1] == f"training.micro_batch_size={smaller}"
+    assert job["spec"]["backoffLimit"] >= 3, "all restarts that are allowed are left"
+
+
+def test_one_that_runs_out_of_memory_while_it_is_suspended_stays_suspended() -> None:
+    spec = {"suspend": True, "training": {"maxSteps": 5, "globalBatchSize": 4, "microBatchSize": 4}}
+    status = TRAINING | {"state": "Suspended", "conditions": [*TRAINING["conditions"], condition("Suspended")]}
+    seen = observe(pods=[killed_for_memory(0)], spec=spec, status=status)
+    seen.jobs[0]["metadata"]["deletionTimestamp"] = MOMENT
+    decision = decided(seen)
+    assert (decision.status.state, decision.status.attempt) == ("Suspended", 1)

@@ -10,6 +10,7 @@ import torch
 from torch import distributed as dist
 
 from kubetune_trainer import distributed as module
+from kubetune_trainer import report
 from kubetune_trainer.distributed import (
     StepTotals,
     StopSignal,
@@ -69,6 +70,16 @@ def test_a_step_without_trained_tokens_has_loss_zero() -> None:
 )
 def test_a_lost_peer_is_told_from_a_bug(error: RuntimeError, lost: bool) -> None:
     assert is_peer_loss(error) is lost
+
+
+def test_memory_that_torch_does_not_get_is_out_of_memory_on_every_device() -> None:
+    with pytest.raises(RuntimeError) as on_cpu:
+        torch.empty(2**50)
+    for error in (on_cpu.value, torch.OutOfMemoryError("CUDA out of memory")):
+        known = report._known(error)
+        assert known is not None
+        assert (known.exit_code, known.reason) == (71, "OutOfMemory")
+    assert report._known(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 def test_an_error_of_a_collective_is_a_lost_peer_only_among_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

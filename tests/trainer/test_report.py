@@ -57,7 +57,7 @@ def test_only_global_rank_0_reports() -> None:
         ('kubetune_trainer.errors.NonFiniteLossError("spec wrong", hint="mend it")', 77, "NonFiniteLoss"),
         ('kubetune_trainer.errors.PeerLostError("spec wrong", hint="mend it")', 78, "PeerLost"),
         (f'OSError({errno.ENOSPC}, "spec wrong", "/scratch/x")', 66, "DoesNotFit"),
-        ('MemoryError("spec wrong")', 66, "DoesNotFit"),
+        ('MemoryError("spec wrong")', 71, "OutOfMemory"),
         ('ZeroDivisionError("spec wrong")', 1, "Crashed"),
     ],
 )

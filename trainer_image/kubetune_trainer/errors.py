@@ -3,8 +3,9 @@
 TrainerError
 ├── ConfigError         64  the config file asks for something impossible
 ├── DataError           65  a model folder, a dataset or a template is not what it should be
-├── DoesNotFitError     66  the run cannot fit on its devices or its disk
+├── DoesNotFitError     66  the run needs a larger disk or another device
 ├── StorageError        69  the object store did not answer after retries
+├── OutOfMemoryError    71  the device, or the process, has no more memory to give
 ├── PreemptedError      75  asked to stop; a checkpoint was written
 ├── NonFiniteLossError  77  the loss became NaN or infinite
 └── PeerLostError       78  another rank went away
@@ -46,7 +47,7 @@ class DataError(TrainerError):
 
 
 class DoesNotFitError(TrainerError):
-    """The run does not fit into the memory or the disk that it has."""
+    """The run needs more of a disk, or a better device, than it has."""
 
     exit_code = ExitCode.DOES_NOT_FIT
     reason = "DoesNotFit"
@@ -57,6 +58,13 @@ class StorageError(TrainerError):
 
     exit_code = ExitCode.STORAGE
     reason = "StorageUnavailable"
+
+
+class OutOfMemoryError(TrainerError):
+    """Memory was asked for that the device, or the process, does not have; fewer rows at a time may do with less."""
+
+    exit_code = ExitCode.OUT_OF_MEMORY
+    reason = "OutOfMemory"
 
 
 class PreemptedError(TrainerError):

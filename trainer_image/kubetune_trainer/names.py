@@ -16,6 +16,7 @@ class ExitCode(IntEnum):
     DATA = 65
     DOES_NOT_FIT = 66
     STORAGE = 69
+    OUT_OF_MEMORY = 71
     PREEMPTED = 75
     NON_FINITE_LOSS = 77
     PEER_LOST = 78

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
-from kubetune_trainer.errors import DoesNotFitError, TrainerError
+from kubetune_trainer.errors import DoesNotFitError, OutOfMemoryError, TrainerError
 from kubetune_trainer.names import (
     DEFAULT_TERMINATION_LOG,
     ENV_ATTEMPT,
@@ -256,10 +256,16 @@ def _known(error: BaseException) -> TrainerError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = f" for {error.filename}" if error.filename else ""
         return DoesNotFitError(f"no space left on the disk{place}", hint="Give the pod or the volume more space.")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        hint = "Lower training.micro_batch_size, or set training.activation_checkpointing to Full."
-        return DoesNotFitError(f"out of memory: {error}", hint=hint)
+    if _is_out_of_memory(error):
+        hint = "Give the process more memory, or let it compute less at a time: smaller batches, shorter sequences."
+        return OutOfMemoryError(f"out of memory: {error}", hint=hint)
     return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short: torch has an error of its own for a device, and on the CPU only words."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def fit(record: Mapping[str, Any], *, limit: int = TERMINATION_MESSAGE_BYTES) -> bytes:

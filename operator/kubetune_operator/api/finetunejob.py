@@ -497,6 +497,9 @@ class FineTuneJobStatus(JobStatus):
     """How far training is."""
     checkpoint: LastCheckpoint | None = None
     """The last complete checkpoint."""
+    micro_batch_size: Count | None = None
+    """Rows that one process computes at a time since an attempt ran out of memory; the global batch is the same.
+    Unset: training.microBatchSize."""
     data: DataStatistics | None = None
     """What the data turned out to be."""
     outputs: Annotated[list[FinishedOutput], Field(max_length=8), Unique(("name",))] | None = None
@@ -589,3 +592,11 @@ def batch_problem(spec: FineTuneJobSpec, *, ranks: int) -> str | None:
         f"spec.training.globalBatchSize: Invalid value: {size}: must be divisible by {unit} "
         f"({readers} {who} x microBatchSize {training.micro_batch_size}); nearest: {nearest}"
     )
+
+
+def smaller_micro_batch(size: int) -> int | None:
+    """The next smaller size of a micro batch for want of memory: half of it, or of odd ones the nearest divisor below.
+
+    What a size divides its divisors divide too, so the ranks can still share the global batch. None for 1.
+    """
+    return next((part for part in range(size // 2, 0, -1) if size % part == 0), None)

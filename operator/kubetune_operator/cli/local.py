@@ -9,16 +9,17 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
 
 from kubetune_operator.api.common import Compute, JobRef
-from kubetune_operator.api.finetunejob import FineTuneJob, batch_problem
+from kubetune_operator.api.finetunejob import FineTuneJob, batch_problem, smaller_micro_batch
 from kubetune_operator.api.jobs import Job
 from kubetune_operator.api.quantizejob import QuantizeJob
 from kubetune_operator.api.references import JobKey, compared_with, model_sources, resumed_from
@@ -42,6 +43,7 @@ from kubetune_operator.names import (
     ExitCode,
 )
 from kubetune_operator.render.config import Resolved, dump_config, render_config
+from kubetune_operator.render.job import micro_batch_override
 
 _TAIL_LINES = 20
 
@@ -91,12 +93,11 @@ def outcome_of(bundle: Bundle, *, fresh: bool = False, verbose: bool = False) ->
         environment = os.environ | local_environment(bundle, os.environ, folder=Path(folder))
         work = find_script(bundle, environment)
         outcome = _claim(config, environment, fresh=fresh)
-        for command, ranks in ((("prepare", ()), 1), (work, processes)):
-            if outcome.code:
-                break
-            outcome = _stage(
-                *command, config=config, environment=environment, ranks=ranks, display=display, verbose=verbose
-            )
+        stage = partial(_stage, config=config, environment=environment, display=display, verbose=verbose)
+        if not outcome.code:
+            outcome = stage("prepare", (), ranks=1)
+        if not outcome.code:
+            outcome = _work(bundle.job, *work, stage=partial(stage, ranks=processes), display=display)
         if outcome.code:
             _report(outcome, bundle, display=display)
         else:
@@ -301,6 +302,32 @@ def _claim(config: Path, environment: Mapping[str, str], *, fresh: bool) -> Outc
         return Outcome(code=ran.returncode, record={}, tail=ran.stderr)
     message, _, hint = ran.stderr.strip().partition("\n")
     return Outcome(code=ran.returncode, record={"message": message, "hint": hint}, tail="")
+
+
+def _work(
+    job: Job, script: str, arguments: Sequence[str], *, stage: Callable[..., Outcome], display: Display
+) -> Outcome:
+    """Run a job's recipe; where memory is short, again with smaller micro batches and the same global batch."""
+    size = job.spec.training.micro_batch_size if isinstance(job, FineTuneJob) else 1
+    overrides: list[str] = []
+    while True:
+        kills = _out_of_memory_kills()
+        outcome: Outcome = stage(script, [*arguments, *overrides])
+        killed = outcome.code == 128 + signal.SIGKILL and _out_of_memory_kills() > kills
+        smaller = smaller_micro_batch(size)
+        if smaller is None or not (killed or outcome.code == ExitCode.OUT_OF_MEMORY):
+            return outcome
+        said = outcome.record.get("message") or "the kernel killed a process for its memory"
+        display.say(f"{said}; another attempt has microBatchSize {smaller} in place of {size}")
+        size, overrides = smaller, [micro_batch_override(smaller)]
+
+
+def _out_of_memory_kills() -> int:
+    """How many processes this machine's kernel has killed for their memory since it started, as far as it counts."""
+    with suppress(OSError):
+        counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+        return int(counts.get("oom_kill", 0))
+    return 0
 
 
 def _stage(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
+from kubetune_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus, smaller_micro_batch
 from kubetune_operator.api.jobs import Job, JobStatus, State
 from kubetune_operator.api.references import JobKey
 from kubetune_operator.names import prepare_name, work_name
@@ -186,11 +187,31 @@ class Draft:
 
     @property
     def counted(self) -> int:
-        """Restarts that count against maxRestarts."""
-        return (self.status.restarts or 0) - (self.status.preemptions or 0)
+        """Restarts that count against maxRestarts: not preemptions, nor those for less memory, which end at 1 row."""
+        return (self.status.restarts or 0) - (self.status.preemptions or 0) - reductions(self.job, self.status)
 
     def decision(self) -> Decision:
         """Close the draft."""
         return Decision(
             status=self.status, actions=tuple(self.actions), notes=tuple(self.notes), requeue_after=self.requeue_after
         )
+
+
+def reduced_micro_batch(status: JobStatus) -> int | None:
+    """Rows that one process computes at a time since an attempt ran out of memory; None if none did."""
+    return status.micro_batch_size if isinstance(status, FineTuneJobStatus) else None
+
+
+def micro_batch_size(job: Job, status: JobStatus) -> int:
+    """Rows that one process of the current attempt computes at a time; 1 for kinds that do not train."""
+    planned = job.spec.training.micro_batch_size if isinstance(job, FineTuneJob) else 1
+    return reduced_micro_batch(status) or planned
+
+
+def reductions(job: Job, status: JobStatus) -> int:
+    """How often the micro batch became smaller since the job began."""
+    size = job.spec.training.micro_batch_size if isinstance(job, FineTuneJob) else 1
+    current, number = micro_batch_size(job, status), 0
+    while size > current:
+        size, number = smaller_micro_batch(size) or 1, number + 1
+    return number

@@ -9,9 +9,15 @@ from kubetune_operator.api.references import still_waits
 from kubetune_operator.lifecycle.draft import Delete, Draft
 from kubetune_operator.lifecycle.moves import fail, read_log, stop_live_jobs
 from kubetune_operator.lifecycle.queueing import leave
-from kubetune_operator.lifecycle.restarts import count_endings, failed_again, new_endings, next_attempt
+from kubetune_operator.lifecycle.restarts import (
+    answer_out_of_memory,
+    count_endings,
+    failed_again,
+    new_endings,
+    next_attempt,
+)
 from kubetune_operator.lifecycle.results import is_lost, take_results
-from kubetune_operator.names import KINDS
+from kubetune_operator.names import KIND_FINETUNEJOB, KINDS
 from kubetune_operator.progress import timestamp
 from kubetune_operator.render.job import lifecycle_of
 from kubetune_operator.status import (
@@ -19,6 +25,7 @@ from kubetune_operator.status import (
     ending_of,
     first_cause,
     index_of,
+    is_deleting,
     job_condition,
     parse_time,
     phase_of,
@@ -60,19 +67,29 @@ def finish(draft: Draft) -> bool:
         return _complete(draft, work=work)
     pods = pods_of(draft.seen.pods, job=work["metadata"]["name"])
     endings = [ending_of(pod) for pod in pods if phase_of(pod) == "Failed"]
-    permanent = [ending for ending in endings if ending.permanent]
+    short = [ending for ending in endings if ending.out_of_memory and draft.job.kind == KIND_FINETUNEJOB]
+    permanent = [ending for ending in endings if ending.permanent and ending not in short]
     if permanent:
         return _fail_for(draft, first_cause(permanent))
-    if condition := job_condition(work, "Failed", "FailureTarget"):
-        read_log(draft)
-        count_endings(draft, endings=new_endings(draft, pods=pods))
-        failure = _last(endings) or draft.status.last_failure
-        if condition.get("reason") != "BackoffLimitExceeded":
-            return fail(
-                draft, reason=str(condition.get("reason")), message=str(condition.get("message", "")), failure=failure
-            )
-        return fail(draft, reason="MaxRestartsExceeded", message=failed_again(draft, failure), failure=failure)
-    return False
+    if short:
+        # What ran out of memory when it was told to go anyway is answered if the attempt after it does so too.
+        return not is_deleting(work) and answer_out_of_memory(draft, work=work, cause=first_cause(short))
+    return _give_up(draft, work=work, pods=pods, endings=endings)
+
+
+def _give_up(draft: Draft, *, work: Json, pods: list[Json], endings: list[Ending]) -> bool:
+    """Fail where the Job controller has: the pod failed too often."""
+    condition = job_condition(work, "Failed", "FailureTarget")
+    if condition is None:
+        return False
+    read_log(draft)
+    count_endings(draft, endings=new_endings(draft, pods=pods))
+    failure = _last(endings) or draft.status.last_failure
+    if condition.get("reason") != "BackoffLimitExceeded":
+        return fail(
+            draft, reason=str(condition.get("reason")), message=str(condition.get("message", "")), failure=failure
+        )
+    return fail(draft, reason="MaxRestartsExceeded", message=failed_again(draft, failure), failure=failure)
 
 
 def _last(endings: Sequence[Ending]) -> LastFailure | None:

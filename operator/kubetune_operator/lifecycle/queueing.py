@@ -7,7 +7,7 @@ and suspends it to take the quota back; we say in its status how many pods are a
 from typing import Any, Final
 
 from kubetune_operator.api.jobs import JobStatus
-from kubetune_operator.lifecycle.draft import Create, Delete, Draft, PatchWorkload, TellQueue
+from kubetune_operator.lifecycle.draft import Create, Delete, Draft, PatchWorkload, TellQueue, reduced_micro_batch
 from kubetune_operator.lifecycle.moves import delete_attempt, fail, read_log
 from kubetune_operator.names import QUEUE_JOB_MANAGER
 from kubetune_operator.progress import timestamp
@@ -124,6 +124,7 @@ def _attempt(draft: Draft) -> Json:
         attempt=draft.status.attempt or 1,
         backoff_limit=backoff_limit(draft.job, counted=draft.counted),
         settings=draft.settings,
+        micro_batch_size=reduced_micro_batch(draft.status),
     )
 
 

@@ -1,14 +1,22 @@
 """Which ends of pods are news, and how many restarts they are."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
+from kubetune_operator.api.finetunejob import smaller_micro_batch
 from kubetune_operator.api.jobs import AttemptPod, LastFailure
-from kubetune_operator.lifecycle.draft import Draft
-from kubetune_operator.lifecycle.moves import fail, read_log
+from kubetune_operator.lifecycle.draft import Draft, micro_batch_size
+from kubetune_operator.lifecycle.moves import delete_attempt, fail, read_log
 from kubetune_operator.render.job import compute_of, lifecycle_of
 from kubetune_operator.status import Ending, ending_of, first_cause, is_deleting, phase_of, vanished
 
 Json = dict[str, Any]
+
+NEED_LESS: Final = (
+    "Use more memory per process, or need less: a smaller dataset.maxSequenceLength, "
+    "training.activationCheckpointing: Full, tuning: LoRA, or more nodes."
+)
+"""What helps beside smaller micro batches."""
 
 
 def new_endings(draft: Draft, *, pods: list[Json]) -> list[Ending]:
@@ -71,10 +79,34 @@ def failed_again(draft: Draft, failure: LastFailure | None) -> str:
     return f"{said}; the last failure was {failure.reason}: {failure.message}" if failure is not None else said
 
 
-def next_attempt(draft: Draft, *, cause: Ending) -> None:
-    """Count a restart and go to the next attempt, or fail where no more are allowed."""
+def answer_out_of_memory(draft: Draft, *, work: Json, cause: Ending) -> bool:
+    """Go to an attempt that computes fewer rows at a time, or fail where one row is too much."""
+    size = micro_batch_size(draft.job, draft.status)
+    smaller = smaller_micro_batch(size)
+    if smaller is None:
+        read_log(draft)
+        hint = f"Even one row at a time needs too much. {NEED_LESS}"
+        failure = cause.failure.model_copy(update={"hint": hint})
+        return fail(draft, reason=failure.reason or "OutOfMemory", message=failure.message or "", failure=failure)
+    hint = (
+        f"The next attempt has microBatchSize {smaller} in place of {size}, with the same globalBatchSize. "
+        f"That takes longer; to avoid it: {NEED_LESS}"
+    )
+    next_attempt(draft, cause=replace(cause, failure=cause.failure.model_copy(update={"hint": hint})), size=smaller)
+    draft.do(*delete_attempt(work))
+    return True
+
+
+def next_attempt(draft: Draft, *, cause: Ending, size: int | None = None) -> None:
+    """Count a restart and go to the next attempt, or fail where no more are allowed.
+
+    Args:
+        draft: The decision in the making.
+        cause: What ended the attempt.
+        size: Rows that one process computes at a time from now on, where they become fewer; always allowed.
+    """
     read_log(draft)
-    if not cause.preempted and draft.counted >= lifecycle_of(draft.job).max_restarts:
+    if size is None and not cause.preempted and draft.counted >= lifecycle_of(draft.job).max_restarts:
         fail(draft, reason="MaxRestartsExceeded", message=failed_again(draft, cause.failure), failure=cause.failure)
         return
     attempt = draft.status.attempt or 1
@@ -87,5 +119,9 @@ def next_attempt(draft: Draft, *, cause: Ending) -> None:
         pods=None,
     )
     message = f"attempt {attempt} ended: pod {failure.pod}: {failure.reason}: {failure.message}"
+    if size is not None:
+        before = micro_batch_size(draft.job, draft.status)
+        message += f"; attempt {attempt + 1} has microBatchSize {size} in place of {before}"
+        draft.set(micro_batch_size=size)
     draft.waiting("Restarting", reason="Restarting", message=message)
     draft.note("Restarting", message, warning=True)

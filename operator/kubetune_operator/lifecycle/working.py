@@ -4,7 +4,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from kubetune_operator.api.jobs import AttemptPod, State
-from kubetune_operator.lifecycle.draft import Create, Draft, PatchJob
+from kubetune_operator.lifecycle.draft import Create, Draft, PatchJob, reduced_micro_batch
 from kubetune_operator.lifecycle.moves import blocked_by, delete_attempt, given_up, read_log
 from kubetune_operator.lifecycle.queueing import admitted_attempt
 from kubetune_operator.lifecycle.restarts import count_endings, new_endings, next_attempt
@@ -88,7 +88,12 @@ def _start_attempt(draft: Draft, *, attempt: int) -> bool:
         draft.do(Create(manifest=render_service(draft.job, attempt=attempt)))
     limit = backoff_limit(draft.job, counted=draft.counted)
     manifest = render_work_job(
-        draft.job, config=draft.seen.config, attempt=attempt, backoff_limit=limit, settings=draft.settings
+        draft.job,
+        config=draft.seen.config,
+        attempt=attempt,
+        backoff_limit=limit,
+        settings=draft.settings,
+        micro_batch_size=reduced_micro_batch(draft.status),
     )
     draft.do(Create(manifest=admitted_attempt(draft, manifest)))
     return True
@@ -179,6 +184,8 @@ def _watch(draft: Draft, *, current: Json, pods: list[Json]) -> bool:
         return True
     if draft.status.state != "Running":
         message = f"attempt {draft.status.attempt} runs on {nodes} node{'s' if nodes > 1 else ''}"
+        if size := reduced_micro_batch(draft.status):
+            message += f", with microBatchSize {size} because an attempt before it ran out of memory"
         draft.set(state="Running")
         draft.condition("Running", status="True", reason=KINDS[draft.job.kind].doing, message=message)
         draft.note("Running", message)

@@ -180,7 +180,15 @@ def render_prepare_job(job: Job, *, config: Json, settings: Settings) -> Json:
     }
 
 
-def render_work_job(job: Job, *, config: Json, attempt: int, backoff_limit: int, settings: Settings) -> Json:
+def render_work_job(
+    job: Job,
+    *,
+    config: Json,
+    attempt: int,
+    backoff_limit: int,
+    settings: Settings,
+    micro_batch_size: int | None = None,
+) -> Json:
     """The Indexed Job of one attempt.
 
     Args:
@@ -189,6 +197,7 @@ def render_work_job(job: Job, *, config: Json, attempt: int, backoff_limit: int,
         attempt: Number of the attempt, from 1.
         backoff_limit: How many pod failures the Job controller may answer by itself.
         settings: The operator's settings.
+        micro_batch_size: Rows that one process computes at a time, where the attempt has another size than the config.
     """
     name = work_name(job.kind, job.metadata.name, attempt=attempt)
     nodes = compute_of(job).nodes
@@ -210,6 +219,8 @@ def render_work_job(job: Job, *, config: Json, attempt: int, backoff_limit: int,
         command=work_command(job),
         environment=environment,
     )
+    if micro_batch_size is not None:
+        spec["containers"][0]["command"].append(micro_batch_override(micro_batch_size))
     if nodes > 1:
         spec["subdomain"] = name
     labels = _labels(job, component=KINDS[job.kind].component, attempt=attempt)
@@ -227,6 +238,11 @@ def render_work_job(job: Job, *, config: Json, attempt: int, backoff_limit: int,
             "template": {"metadata": {"labels": labels}, "spec": spec},
         },
     }
+
+
+def micro_batch_override(size: int) -> str:
+    """The recipe's argument that gives an attempt a micro batch of its own; the config stays as it is."""
+    return f"training.micro_batch_size={size}"
 
 
 def _labels(job: Job, *, component: str | None, attempt: int | None = None) -> dict[str, str]:

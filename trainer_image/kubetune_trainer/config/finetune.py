@@ -323,13 +323,16 @@ class FineTuneConfig(JobConfig):
         return _formats(self.recipe, [source.format for source in self.dataset.sources])
 
     def training_digest(self) -> str:
-        """A digest of what decides the numbers of the run; where it lies and what it exports do not."""
+        """A digest of what decides the numbers of the run; where it lies and what it exports do not.
+
+        Nor does the size of a micro batch: an attempt that ran out of memory is followed by one with a smaller one.
+        """
         decisive = {"model", "dataset", "recipe", "tuning", "lora", "training", *BLOCKS.values()}
         decides = {
             key: value
             for key, value in self.model_dump(mode="json", include=decisive).items()
             if value is not None or key == "lora"
         }
-        for name in ("parallelism", "profile"):
+        for name in ("parallelism", "profile", "micro_batch_size"):
             del decides["training"][name]
         return fingerprint(decides, length=16)
