@@ -27,6 +27,7 @@ LONGEST_FIRST: Final = (
     "trainer/test_generation.py",
     "controller/test_pipeline.py",
     "recipes/test_dpo.py",
+    "recipes/test_kto.py",
     "recipes/test_finetune.py",
     "controller/test_rest.py",
     "recipes/test_quantize.py",

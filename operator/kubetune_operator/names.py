@@ -79,7 +79,7 @@ def recipe_of(kind: str, *, recipe: str | None) -> str:
         kind: Kind of the job.
         recipe: Its spec's recipe, where it has one.
     """
-    return "dpo" if recipe in {"DPO", "ORPO", "SimPO"} else KINDS[kind].recipe
+    return {"DPO": "dpo", "ORPO": "dpo", "SimPO": "dpo", "KTO": "kto"}.get(recipe or "") or KINDS[kind].recipe
 
 
 class ExitCode(IntEnum):

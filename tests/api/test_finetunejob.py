@@ -73,6 +73,12 @@ GOOD: dict[str, dict[str, Any]] = {
     "another job's output": {"spec__model": {"jobRef": {"kind": "FineTuneJob", "name": "stage-1", "output": "merged"}}},
     "a FineTuneJob's output, its kind left out": {"spec__model": {"jobRef": {"name": "stage-1"}}},
     "a quantized model of the same name": {"spec__model": {"jobRef": {"kind": "QuantizeJob", "name": "run7"}}},
+    "answers that are good or bad": {
+        "spec__recipe": "KTO",
+        "spec__kto": {"beta": "0.2", "desirableWeight": "1.5", "undesirableWeight": "0.5"},
+        "spec__dataset__sources__0__format": "UnpairedPreference",
+    },
+    "pairs for KTO": {"spec__recipe": "KTO", "spec__dataset__sources__0__format": "Preference"},
     "a reference of the Hub": {"spec__recipe": "DPO", "spec__dpo": {"reference": {"hub": {"repo": "a/b"}}}},
     "another job's output as reference": {"spec__recipe": "DPO", "spec__dpo": {"reference": {"jobRef": {"name": "a"}}}},
     "jobs to wait for": {
@@ -213,19 +219,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "pairs for supervised fine-tuning": (
         {"spec__dataset__sources__0__format": "Preference"},
-        "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, not with SFT",
+        "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, this or",
     ),
     "texts for preferences": (
         {"spec__recipe": "DPO", "spec__dataset__sources__0__format": "Text"},
-        "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, not with SFT",
+        "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, this or",
     ),
     "packed pairs": (
         {"spec__recipe": "DPO", "spec__dataset__packing": "BestFit"},
-        "spec.dataset.packing must be None with format: Preference, and so with recipe: DPO, ORPO or SimPO",
+        "spec.dataset.packing must be None with formats of preferences, and so with recipe: DPO, ORPO, SimPO or KTO",
     ),
     "split answers": (
         {"spec__recipe": "DPO", "spec__dataset__overlong": "Split"},
-        "spec.dataset must have trainOn Assistant and not overlong Split with format: Preference",
+        "spec.dataset must have trainOn Assistant and not overlong Split with formats of preferences",
     ),
     "a script without its recipe": (
         {"spec__custom": {"script": {"path": "/my.py"}}},
@@ -259,7 +265,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
                 {"name": "b", "uri": {"location": "s3://data/b"}, "format": "Text"},
             ],
         },
-        "SimPO, not with SFT, and all or none with Custom",
+        "neither with SFT, and all or none of them with Custom",
     ),
     "labels that are as often wrong as right": (
         {"spec__recipe": "DPO", "spec__dpo": {"labelSmoothing": "0.5"}},
@@ -515,6 +521,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a job that waits for itself": (
         {"spec__model": {"jobRef": {"kind": "FineTuneJob", "name": "run7"}}},
         "spec.model.jobRef must name another job",
+    ),
+    "single answers for DPO": (
+        {"spec__recipe": "DPO", "spec__dataset__sources__0__format": "UnpairedPreference"},
+        "UnpairedPreference with KTO",
+    ),
+    "single answers for SFT": (
+        {"spec__dataset__sources__0__format": "UnpairedPreference"},
+        "neither with SFT",
+    ),
+    "settings of KTO with DPO": (
+        {"spec__recipe": "DPO", "spec__kto": {}},
+        "spec.kto is allowed only with recipe: KTO or Custom",
     ),
     "a job that measures against itself": (
         {"spec__recipe": "DPO", "spec__dpo": {"reference": {"jobRef": {"kind": "FineTuneJob", "name": "run7"}}}},

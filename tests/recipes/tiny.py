@@ -85,6 +85,16 @@ def write_preferences(path: Path, *, samples: int, seed: int) -> Path:
     return path
 
 
+def write_answers(path: Path, *, pairs: Path) -> Path:
+    """The answers of pairs, each by itself with what it is."""
+    lines = []
+    for pair in map(json.loads, pairs.read_text().splitlines()):
+        for side, label in (("chosen", True), ("rejected", False)):
+            lines.append({"prompt": pair["prompt"], "completion": pair[side], "label": label})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 def write_config(path: Path, **blocks: Any) -> Path:
     """A config whose blocks replace those of a small LoRA run."""
     folder = path.parent

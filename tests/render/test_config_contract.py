@@ -205,6 +205,12 @@ REFERENCE = {"hub": {"repo": "a/b", "revision": "main"}}
         ("DPO", "dpo", {"loss": "IPO", "labelSmoothing": "0.1"}, {"loss": "IPO", "beta": 0.1, "label_smoothing": 0.1}),
         ("DPO", "dpo", {"reference": {"hub": {"repo": "a/b"}}}, {"reference": REFERENCE}),
         ("ORPO", "orpo", None, {"beta": 0.1}),
+        (
+            "KTO",
+            "kto",
+            {"desirableWeight": "1.5", "reference": {"hub": {"repo": "a/b"}}},
+            {"beta": 0.1, "desirable_weight": 1.5, "undesirable_weight": 1.0, "reference": REFERENCE},
+        ),
         ("SimPO", "simpo", {"gamma": "0.5"}, {"beta": 2.0, "gamma": 0.5}),
     ],
 )
@@ -215,7 +221,8 @@ def test_a_recipe_is_read_with_its_block_and_without_packing(
     found = getattr(config, block).model_dump(exclude_none=True)
     assert {name: found[name] for name in expected} == expected
     assert len(found) == len(expected) or "reference" in expected
-    assert (config.recipe, config.rows, config.dataset.packing) == (recipe, "Pairs", "None")
+    rows = "Answers" if recipe == "KTO" else "Pairs"
+    assert (config.recipe, config.rows, config.dataset.packing) == (recipe, rows, "None")
 
 
 @pytest.mark.parametrize(

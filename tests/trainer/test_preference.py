@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from trl.import_utils import TRLExperimentalWarning
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference, KTOTrainer
 
 from kubetune_trainer import load_model
 from kubetune_trainer.data.formats import Chat, RecordError, Text
-from kubetune_trainer.data.preference import join_pair, pair_of, split_pair
+from kubetune_trainer.data.preference import answer_of, is_good, join_pair, judged, pair_of, split_pair, with_answer_of
 from kubetune_trainer.data.sampler import collate
 from kubetune_trainer.data.store import Row
 from kubetune_trainer.log_probabilities import label_log_probabilities, token_log_probabilities
-from kubetune_trainer.preference import dpo, orpo, simpo
+from kubetune_trainer.preference import dpo, kto, orpo, simpo
 from tests.trainer.tiny import make_folder
 
 with warnings.catch_warnings():
@@ -89,20 +90,22 @@ def test_dpo_of_two_models_is_that_of_trl(tmp_path: Path, loss: Any) -> None:
     assert told == {name: pytest.approx(theirs[name], abs=TOLERANCE) for name in told}
 
 
+def asked(model: Any) -> Any:
+    """A model of transformers with TRL's own output head, which says log-probabilities."""
+
+    def forward(*, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: Any) -> Any:
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
+        found = logits.log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None]).squeeze(2)
+        scored = found * (labels[:, 1:] != -100)
+        return SimpleNamespace(log_probs=scored, entropy=scored, mean_logits=scored, is_top1=scored > 0)
+
+    return forward
+
+
 def trl_loss(
     policy: Any, reference: Any, tokens: Tensor, answers: Tensor, *, documents: Tensor, loss: str
 ) -> dict[str, float]:
     """What TRL's own computation of a DPO step says, given the models' log-probabilities."""
-
-    def asked(model: Any) -> Any:
-        def forward(*, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: Any) -> Any:
-            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
-            found = logits.log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None]).squeeze(2)
-            scored = found * (labels[:, 1:] != -100)
-            return SimpleNamespace(log_probs=scored, entropy=scored, mean_logits=scored, is_top1=scored > 0)
-
-        return forward
-
     mask = torch.cat([torch.zeros(len(answers), 1, dtype=torch.bool), answers[:, :-1]], dim=1)
     metrics: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     model = SimpleNamespace(training=True)
@@ -176,3 +179,76 @@ def test_a_record_becomes_a_prompt_and_two_answers(record: dict[str, Any], chose
 def test_answers_that_do_not_differ_are_refused() -> None:
     with pytest.raises(RecordError, match="better and worse must differ"):
         pair_of({"prompt": "a", "better": "b", "worse": "b"}, mapping={"chosen": "better", "rejected": "worse"})
+
+
+PROMPTS = [[5, 6, 7], [9, 4], [30, 31, 32, 33], [8, 2]]
+COMPLETIONS = [[8, 9, 10, 11], [20, 21], [40], [41, 42, 43]]
+GOODNESS = [True, False, False, True]
+
+
+@pytest.mark.parametrize(("spreads", "bounded"), [((0.1, 0.2), False), ((0.2, 0.1), True)])
+def test_kto_of_two_models_is_that_of_trl(tmp_path: Path, spreads: tuple[float, float], bounded: bool) -> None:
+    folders = (tmp_path / "policy", tmp_path / "reference")
+    policy, reference = (
+        make_folder(folder, initializer_range=spread) for folder, spread in zip(folders, spreads, strict=True)
+    )
+    rows = [
+        judged(Row.of([*prompt, *answer], [False] * len(prompt) + [True] * len(answer)), is_good=good)
+        for prompt, answer, good in zip(PROMPTS, COMPLETIONS, GOODNESS, strict=True)
+    ]
+    assert [is_good(row) for row in rows] == GOODNESS
+    mixed = [with_answer_of(row, rows[at - 1], max_length=64) for at, row in enumerate(rows)]
+    examples = [
+        {"prompt_ids": prompt, "completion_ids": answer, "KL_completion_ids": COMPLETIONS[at - 1], "label": good}
+        for at, (prompt, answer, good) in enumerate(zip(PROMPTS, COMPLETIONS, GOODNESS, strict=True))
+    ]
+    metrics: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    told = SimpleNamespace(
+        model=SimpleNamespace(training=True), accelerator=ACCELERATOR, calculate_KL=True, aux_loss_enabled=False,
+        precompute_ref_logps=False, ref_model=asked(reference), beta=0.2,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        loss_type="kto", desirable_weight=1.5, undesirable_weight=0.5, _metrics=metrics,
+        _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    told._compute_kl_logps = lambda model, batch: KTOTrainer._compute_kl_logps(told, model, batch)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr("trl.trainer.kto_trainer.is_peft_model", lambda _: False)
+        patch.setattr("trl.trainer.kto_trainer.disable_gradient_checkpointing", lambda *_: torch.no_grad())
+        inputs = DataCollatorForUnpairedPreference(pad_token_id=0)(examples)
+        loss = KTOTrainer._compute_loss(told, asked(policy), inputs, return_outputs=False)
+    theirs = {name: values[-1] for name, values in metrics["train"].items()} | {"loss": loss.item()}
+
+    batches = [collate(each, pad_id=0) for each in (rows, mixed)]
+    with torch.no_grad():
+        ratios = [
+            torch.sub(*(label_log_probabilities(model, batch, batch.labels).sum(1) for model in ours))
+            for ours in [[load_model(folder, dtype=torch.float32) for folder in folders]]
+            for batch in batches
+        ]
+    divergence = max(0.0, ratios[1].mean().item())
+    assert (divergence == 0) == bounded, "both sides of the bound are looked at"
+    good = torch.tensor(GOODNESS)
+    found = kto(ratios[0], good, divergence=divergence, beta=0.2, desirable_weight=1.5, undesirable_weight=0.5)
+    mine = {
+        "loss": found.losses.mean().item(),
+        "kl": divergence,
+        "rewards/chosen": found.rewards[good].mean().item(),
+        "rewards/rejected": found.rewards[~good].mean().item(),
+    }
+    assert mine == {name: pytest.approx(theirs[name], abs=TOLERANCE) for name in mine}
+
+
+def test_an_answer_to_another_prompt_is_cut_at_the_limit() -> None:
+    rows = [Row.of([1, 2, 3, 4], [False, False, True, True]), Row.of([5, 6, 7, 8], [False, True, True, True])]
+    mixed = with_answer_of(rows[0], rows[1], max_length=4)
+    assert mixed.tokens.tolist() == [1, 2, 6, 7]
+    assert mixed.labels.tolist() == [-100, 6, 7, 8]
+
+
+def test_a_record_becomes_an_answer_that_is_good_or_bad() -> None:
+    record = {"prompt": [USER], "completion": [BAD], "label": False}
+    assert answer_of(record, mapping={}) == (Chat(messages=[USER, BAD], num_given=1), False)
+    record = {"question": "1+1=", "completion": "2", "label": 1}
+    assert answer_of(record, mapping={"prompt": "question"}) == (Text(prompt="1+1=", completion="2"), True)
+    with pytest.raises(RecordError, match="label must be true or false, got 'yes'"):
+        answer_of({"prompt": "a", "completion": "b", "label": "yes"}, mapping={})

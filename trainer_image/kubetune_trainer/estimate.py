@@ -71,8 +71,9 @@ def estimate_memory(
         "runtime": RUNTIME_BYTES,
     }
     asked = dict(others or {})
-    if config.dpo is not None and config.dpo.reference is None and config.lora is None:
-        asked["dpo.reference"] = shape
+    for block, settings in (("dpo", config.dpo), ("kto", config.kto)):
+        if settings is not None and settings.reference is None and config.lora is None:
+            asked[f"{block}.reference"] = shape
     for field, other in asked.items():
         frozen_model = build_model(other).requires_grad_(requires_grad=False)
         held = _count(frozen_model) * _compute_bytes(config)

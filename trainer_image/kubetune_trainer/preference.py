@@ -1,9 +1,9 @@
-"""What a model loses on preferences: which of two answers is the better one.
+"""What a model loses on preferences: which of two answers is the better one, or whether one is good.
 
-All functions take log-probabilities and return one number per pair; the mean over a global batch is the
+All functions take log-probabilities and return one number per pair or answer; the mean over a global batch is the
 recipe's. A reward is what a method's loss sees in an answer, times beta.
 
-Shapes: P pairs. `chosen` and `rejected` are log-probabilities of the answers of pairs.
+Shapes: P pairs, B answers. `chosen` and `rejected` are log-probabilities of the answers of pairs.
 """
 
 from dataclasses import dataclass
@@ -59,6 +59,41 @@ def dpo(
     return Preferred(
         losses=losses, chosen_rewards=beta * chosen_P.detach(), rejected_rewards=beta * rejected_P.detach()
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What became of some answers."""
+
+    losses: Tensor
+    """The loss of each, (B)."""
+    rewards: Tensor
+    """The reward of each, without gradient."""
+
+
+def kto(
+    answers_B: Tensor,
+    is_good_B: Tensor,
+    *,
+    divergence: float,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Judged:
+    """Kahneman-Tversky optimization (arXiv 2402.01306, equation 7).
+
+    Args:
+        answers_B: Log-probability of each answer less the reference model's, summed over its tokens.
+        is_good_B: Whether an answer is a good one.
+        divergence: How far the model is from the reference over all, at least 0; see `recipes/kto.py`.
+        beta: How much it costs to leave the reference.
+        desirable_weight: What the losses of good answers are multiplied with.
+        undesirable_weight: What the losses of bad answers are multiplied with.
+    """
+    sign_B = torch.where(is_good_B, 1.0, -1.0)
+    weight_B = torch.where(is_good_B, desirable_weight, undesirable_weight)
+    losses = weight_B * (1 - torch.sigmoid(beta * sign_B * (answers_B - divergence)))
+    return Judged(losses=losses, rewards=beta * answers_B.detach())
 
 
 def orpo(chosen_P: Tensor, rejected_P: Tensor, *, beta: float) -> Preferred:

@@ -75,6 +75,8 @@ class Columns(ApiModel):
     """Column of the better answer of a pair."""
     rejected: ColumnName | None = None
     """Column of the other answer."""
+    label: ColumnName | None = None
+    """Column that says whether a completion is a good one."""
     text: ColumnName | None = None
     """Column of the running text."""
 
@@ -92,7 +94,9 @@ class Source(ApiModel):
     """Data files in storage."""
     config_map: ConfigMapKeyRef | None = None
     """A jsonl file in a ConfigMap, for small data."""
-    format: Literal["Auto", "Alpaca", "ShareGPT", "Messages", "PromptCompletion", "Text", "Preference"] = "Auto"
+    format: Literal[
+        "Auto", "Alpaca", "ShareGPT", "Messages", "PromptCompletion", "Text", "Preference", "UnpairedPreference"
+    ] = "Auto"  # fmt: skip
     """What a record looks like. Auto: told from its columns."""
     columns: Columns | None = None
     """Names of the columns where they differ from the format's own."""

@@ -153,6 +153,20 @@ class Profile(ApiModel):
     """Record allocations as well: on NVIDIA GPUs as a snapshot of the device's memory, otherwise in the trace."""
 
 
+class Kto(ApiModel):
+    """Kahneman-Tversky optimization: answers that are good or bad, each by itself, and no pairs."""
+
+    beta: PositiveNumber = "0.1"
+    """How much it costs to leave the reference."""
+    desirable_weight: PositiveNumber = "1.0"
+    """What the losses of good answers are multiplied with."""
+    undesirable_weight: PositiveNumber = "1.0"
+    """What the losses of bad answers are multiplied with."""
+    reference: ModelSource | None = None
+    """The model that answers are measured against. Its tokenizer must be the model's. Unset: the model before
+    training."""
+
+
 class Training(ApiModel):
     """How the weights are trained: exactly one of epochs, maxSteps says for how long."""
 
@@ -243,23 +257,31 @@ class Output(OutputBase):
     """Type of a HuggingFace output's weights. Unset or Source: that of the model which was trained."""
 
 
-BLOCKS: Final = {"DPO": "dpo", "ORPO": "orpo", "SimPO": "simpo"}
+BLOCKS: Final = {"DPO": "dpo", "ORPO": "orpo", "SimPO": "simpo", "KTO": "kto"}
 """The block that goes with a recipe."""
-OTHER_MODELS: Final = (("dpo", "reference"),)
+OTHER_MODELS: Final = (("dpo", "reference"), ("kto", "reference"))
 """Blocks and their fields that name a model which is used beside the one that is trained."""
-PAIRED: Final = ("Auto", "Preference")
-"""Formats of pairs of answers."""
+JUDGED: Final = ("Preference", "UnpairedPreference")
+"""Formats of answers of which it is known how good they are."""
 
 _EXAMPLES: Final = (
-    "(self.recipe == 'SFT' || (self.recipe == 'Custom' && self.dataset.sources.all(s, s.format != 'Preference')))"
+    "(self.recipe == 'SFT' || (self.recipe == 'Custom' && "
+    "self.dataset.sources.all(s, !(s.format in ['Preference', 'UnpairedPreference']))))"
 )
 
 
 def learns_from_examples(spec: "FineTuneJobSpec") -> bool:
-    """Whether rows are examples, not pairs of answers; for a script of one's own, the format of its data says it."""
+    """Whether rows are examples, not judged answers; for a script of one's own, the format of its data says it."""
     if spec.recipe == "Custom":
-        return all(source.format != "Preference" for source in spec.dataset.sources)
+        return all(source.format not in JUDGED for source in spec.dataset.sources)
     return spec.recipe == "SFT"
+
+
+def _formats_fit(spec: "FineTuneJobSpec") -> bool:
+    formats = {source.format for source in spec.dataset.sources}
+    if learns_from_examples(spec):
+        return not formats & {*JUDGED}
+    return formats <= {"Auto", *(JUDGED if spec.recipe in {"KTO", "Custom"} else JUDGED[:1])}
 
 
 class PushToHub(ApiModel):
@@ -336,28 +358,29 @@ class FineTuneJobSpec(JobSpec):
         ),
         Rule(
             cel=(
-                f"{_EXAMPLES} ? self.dataset.sources.all(s, s.format != 'Preference') : "
-                "self.dataset.sources.all(s, s.format in ['Auto', 'Preference'])"
+                f"{_EXAMPLES} ? self.dataset.sources.all(s, !(s.format in ['Preference', 'UnpairedPreference'])) : "
+                "self.dataset.sources.all(s, s.format in ['Auto', 'Preference'] || "
+                "(s.format == 'UnpairedPreference' && self.recipe in ['KTO', 'Custom']))"
             ),
             message=(
-                "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, not with SFT, "
-                "and all or none with Custom"
+                "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, this or "
+                "UnpairedPreference with KTO, neither with SFT, and all or none of them with Custom"
             ),
-            check=lambda value: all(
-                source.format != "Preference" if learns_from_examples(value) else source.format in PAIRED
-                for source in value.dataset.sources
-            ),
+            check=_formats_fit,
         ),
         Rule(
             cel=f"{_EXAMPLES} || !has(self.dataset.packing) || self.dataset.packing == 'None'",
-            message="spec.dataset.packing must be None with format: Preference, and so with recipe: DPO, ORPO or SimPO",
+            message=(
+                "spec.dataset.packing must be None with formats of preferences, "
+                "and so with recipe: DPO, ORPO, SimPO or KTO"
+            ),
             check=lambda value: learns_from_examples(value) or value.dataset.packing in {None, "None"},
         ),
         Rule(
             cel=f"{_EXAMPLES} || (self.dataset.trainOn == 'Assistant' && self.dataset.overlong != 'Split')",
             message=(
-                "spec.dataset must have trainOn Assistant and not overlong Split with format: Preference, "
-                "and so with recipe: DPO, ORPO or SimPO"
+                "spec.dataset must have trainOn Assistant and not overlong Split with formats of preferences, "
+                "and so with recipe: DPO, ORPO, SimPO or KTO"
             ),
             check=lambda value: (
                 learns_from_examples(value)
@@ -370,7 +393,7 @@ class FineTuneJobSpec(JobSpec):
             "tuning",
             "training",
             "outputs",
-            optional=("dpo", "orpo", "simpo", "custom", "lora", "checkpoint", "tracking", "pushToHub"),
+            optional=("dpo", "orpo", "simpo", "kto", "custom", "lora", "checkpoint", "tracking", "pushToHub"),
         ),
     )
 
@@ -378,8 +401,9 @@ class FineTuneJobSpec(JobSpec):
     """The model to train."""
     dataset: Dataset
     """The data to train on."""
-    recipe: Literal["SFT", "DPO", "ORPO", "SimPO", "Custom"] = "SFT"
+    recipe: Literal["SFT", "DPO", "ORPO", "SimPO", "KTO", "Custom"] = "SFT"
     """What the loss is. SFT: supervised fine-tuning. DPO, ORPO, SimPO: of two answers, the better one is learned.
+    KTO: good answers are learned and bad ones unlearned.
     Custom: what a script of your own makes it."""
     dpo: Dpo | None = None
     """Settings of recipe: DPO. Unset: their defaults. Refused with other recipes, except Custom."""
@@ -387,6 +411,8 @@ class FineTuneJobSpec(JobSpec):
     """Settings of recipe: ORPO. Unset: their defaults. Refused with other recipes, except Custom."""
     simpo: Simpo | None = None
     """Settings of recipe: SimPO. Unset: their defaults. Refused with other recipes, except Custom."""
+    kto: Kto | None = None
+    """Settings of recipe: KTO. Unset: their defaults. Refused with other recipes, except Custom."""
     custom: Custom | None = None
     """The script of recipe: Custom. Refused with other recipes."""
     tuning: Literal["LoRA", "DoRA", "Full"] = "LoRA"

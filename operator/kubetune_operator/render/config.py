@@ -12,6 +12,7 @@ from kubetune_operator.api.finetunejob import (
     Checkpoint,
     Dpo,
     FineTuneJob,
+    Kto,
     Lora,
     Orpo,
     Simpo,
@@ -35,6 +36,9 @@ NUMBERS: Final = (
     ("orpo", "beta"),
     ("simpo", "beta"),
     ("simpo", "gamma"),
+    ("kto", "beta"),
+    ("kto", "desirable_weight"),
+    ("kto", "undesirable_weight"),
     ("lora", "dropout"),
     ("lora", "learning_rate_ratio"),
     ("training", "learning_rate"),
@@ -129,7 +133,7 @@ def _filled(job: Job) -> Any:
     if job.spec.tuning != "Full" and job.spec.lora is None:
         filled["lora"] = Lora()
     if block := BLOCKS.get(job.spec.recipe):
-        filled[block] = getattr(job.spec, block) or {"dpo": Dpo, "orpo": Orpo, "simpo": Simpo}[block]()
+        filled[block] = getattr(job.spec, block) or {"dpo": Dpo, "orpo": Orpo, "simpo": Simpo, "kto": Kto}[block]()
     filled["dataset"] = _packed(job.spec.dataset, default="BestFit" if learns_from_examples(job.spec) else "None")
     if job.spec.checkpoint is None:
         filled["checkpoint"] = Checkpoint()

@@ -39,7 +39,7 @@ from kubetune_trainer.config.load import (
 )
 from kubetune_trainer.config.outputs import ExecuTorch, Gguf, OutputBase
 from kubetune_trainer.config.quantize import Calibration, QuantizeConfig, QuantizedOutput, QuantizeGate, Verification
-from kubetune_trainer.config.recipes import Custom, Dpo, Orpo, Script, Simpo
+from kubetune_trainer.config.recipes import Custom, Dpo, Kto, Orpo, Script, Simpo
 from kubetune_trainer.config.tracking import Mlflow, TensorBoard, Tracking, Wandb
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "HubModel",
     "HubSource",
     "JobConfig",
+    "Kto",
     "Lora",
     "Mlflow",
     "Model",

@@ -143,7 +143,9 @@ class Source(Block):
     """A json, jsonl, csv or parquet file, or a folder of them."""
     config_map: ConfigMapKey | None = None
     """A key of a ConfigMap, for small data."""
-    format: Literal["Auto", "Alpaca", "ShareGPT", "Messages", "PromptCompletion", "Text", "Preference"] = "Auto"
+    format: Literal[
+        "Auto", "Alpaca", "ShareGPT", "Messages", "PromptCompletion", "Text", "Preference", "UnpairedPreference"
+    ] = "Auto"  # fmt: skip
     """The shape of a record; Auto decides by its columns."""
     columns: Mapping[str, str] = Field(default_factory=dict)
     """From the format's field to the data's own column, where the names differ."""

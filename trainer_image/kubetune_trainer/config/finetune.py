@@ -17,14 +17,21 @@ from kubetune_trainer.config.blocks import (
     check_unique_names,
 )
 from kubetune_trainer.config.outputs import OutputBase
-from kubetune_trainer.config.recipes import BLOCKS, Custom, Dpo, Orpo, Recipe, Simpo
+from kubetune_trainer.config.recipes import BLOCKS, Custom, Dpo, Kto, Orpo, Recipe, Simpo
 from kubetune_trainer.config.tracking import Tracking
 from kubetune_trainer.errors import ConfigError
 from kubetune_trainer.fingerprint import fingerprint
 
 EXAMPLES: Final = ("Auto", "Alpaca", "ShareGPT", "Messages", "PromptCompletion", "Text")
 PAIRS: Final = ("Auto", "Preference")
-FORMATS: Final[dict[str, tuple[str, ...]]] = {"SFT": EXAMPLES, "DPO": PAIRS, "ORPO": PAIRS, "SimPO": PAIRS}
+ANSWERS: Final = ("Auto", "Preference", "UnpairedPreference")
+FORMATS: Final[dict[str, tuple[str, ...]]] = {
+    "SFT": EXAMPLES,
+    "DPO": PAIRS,
+    "ORPO": PAIRS,
+    "SimPO": PAIRS,
+    "KTO": ANSWERS,
+}
 """The formats that each recipe can learn from; for Custom, those of its own sources say it."""
 WHOLE: Final = ("Truncate", "Drop", "Fail")
 """What may become of an answer that is too long: it is not made into several."""
@@ -33,6 +40,8 @@ WHOLE: Final = ("Truncate", "Drop", "Fail")
 def _formats(recipe: str, given: Sequence[str]) -> tuple[str, ...]:
     """The formats that a recipe can learn from, given those of its sources."""
     if recipe == "Custom":
+        if "UnpairedPreference" in given:
+            return ANSWERS
         return PAIRS if "Preference" in given else EXAMPLES
     return FORMATS[recipe]
 
@@ -190,6 +199,8 @@ class FineTuneConfig(JobConfig):
     """Settings of recipe ORPO; defaulted with it, refused without."""
     simpo: Simpo | None = None
     """Settings of recipe SimPO; defaulted with it, refused without."""
+    kto: Kto | None = None
+    """Settings of recipe KTO; defaulted with it, refused without."""
     custom: Custom | None = None
     """The script of recipe Custom; refused without it. The settings of all other recipes may stand beside it."""
     tuning: Literal["LoRA", "DoRA", "Full"] = "LoRA"
@@ -223,7 +234,7 @@ class FineTuneConfig(JobConfig):
             return values
         filled = {**values, block: values.get(block) or {}}
         dataset = values.get("dataset")
-        if isinstance(dataset, dict) and _formats(values["recipe"], _given_formats(dataset)) is PAIRS:
+        if isinstance(dataset, dict) and _formats(values["recipe"], _given_formats(dataset)) is not EXAMPLES:
             filled["dataset"] = {"packing": "None", **dataset}
         return filled
 
@@ -310,12 +321,14 @@ class FineTuneConfig(JobConfig):
     @property
     def other_models(self) -> dict[str, Model]:
         """The models that are asked beside the one that is trained, by field."""
-        asked = {"dpo.reference": self.dpo and self.dpo.reference}
+        asked = {"dpo.reference": self.dpo and self.dpo.reference, "kto.reference": self.kto and self.kto.reference}
         return {field: model for field, model in asked.items() if model is not None}
 
     @property
-    def rows(self) -> Literal["Samples", "Pairs"]:
+    def rows(self) -> Literal["Samples", "Pairs", "Answers"]:
         """What a row of its data is."""
+        if self._formats is ANSWERS:
+            return "Answers"
         return "Samples" if self._formats is EXAMPLES else "Pairs"
 
     @property

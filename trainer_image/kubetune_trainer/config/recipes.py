@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from kubetune_trainer.config.blocks import Block, ConfigMapKey, Model, check_one_of
 
-Recipe = Literal["SFT", "DPO", "ORPO", "SimPO", "Custom"]
+Recipe = Literal["SFT", "DPO", "ORPO", "SimPO", "KTO", "Custom"]
 
 BLOCKS: dict[str, str] = {recipe: recipe.lower() for recipe in get_args(Recipe) if recipe != "SFT"}
 """The block that goes with a recipe."""
@@ -21,6 +21,19 @@ class Dpo(Block):
     """How much it costs to leave the reference."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """How often a pair is taken to be the wrong way round; for Sigmoid."""
+    reference: Model | None = None
+    """The model that answers are measured against; unset means the model before training."""
+
+
+class Kto(Block):
+    """Kahneman-Tversky optimization (arXiv 2402.01306)."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """How much it costs to leave the reference."""
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """What the losses of good answers are multiplied with."""
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    """What the losses of bad answers are multiplied with."""
     reference: Model | None = None
     """The model that answers are measured against; unset means the model before training."""
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from kubetune_trainer.chat import ChatTemplate, TemplateError, encode_messages
 from kubetune_trainer.config import Dataset
-from kubetune_trainer.data.formats import Chat, Format, RecordError, Text, convert
-from kubetune_trainer.data.preference import join_pair, pair_of
+from kubetune_trainer.data.formats import Chat, Format, RecordError, RowKind, Text, convert
+from kubetune_trainer.data.preference import answer_of, join_pair, judged, pair_of
 from kubetune_trainer.data.read import Record
 from kubetune_trainer.data.store import Row
 from kubetune_trainer.errors import DataError
@@ -71,11 +71,12 @@ class ChunkEncoder:
     Args:
         dataset: The config's block.
         tokenizer: The model's.
+        rows: What is made of a record.
     """
 
-    def __init__(self, dataset: Dataset, tokenizer: Tokenizer) -> None:
-        self.parts = dataset, tokenizer
-        self._dataset, self._tokenizer = dataset, tokenizer
+    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, rows: RowKind = "Samples") -> None:
+        self.parts = dataset, tokenizer, rows
+        self._dataset, self._tokenizer, self._rows = dataset, tokenizer, rows
         source = dataset.chat_template or tokenizer.chat_template
         self._template = ChatTemplate(source, tokenizer.special_tokens) if source else None
         self._starts_with_bos = tokenizer.encode("a", add_special_tokens=True)[:1] == [tokenizer.bos_id]
@@ -110,7 +111,12 @@ class ChunkEncoder:
         if chunk.format == "Preference":
             pair = pair_of(record, mapping=chunk.columns)
             chosen, rejected = self._encode(pair.chosen), self._encode(pair.rejected)
-            return self._of_pair(chosen, rejected, counts), _digest(join_pair(chosen, rejected))
+            of_record = self._of_two_answers if self._rows == "Answers" else self._of_pair
+            return of_record(chosen, rejected, counts), _digest(join_pair(chosen, rejected))
+        if chunk.format == "UnpairedPreference":
+            answer, good = answer_of(record, mapping=chunk.columns)
+            sample = self._encode(answer)
+            return [judged(piece, is_good=good) for piece in self._cut(sample, counts)], _digest(sample)
         sample = self._encode(convert(record, chunk.format, mapping=chunk.columns))
         return self._cut(sample, counts), _digest(sample)
 
@@ -121,6 +127,14 @@ class ChunkEncoder:
         counts.truncated_samples += bool(of_pair.truncated_samples)
         counts.dropped_samples += bool(of_pair.dropped_samples)
         return [] if of_pair.dropped_samples else [join_pair(*sides)]
+
+    def _of_two_answers(self, chosen: Row, rejected: Row, counts: Counts) -> list[Row]:
+        """Returns the sides of a pair as rows of their own: a good answer and a bad one."""
+        of_pair = Counts()
+        good, bad = (self._cut(side, of_pair) for side in (chosen, rejected))
+        counts.truncated_samples += bool(of_pair.truncated_samples)
+        counts.dropped_samples += bool(of_pair.dropped_samples)
+        return [judged(row, is_good=side is good) for side in (good, bad) for row in side]
 
     def _encode(self, sample: Chat | Text) -> Row:
         if isinstance(sample, Text):

@@ -58,7 +58,7 @@ class SampleEncoder:
     """
 
     def __init__(self, dataset: Dataset, *, tokenizer: Tokenizer, report: Report, rows: RowKind = "Samples") -> None:
-        self._encoder, self._report, self._rows = ChunkEncoder(dataset, tokenizer), report, rows
+        self._encoder, self._report, self._rows = ChunkEncoder(dataset, tokenizer, rows), report, rows
         self.counts = Counts()
 
     def write_samples(self, opened: OpenSource, writer: DataWriter, *, count: bool = True) -> TokenizedSource:

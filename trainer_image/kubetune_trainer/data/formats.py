@@ -16,9 +16,9 @@ from typing import Any, Final, Literal
 
 from kubetune_trainer.errors import DataError
 
-Format = Literal["Messages", "ShareGPT", "Alpaca", "PromptCompletion", "Text", "Preference"]
-RowKind = Literal["Samples", "Pairs"]
-"""What a row is: samples to learn from, or two answers of which one is better."""
+Format = Literal["Messages", "ShareGPT", "Alpaca", "PromptCompletion", "Text", "Preference", "UnpairedPreference"]
+RowKind = Literal["Samples", "Pairs", "Answers"]
+"""What a row is: samples to learn from, two answers of which one is better, or one that is good or bad."""
 
 REQUIRED: Mapping[Format, tuple[str, ...]] = {
     "Messages": ("messages",),
@@ -27,6 +27,7 @@ REQUIRED: Mapping[Format, tuple[str, ...]] = {
     "PromptCompletion": ("prompt", "completion"),
     "Text": ("text",),
     "Preference": ("chosen", "rejected"),
+    "UnpairedPreference": ("prompt", "completion", "label"),
 }
 """What a record must have to be of a format; Auto takes the first that matches."""
 
@@ -40,6 +41,7 @@ SHAREGPT_ROLES: Final = {
 FORMATS_OF: Mapping[RowKind, tuple[Format, ...]] = {
     "Samples": ("Messages", "ShareGPT", "Alpaca", "PromptCompletion", "Text"),
     "Pairs": ("Preference",),
+    "Answers": ("Preference", "UnpairedPreference"),
 }
 """The formats that each kind of row can be made of."""
 

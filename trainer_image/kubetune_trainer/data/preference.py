@@ -1,8 +1,11 @@
-"""Preferences: pairs of answers of which one is better.
+"""Preferences: pairs of answers of which one is better, or answers that are good or bad each by itself.
 
 A record of format Preference has prompt, chosen and rejected: texts, or lists of messages. Without a prompt, or with
 one of another sort than the answers, the prompt is what chosen and rejected begin with in common. What is given is
 never scored. A row has the better answer as its document 0 and the other one as 1, each with the prompt.
+
+A record of format UnpairedPreference has prompt, completion and label, which says whether the completion is a good one.
+A row of it is one side of a pair's: document 0 if the answer is good, 1 if it is bad.
 """
 
 from collections.abc import Mapping
@@ -13,6 +16,7 @@ import numpy as np
 
 from kubetune_trainer.data.formats import Chat, Fields, RecordError, Text
 from kubetune_trainer.data.store import Row
+from kubetune_trainer.names import IGNORE_LABEL
 
 Answer = Chat | Text
 
@@ -50,6 +54,43 @@ def pair_of(record: Mapping[str, Any], *, mapping: Mapping[str, str]) -> Pair:
         raise RecordError(f"{fields.column('chosen')} and {fields.column('rejected')} must differ")
     tools = fields.tools()
     return Pair(chosen=_answer(given, chosen, tools=tools), rejected=_answer(given, rejected, tools=tools))
+
+
+def answer_of(record: Mapping[str, Any], *, mapping: Mapping[str, str]) -> tuple[Answer, bool]:
+    """Turns a record of format UnpairedPreference into an answer, and whether it is a good one.
+
+    Args:
+        record: The record as it was read.
+        mapping: From the format's field to the data's own column.
+
+    Raises:
+        RecordError: A column is missing or holds something else than it should.
+    """
+    fields = Fields(record, mapping)
+    label = fields.optional("label")
+    if label not in (True, False):  # 1 and 0 are equal to them
+        raise RecordError(f"{fields.column('label')} must be true or false, got {label!r}")
+    read = fields.messages if isinstance(fields.optional("completion"), list) else fields.text
+    return _answer(read("prompt"), read("completion"), tools=fields.tools()), bool(label)
+
+
+def judged(answer: Row, *, is_good: bool) -> Row:
+    """Returns an answer as one side of a pair's row."""
+    return Row(tokens=answer.tokens, labels=answer.labels, documents=np.full_like(answer.documents, not is_good))
+
+
+def is_good(row: Row) -> bool:
+    """Whether the answer of a row is a good one."""
+    return bool(row.documents[0] == 0)
+
+
+def with_answer_of(row: Row, other: Row, *, max_length: int) -> Row:
+    """Returns a row's prompt with another row's answer, cut at a length."""
+    begin, other_begin = (int(np.argmax(each.labels != IGNORE_LABEL)) for each in (row, other))
+    tokens = np.concatenate([row.tokens[: begin + 1], other.tokens[other_begin + 1 :]])
+    labels = np.concatenate([row.labels[:begin], other.labels[other_begin:]])
+    mixed = Row(tokens=tokens, labels=labels, documents=np.full_like(tokens, row.documents[0]))
+    return mixed.part(0, max_length)
 
 
 def join_pair(chosen: Row, rejected: Row) -> Row:

@@ -1,0 +1,227 @@
+"""Teach a language model good answers and unteach it bad ones, each by itself: KTO.
+
+    torchrun --nproc-per-node 2 recipes/kto.py --config recipes/configs/smollm2_kto.yaml training.max_steps=10
+
+The script reads as `dpo.py` does. An answer is worth what the model gives it over a reference model, and is measured
+against how far the model is from the reference over all: the divergence. That is estimated once before each step, over
+all of its rows, each with the answer of the row before it, which is hardly one to its prompt. The estimate has no
+gradient and is the same on all ranks. The loss is in `kubetune_trainer.preference`.
+
+Shapes: B answers of a micro batch, T tokens.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from kubetune_trainer.data.preference import is_good, with_answer_of
+from kubetune_trainer.data.sampler import Batch, collate
+from kubetune_trainer.data.store import DataStore
+from kubetune_trainer.distributed import exchange, gather_vector
+from kubetune_trainer.errors import PreemptedError
+from kubetune_trainer.log_probabilities import label_log_probabilities
+from kubetune_trainer.lora import without_adapters
+from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.optim import clip_grad_norm
+from kubetune_trainer.preference import Judged, kto
+from kubetune_trainer.report import report, run
+from kubetune_trainer.training.job import Job, begin, build_frozen, resume
+from kubetune_trainer.training.outputs import export, finish
+from kubetune_trainer.training.progress import Progress
+from kubetune_trainer.training.step import (
+    check_finite,
+    global_rows,
+    micro_batch_rows,
+    seed_dropout,
+    set_learning_rate,
+    validation_rows,
+)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The whole run, from nothing or from where the last attempt stopped, to its outputs."""
+    with begin(arguments, description=__doc__, recipes=["KTO"]) as job:
+        reference = build_reference(job)
+        first_step = resume(job)
+        with job.stop.deferred():
+            train(job, reference, first_step)
+        finish(job, export(job))
+
+
+def build_reference(job: Job) -> Decoder | None:
+    """The frozen reference; None where it is the trained model without its adapters."""
+    if (other := job.local.others.get("kto.reference")) is not None:
+        return build_frozen(job, other.model_dir)
+    return None if job.config.lora is not None else build_frozen(job, job.local.model_dir)
+
+
+def train(job: Job, reference: Decoder | None, first_step: int) -> None:
+    """The training loop: the divergence, micro batches, one exchange, one optimizer step, then whatever is due."""
+    training, model, optimizer, checkpointer = job.config.training, job.model, job.optimizer, job.checkpointer
+    data = job.local.train_data
+    progress = Progress(job, first_step)
+    report("phase", phase="Training")
+    for step in range(first_step + 1, job.total_steps + 1):
+        set_learning_rate(job, step)
+        mine, everyone = micro_batch_rows(job, step), global_rows(job, step)
+        divergence = estimate_divergence(job, reference, data, mine, everyone)
+        model.train()
+        batches = [collate_answers(job, data, rows) for rows in mine]
+        loss_sum, measures = torch.zeros((), dtype=torch.float64), torch.zeros(NUM_MEASURES, dtype=torch.float64)
+        for number, (rows, batch) in enumerate(zip(mine, batches, strict=True)):
+            # With adapters the gradients are small enough to be kept whole until the last micro batch.
+            model.set_requires_gradient_sync(number == len(batches) - 1 or job.config.tuning == "Full")
+            by_reference = reference_log_probabilities(job, reference, batch)
+            seed_dropout(training.seed, step, number, job.world.data_rank)
+            good = goodness(job, data, rows)
+            judged = judge(job, batch, good, by_reference=by_reference, divergence=divergence)
+            # The mean over the whole step, so that it does not depend on how it is divided.
+            loss = judged.losses.sum() / training.global_batch_size
+            loss.backward()
+            loss_sum += loss.detach().cpu()
+            measures += measured(judged, good)
+
+        totals = exchange(
+            loss_sum=loss_sum.item(),
+            trained_tokens=sum(batch.trained_tokens for batch in batches),
+            tokens=sum(batch.num_tokens for batch in batches),
+            stop=job.stop.requested,
+            save=checkpointer.due(step),
+            uploaded_step=checkpointer.uploaded_step,
+            measures=measures.tolist(),
+        )
+        grad_norm = clip_grad_norm(job.weights, training.max_grad_norm).item()
+        check_finite(job, step, loss=totals.loss_sum, grad_norm=grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        told = {"divergence": divergence, **rewards(totals.measures)}
+        progress.report_step(step, loss=totals.loss_sum, tokens=totals.tokens, grad_norm=grad_norm, **told)
+        checkpointer.advance(totals.uploaded_step)
+        if step == job.total_steps or step % (training.validate_every_steps or job.total_steps) == 0:
+            validate(job, reference, step)
+        if totals.stop or totals.save or step == job.total_steps:
+            checkpointer.save(step, model, optimizer)
+        if totals.stop:
+            checkpointer.finish()
+            raise PreemptedError(f"{job.config.title}: stopped after step {step}, which is saved")
+    checkpointer.finish()
+
+
+@torch.no_grad()
+def estimate_divergence(
+    job: Job,
+    reference: Decoder | None,
+    data: DataStore,
+    mine: Sequence[Sequence[int]],
+    everyone: Sequence[int],
+) -> float:
+    """How far the model is from the reference, at least 0: the mean log ratio of answers to prompts of other rows.
+
+    Every rank takes part in every forward pass. Dropout is off, so that it does not depend on how rows are divided.
+
+    Args:
+        job: The run.
+        reference: As for `train`.
+        data: Where the rows are.
+        mine: This rank's rows, a list for each round; empty where it has nothing left.
+        everyone: All ranks' rows in order; each gets the answer of the one before it.
+    """
+    job.model.eval()
+    before = dict(zip(everyone, [everyone[-1], *everyone[:-1]], strict=True))
+    sums = torch.zeros(2, dtype=torch.float64)
+    for rows in mine:
+        mixed = [
+            with_answer_of(data[row], data[before[row]], max_length=job.config.dataset.max_sequence_length)
+            for row in rows or everyone[:1]
+        ]
+        batch = collate(mixed, pad_id=job.pad_id).to(job.world.device)
+        ratios_B = log_probabilities(job.model, batch) - reference_log_probabilities(job, reference, batch)
+        if rows:
+            sums += torch.tensor([ratios_B.double().sum().item(), len(rows)], dtype=torch.float64)
+    total, num_rows = gather_vector(sums.tolist()).sum(dim=0).tolist()
+    return max(0.0, total / num_rows)
+
+
+def collate_answers(job: Job, data: DataStore, rows: Sequence[int]) -> Batch:
+    """Puts answers side by side."""
+    return collate([data[row] for row in rows], pad_id=job.pad_id).to(job.world.device)
+
+
+def goodness(job: Job, data: DataStore, rows: Sequence[int]) -> Tensor:
+    """Which of the answers are good ones, (B)."""
+    return torch.tensor([is_good(data[row]) for row in rows], device=job.world.device)
+
+
+def log_probabilities(model: Decoder, batch: Batch) -> Tensor:
+    """What a model makes of each answer, summed over its tokens, (B)."""
+    return label_log_probabilities(model, batch, batch.labels).sum(dim=1)
+
+
+def reference_log_probabilities(job: Job, reference: Decoder | None, batch: Batch) -> Tensor:
+    """What the reference makes of each answer, (B)."""
+    model = job.model if reference is None else reference
+    with torch.no_grad(), without_adapters(model) if reference is None else nullcontext():
+        return log_probabilities(model, batch)
+
+
+def judge(job: Job, batch: Batch, good: Tensor, *, by_reference: Tensor, divergence: float) -> Judged:
+    """What KTO says of a micro batch."""
+    settings = job.config.kto
+    assert settings is not None  # noqa: S101 (the recipe that this script has)
+    return kto(
+        log_probabilities(job.model, batch) - by_reference,
+        good,
+        divergence=divergence,
+        beta=settings.beta,
+        desirable_weight=settings.desirable_weight,
+        undesirable_weight=settings.undesirable_weight,
+    )
+
+
+NUM_MEASURES = 4
+
+
+def measured(judged: Judged, good: Tensor) -> Tensor:
+    """Sums over the answers of a micro batch: rewards of the good ones and their number, and the same of the bad."""
+    rewards_B = judged.rewards.double()
+    parts = [(rewards_B[chosen].sum(), chosen.double().sum()) for chosen in (good, ~good)]
+    return torch.stack([number for part in parts for number in part]).cpu()
+
+
+def rewards(measures: Sequence[float]) -> dict[str, float]:
+    """What is reported of the rewards: their means, where there are answers of that sort."""
+    good, num_good, bad, num_bad = measures
+    told = {"rewards_chosen": (good, num_good), "rewards_rejected": (bad, num_bad)}
+    means = {name: total / number for name, (total, number) in told.items() if number}
+    if len(means) == len(told):
+        means["rewards_margin"] = means["rewards_chosen"] - means["rewards_rejected"]
+    return means
+
+
+@torch.no_grad()
+def validate(job: Job, reference: Decoder | None, step: int) -> None:
+    """Reports the mean loss over the held-out answers; every rank takes part in every forward pass."""
+    data = job.local.validation_data
+    if data is None:
+        return
+    rounds = validation_rows(job, len(data))
+    divergence = estimate_divergence(job, reference, data, rounds, range(len(data)))
+    sums = torch.zeros(2 + NUM_MEASURES, dtype=torch.float64)
+    for rows in rounds:
+        # A rank with nothing left computes an answer again, for FSDP's sake, and counts none of it.
+        batch, good = collate_answers(job, data, rows or [0]), goodness(job, data, rows or [0])
+        by_reference = reference_log_probabilities(job, reference, batch)
+        judged = judge(job, batch, good, by_reference=by_reference, divergence=divergence)
+        if rows:
+            sums[:2] += torch.tensor([judged.losses.sum(), len(rows)])
+            sums[2:] += measured(judged, good)
+    loss, num_answers, *measures = gather_vector(sums.tolist()).sum(dim=0).tolist()
+    told = {"divergence": divergence, **rewards(measures)}
+    report("validation", step=step, validation_loss=loss / max(1, num_answers), **told)
+
+
+if __name__ == "__main__":
+    run(main)
