@@ -168,6 +168,12 @@ GOOD: dict[str, dict[str, Any]] = {
         "spec__lora": {"rankStabilized": True, "learningRateRatio": "16"},
         "spec__outputs": [{"name": "adapter", "type": "PEFT"}],
     },
+    "adapters beside weights of 4 bits": {"spec__tuning": "QLoRA"},
+    "adapters merged into the original weights": {
+        "spec__tuning": "QLoRA",
+        "spec__lora": {"mergeBase": "Original"},
+        "spec__outputs": [{"name": "adapter", "type": "PEFT"}],
+    },
     "an adapter of one's own": {"spec__lora": {"rank": 8, "dropout": "0.1", "targetModules": ["q_proj", "v_proj"]}},
     "a learning rate in exponent form": {"spec__training__learningRate": "1.5e-05"},
     "quantities as numbers and strings": {
@@ -342,7 +348,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     # Values
     "an unknown choice": (
         {"spec__tuning": "IA3"},
-        'spec.tuning: Unsupported value: "IA3": supported values: "LoRA", "DoRA", "Full"',
+        'spec.tuning: Unsupported value: "IA3": supported values: "LoRA", "DoRA", "QLoRA", "Full"',
     ),
     "three choices": (
         {"spec__training__precision": "FP16"},
@@ -505,6 +511,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dropout in layers that are split": (
         {"spec__training__parallelism": {"tensor": 2}, "spec__lora": {"dropout": "0.05"}},
         "spec.training.parallelism.tensor must be 1 with tuning: DoRA and with a spec.lora.dropout",
+    ),
+    "compiled layers over weights of 4 bits": (
+        {"spec__tuning": "QLoRA", "spec__training__compile": "Blocks"},
+        "spec.training.compile must be None with tuning: QLoRA",
+    ),
+    "a base to merge into that was not quantized": (
+        {"spec__lora": {"mergeBase": "Original"}},
+        "spec.lora.mergeBase is allowed only with tuning: QLoRA",
     ),
     "adapters from full tuning": (
         {"spec__tuning": "Full", "spec__outputs": [{"name": "a", "type": "PEFT"}]},

@@ -23,6 +23,8 @@ TINY: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
     },
+    "smollm2_qlora": {"intermediate_size": 128},
+    "llama3_8b_qlora": {"intermediate_size": 128},
     "gemma3_1b_lora": {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
@@ -36,11 +38,11 @@ TINY: dict[str, dict[str, Any]] = {
 """A model of a preset's family that runs in seconds."""
 
 
-@pytest.mark.parametrize("preset", LORA)
+@pytest.mark.parametrize("preset", [*LORA, "smollm2_qlora", "llama3_8b_qlora"])
 def test_a_preset_is_a_complete_config(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     config = load_config(CONFIGS / f"{preset}.yaml")
-    assert config.tuning == "LoRA"
+    assert config.tuning == ("QLoRA" if preset.endswith("_qlora") else "LoRA")
     text = (CONFIGS / f"{preset}.yaml").read_text()
     assert f"recipes/finetune.py --config recipes/configs/{preset}.yaml" in text
 

@@ -13,12 +13,12 @@ from pydantic.alias_generators import to_camel
 from torch import nn
 
 from kubetune_trainer.config import FineTuneConfig
-from kubetune_trainer.lora import apply_lora
+from kubetune_trainer.lora import apply_lora, packed_layers
 from kubetune_trainer.loss import CHUNK_TOKENS
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.decoder import NORMS, Decoder
 from kubetune_trainer.model.weights import build_model
-from kubetune_trainer.parallel import stays_whole
+from kubetune_trainer.parallel import held_bytes, stays_whole
 
 FP32: Final = 4
 BF16: Final = 2
@@ -60,7 +60,7 @@ def estimate_memory(
     ranks = config.run.num_nodes * config.run.processes_per_node
     trained = _count_trained(model)
     kept_trained = BF16 if config.training.precision == "BF16" else FP32
-    frozen = (_count(model) - trained) * _compute_bytes(config)
+    frozen = sum(held_bytes(weight, _compute_type(config)) for weight in model.parameters() if not weight.requires_grad)
     parts = {
         "weights": trained * kept_trained // ranks + (frozen if _whole(model, config) else frozen // ranks),
         "gradients": trained * kept_trained // ranks,
@@ -87,15 +87,22 @@ def _gathered(model: Decoder, config: FineTuneConfig) -> int:
 
     Whole gradients of a block come on top while it goes backward, and those of all adapters until the last micro batch.
     """
-    blocks = [_count(block) for block in model.model.layers]
-    root = _count(model) - sum(blocks)
-    gradients = root + max(blocks) if config.lora is None else _count_trained(model)
-    held = _count_trained(model) if _whole(model, config) else root + GATHERED_BLOCKS * max(blocks)
-    return (held + gradients) * _compute_bytes(config)
+    blocks = [_bytes(block, config) for block in model.model.layers]
+    root = _bytes(model, config) - sum(blocks)
+    trained = _count_trained(model) * _compute_bytes(config)
+    gradients = root + max(blocks) if config.lora is None else trained
+    held = trained if _whole(model, config) else root + GATHERED_BLOCKS * max(blocks)
+    return held + gradients + _unpacked(model, config)
+
+
+def _unpacked(model: Decoder, config: FineTuneConfig) -> int:
+    """Returns the bytes of the largest weight in NF4 while it is used, as numbers of the type that is computed in."""
+    largest = max((layer.in_features * layer.out_features for layer in packed_layers(model).values()), default=0)
+    return largest * _compute_bytes(config)
 
 
 def _whole(model: Decoder, config: FineTuneConfig) -> bool:
-    return stays_whole(model, torch.float32 if config.training.precision == "FP32" else torch.bfloat16)
+    return stays_whole(model, _compute_type(config))
 
 
 def activation_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:
@@ -135,7 +142,15 @@ def activation_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:
 
 
 def _compute_bytes(config: FineTuneConfig) -> int:
-    return FP32 if config.training.precision == "FP32" else BF16
+    return _compute_type(config).itemsize
+
+
+def _compute_type(config: FineTuneConfig) -> torch.dtype:
+    return torch.float32 if config.training.precision == "FP32" else torch.bfloat16
+
+
+def _bytes(module: nn.Module, config: FineTuneConfig) -> int:
+    return sum(held_bytes(weight, _compute_type(config)) for weight in module.parameters())
 
 
 def _count(module: nn.Module) -> int:

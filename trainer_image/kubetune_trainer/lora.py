@@ -2,7 +2,8 @@
 
 The base keeps Hugging Face's names, `q_proj.weight`; beside it come `q_proj.lora_A.weight` (rank, in) and
 `q_proj.lora_B.weight` (out, rank), and with DoRA (arXiv 2402.09353) `q_proj.lora_magnitude_vector` (out), the length
-that each row of the adapted weight has.
+that each row of the adapted weight has. With QLoRA (arXiv 2305.14314) the base's weight is packed in NF4:
+`q_proj.weight_codes` and `q_proj.weight_scales` stand in its place.
 """
 
 import math
@@ -15,12 +16,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from kubetune_trainer.errors import ConfigError
+from kubetune_trainer.quantize import nf4
 
 ALL_LINEAR = "all-linear"
 OUTPUT_HEAD = "lm_head"
 A_SUFFIX = ".lora_A.weight"
 B_SUFFIX = ".lora_B.weight"
 MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
+PACKED_SUFFIXES = (".weight_codes", ".weight_scales")
 SMALLEST_NORM = 1e-12
 """Rows of nothing but zeros keep the magnitude 0 and are divided by this."""
 
@@ -57,7 +60,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in) to (…, out)."""
-        out = functional.linear(x, self.weight, self.bias)
+        out = self.base(x)
         if not self.enabled:
             return out
         dropped = functional.dropout(x, self.dropout, self.training)
@@ -72,6 +75,10 @@ class LoRALinear(nn.Linear):
         stretch = self._stretch(self.lora_magnitude_vector).to(x.dtype)
         return out + (stretch - 1) * base + stretch * update
 
+    def base(self, x: Tensor) -> Tensor:
+        """Map as the layer does without its adapter."""
+        return functional.linear(x, self.weight, self.bias)
+
     def _stretch(self, magnitude: Tensor) -> Tensor:
         """Return what each output is multiplied with, fp32; lengths count as constants in backward (section 4.3)."""
         with torch.no_grad():
@@ -79,6 +86,54 @@ class LoRALinear(nn.Linear):
             # In the magnitude's own type, so that a fresh adapter changes nothing when FSDP has rounded that.
             norm = row_norms(adapted).to(magnitude.dtype).float()
         return magnitude.float() / norm
+
+
+class QLoRALinear(LoRALinear):
+    """The same over a base in NF4, which becomes numbers when it is used and only then.
+
+    Its codes and scales are frozen parameters, which FSDP shards by rows as any other; the few numbers beside them are
+    buffers, whole on each rank.
+
+    Args:
+        base: The layer that it stands in for; its weight is packed, unless it has no memory yet.
+        rank: Inner width of the update.
+        scale: What the update is multiplied with.
+        dropout: Part of the update's input that is dropped in training.
+    """
+
+    weight_factors: Tensor
+    weight_mean: Tensor
+
+    def __init__(self, base: nn.Linear, *, rank: int, scale: float, dropout: float) -> None:
+        super().__init__(base, rank=rank, scale=scale, dropout=dropout)
+        self.weight = None
+        shape, device = (base.out_features, base.in_features), base.weight.device
+        packed = nf4.Packed.empty(shape, device=device) if base.weight.is_meta else nf4.Packed.of(base.weight)
+        self.weight_codes = nn.Parameter(packed.codes, requires_grad=False)
+        self.weight_scales = nn.Parameter(packed.scales, requires_grad=False)
+        self.register_buffer("weight_factors", packed.factors, persistent=False)
+        self.register_buffer("weight_mean", packed.mean, persistent=False)
+
+    def base(self, x: Tensor) -> Tensor:
+        """Map as the layer does without its adapter."""
+        out = nf4.linear(x, self.packed)
+        return out if self.bias is None else out + self.bias
+
+    @property
+    def packed(self) -> nf4.Packed:
+        """The base's weight."""
+        return nf4.Packed(self.weight_codes, self.weight_scales, self.weight_factors, self.weight_mean)
+
+    def load(self, weight: Tensor) -> None:
+        """Pack a weight, given whole, and keep this rank's rows of it."""
+        from kubetune_trainer.model.weights import local_place  # noqa: PLC0415 - as in `init_lora`
+
+        packed = nf4.Packed.of(weight)
+        for parameter, whole in ((self.weight_codes, packed.codes), (self.weight_scales, packed.scales)):
+            local, place = local_place(parameter)
+            local.copy_(whole[place])
+        self.weight_factors.copy_(packed.factors)
+        self.weight_mean.copy_(packed.mean)
 
 
 def apply_lora(
@@ -90,6 +145,7 @@ def apply_lora(
     target_modules: Sequence[str] = (ALL_LINEAR,),
     rank_stabilized: bool = False,
     has_magnitude: bool = False,
+    packs_base: bool = False,
 ) -> list[str]:
     """Freeze a model and put fp32 adapters beside its linear layers, in place.
 
@@ -102,24 +158,40 @@ def apply_lora(
             all-linear means all but the output head.
         rank_stabilized: Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
         has_magnitude: Train the rows' lengths by themselves (DoRA).
+        packs_base: Keep the weights of the layers that get an adapter in NF4 (QLoRA); not with has_magnitude.
 
     Returns:
         The names of the layers that have an adapter now.
 
     Raises:
-        ConfigError: A target names no linear layer, or the output head.
+        ConfigError: A target names no linear layer, or the output head, or one whose rows cannot be packed.
     """
     model.requires_grad_(requires_grad=False)
     names = _targeted(model, target_modules)
     scale = update_scale(rank=rank, alpha=alpha, rank_stabilized=rank_stabilized)
+    if packs_base:
+        _check_rows(model, names)
     for name in names:
         parent, _, child = name.rpartition(".")
         base = model.get_submodule(name)
-        layer = LoRALinear(base, rank=rank, scale=scale, dropout=dropout, has_magnitude=has_magnitude)
+        if packs_base:
+            layer: LoRALinear = QLoRALinear(base, rank=rank, scale=scale, dropout=dropout)
+        else:
+            layer = LoRALinear(base, rank=rank, scale=scale, dropout=dropout, has_magnitude=has_magnitude)
         setattr(model.get_submodule(parent), child, layer)
     if not any(parameter.is_meta for parameter in model.parameters()):
         init_lora(model, seed=0)
     return names
+
+
+def _check_rows(model: nn.Module, names: Sequence[str]) -> None:
+    for name in names:
+        inputs = model.get_submodule(name).in_features
+        if inputs % nf4.BLOCK:
+            raise ConfigError(
+                f"tuning QLoRA needs layers whose inputs are divisible by {nf4.BLOCK}: {name} has {inputs}",
+                hint="Use tuning LoRA, or leave this layer out of lora.target_modules.",
+            )
 
 
 def update_scale(*, rank: int, alpha: float, rank_stabilized: bool) -> float:
@@ -175,6 +247,16 @@ def is_adapter(name: str) -> bool:
     return name.endswith((A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX))
 
 
+def is_packed(name: str) -> bool:
+    """Whether a parameter is part of a weight in NF4."""
+    return name.endswith(PACKED_SUFFIXES)
+
+
+def packed_layers(model: nn.Module) -> dict[str, QLoRALinear]:
+    """Return the layers whose weights are in NF4, by the names that these weights have in files."""
+    return {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, QLoRALinear)}
+
+
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Gather the adapters whole, on CPU; every rank must call this at the same time.
 
@@ -197,7 +279,9 @@ def lora_scale(model: nn.Module) -> float:
     return next(module.scale for module in model.modules() if isinstance(module, LoRALinear))
 
 
-def merge_adapters(name: str, weight: Tensor, adapters: Mapping[str, Tensor], *, scale: float) -> Tensor:
+def merge_adapters(
+    name: str, weight: Tensor, adapters: Mapping[str, Tensor], *, scale: float, packed: bool = False
+) -> Tensor:
     """Merge into a weight the adapters of its layer, in fp32; one without adapters is returned as it is.
 
     Args:
@@ -205,10 +289,13 @@ def merge_adapters(name: str, weight: Tensor, adapters: Mapping[str, Tensor], *,
         weight: The base's.
         adapters: What `lora_state_dict` gathered.
         scale: What updates are multiplied with.
+        packed: Merge into what the weight is in NF4, as QLoRA trains on.
     """
     layer = name.removesuffix(".weight")
     if layer + A_SUFFIX not in adapters:
         return weight
+    if packed:
+        weight = nf4.rounded_to_nf4(weight)
     merged = merge_update(weight, adapters[layer + A_SUFFIX], adapters[layer + B_SUFFIX], scale=scale)
     magnitude = adapters.get(layer + MAGNITUDE_SUFFIX)
     return merged if magnitude is None else merged * (magnitude.float() / row_norms(merged))[:, None]

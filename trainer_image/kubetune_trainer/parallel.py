@@ -62,7 +62,8 @@ def parallelize(
         model: Changed in place; adapters must be applied already.
         precision: FP32 keeps and computes everything in fp32. BF16Mixed keeps trained weights in fp32 and frozen ones
             in bf16, and computes in bf16; a small model's frozen ones are kept in the type that it computes in. BF16
-            keeps and computes everything in bf16. Gradients are summed in fp32.
+            keeps and computes everything in bf16. Gradients are summed in fp32. Weights in NF4 are kept, sharded and
+            sent as they are, and become the type of what they are multiplied with.
         activation_checkpointing: Full keeps only each block's input and computes the rest again in backward; Selective
             also keeps what products of matrices and attention return.
         is_compiled: Compile each block.
@@ -95,8 +96,13 @@ def parallelize(
 
 
 def stays_whole(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether each rank may hold all weights at once, in the type that they are computed in."""
-    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize <= KEEP_WHOLE_BYTES
+    """Whether each rank may hold all weights at once, packed or else in the type that they are computed in."""
+    return sum(held_bytes(weight, dtype) for weight in model.parameters()) <= KEEP_WHOLE_BYTES
+
+
+def held_bytes(weight: torch.Tensor, dtype: torch.dtype) -> int:
+    """Return what a weight takes in this type; integers, which are packed weights, stay as they are."""
+    return weight.numel() * (dtype if weight.is_floating_point() else weight.dtype).itemsize
 
 
 def compute_dtype(device: str | torch.device) -> torch.dtype:
@@ -118,8 +124,12 @@ def _agreed_compute_dtype(device_type: str) -> torch.dtype:
 
 
 def set_dtypes(model: nn.Module, *, precision: Precision, frozen: torch.dtype | None = None) -> None:
-    """Give each weight the type in which it is kept between steps; unset, `precision` says that of frozen ones too."""
+    """Give each weight the type in which it is kept between steps; unset, `precision` says that of frozen ones too.
+
+    Weights in NF4 stay packed.
+    """
     trained = torch.bfloat16 if precision == "BF16" else torch.float32
     frozen = frozen or (torch.float32 if precision == "FP32" else torch.bfloat16)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(trained if parameter.requires_grad else frozen)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(trained if parameter.requires_grad else frozen)

@@ -59,6 +59,9 @@ class Lora(ApiModel):
     """Scale by alpha / sqrt(rank) instead (rsLoRA), so that higher ranks do not learn more slowly."""
     learning_rate_ratio: PositiveNumber = "1.0"
     """What training.learningRate is multiplied with for the second matrix of each adapter, B (LoRA+)."""
+    merge_base: Literal["Quantized", "Original"] | None = None
+    """What complete outputs of tuning: QLoRA merge the adapters into. Quantized: the weights in NF4, as training saw
+    them. Original: the weights of the model's files. Unset: Quantized. Refused with other tunings."""
 
 
 class Dpo(ApiModel):
@@ -327,6 +330,16 @@ class FineTuneJobSpec(JobSpec):
             ),
         ),
         Rule(
+            cel="self.tuning == 'QLoRA' || !has(self.lora) || !has(self.lora.mergeBase)",
+            message="spec.lora.mergeBase is allowed only with tuning: QLoRA",
+            check=lambda value: value.tuning == "QLoRA" or value.lora is None or value.lora.merge_base is None,
+        ),
+        Rule(
+            cel="self.tuning != 'QLoRA' || self.training.compile == 'None'",
+            message="spec.training.compile must be None with tuning: QLoRA",
+            check=lambda value: value.tuning != "QLoRA" or value.training.compile == "None",
+        ),
+        Rule(
             cel="!has(self.training.validateEverySteps) || has(self.dataset.validation)",
             message="spec.training.validateEverySteps needs spec.dataset.validation",
             check=lambda value: value.training.validate_every_steps is None or value.dataset.validation is not None,
@@ -415,9 +428,9 @@ class FineTuneJobSpec(JobSpec):
     """Settings of recipe: KTO. Unset: their defaults. Refused with other recipes, except Custom."""
     custom: Custom | None = None
     """The script of recipe: Custom. Refused with other recipes."""
-    tuning: Literal["LoRA", "DoRA", "Full"] = "LoRA"
+    tuning: Literal["LoRA", "DoRA", "QLoRA", "Full"] = "LoRA"
     """LoRA trains adapters beside frozen weights. DoRA trains adapters that also have a magnitude for each output.
-    Full trains all weights."""
+    QLoRA trains those of LoRA beside weights of 4 bits (NF4). Full trains all weights."""
     lora: Lora | None = None
     """Settings of the adapters. Unset: their defaults. Refused with tuning: Full."""
     training: Training

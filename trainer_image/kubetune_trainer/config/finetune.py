@@ -67,6 +67,9 @@ class Lora(Block):
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
     learning_rate_ratio: float = Field(default=1.0, gt=0)
     """What training.learning_rate is multiplied with for the adapters' second matrix, B (LoRA+)."""
+    merge_base: Literal["Quantized", "Original"] | None = None
+    """What complete outputs of tuning QLoRA merge the adapters into: the weights in NF4, as training saw them, or those
+    of the model's files; unset means Quantized, refused with other tunings."""
 
 
 class Parallelism(Block):
@@ -203,8 +206,9 @@ class FineTuneConfig(JobConfig):
     """Settings of recipe KTO; defaulted with it, refused without."""
     custom: Custom | None = None
     """The script of recipe Custom; refused without it. The settings of all other recipes may stand beside it."""
-    tuning: Literal["LoRA", "DoRA", "Full"] = "LoRA"
-    """Which weights are trained: adapters, adapters that also have a magnitude for each output, or all weights."""
+    tuning: Literal["LoRA", "DoRA", "QLoRA", "Full"] = "LoRA"
+    """Which weights are trained: adapters, adapters that also have a magnitude for each output, adapters of layers
+    whose weights are kept in NF4, or all weights."""
     lora: Lora | None = None
     """The adapters; refused with tuning Full, otherwise defaulted."""
     training: Training
@@ -272,6 +276,10 @@ class FineTuneConfig(JobConfig):
             raise ValueError(
                 f"lora.dropout must be 0 with training.parallelism.tensor {tensor}, got {self.lora.dropout}"
             )
+        if self.tuning == "QLoRA" and self.training.compile != "None":
+            raise ValueError(f"training.compile must be None with tuning QLoRA, got {self.training.compile}")
+        if self.tuning != "QLoRA" and self.lora is not None and self.lora.merge_base is not None:
+            raise ValueError(f"lora.merge_base must be set only with tuning QLoRA, got tuning {self.tuning}")
         adapters = [output.name for output in self.outputs if output.type == "PEFT"]
         if self.tuning == "Full" and adapters:
             raise ValueError(f"outputs of type PEFT need adapters, got output {adapters[0]} with tuning Full")
@@ -290,7 +298,12 @@ class FineTuneConfig(JobConfig):
         """What `apply_lora` takes; there must be adapters."""
         assert self.lora is not None, "tuning Full has no adapters"
         settings = self.lora.model_dump(include={"rank", "alpha", "dropout", "target_modules", "rank_stabilized"})
-        return {**settings, "has_magnitude": self.tuning == "DoRA"}
+        return {**settings, "has_magnitude": self.tuning == "DoRA", "packs_base": self.tuning == "QLoRA"}
+
+    @property
+    def merges_packed(self) -> bool:
+        """Whether adapters are merged into what the base's weights are in NF4."""
+        return self.tuning == "QLoRA" and self.lora is not None and self.lora.merge_base != "Original"
 
     def accumulation_steps(self, world_size: int) -> int:
         """The micro batches of one rank in an optimizer step.
@@ -343,7 +356,7 @@ class FineTuneConfig(JobConfig):
         decisive = {"model", "dataset", "recipe", "tuning", "lora", "training", *BLOCKS.values()}
         decides = {
             key: value
-            for key, value in self.model_dump(mode="json", include=decisive).items()
+            for key, value in self.model_dump(mode="json", include=decisive, exclude={"lora": {"merge_base"}}).items()
             if value is not None or key == "lora"
         }
         for name in ("parallelism", "profile", "micro_batch_size"):

@@ -34,7 +34,7 @@ def trained_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def complete_weights(
-    trained: Iterable[tuple[str, Tensor]], *, source_dir: Path, lora_scale: float = 1.0
+    trained: Iterable[tuple[str, Tensor]], *, source_dir: Path, lora_scale: float = 1.0, packed: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Put trained weights and the source's own together into one complete model; call it on one rank only.
 
@@ -44,6 +44,7 @@ def complete_weights(
         trained: What `trained_weights` yields.
         source_dir: The model folder that training began with.
         lora_scale: Scale of the adapters' updates, of no use where there are none.
+        packed: Merge adapters into what the source's weights are in NF4, as QLoRA trains on.
     """
     adapters: dict[str, Tensor] = {}
     done: set[str] = set()
@@ -56,7 +57,7 @@ def complete_weights(
     with WeightFiles(source_dir, tied_embeddings=read_config(source_dir).tied_embeddings) as files:
         for name, tensor in files.items():
             if name not in done:
-                yield name, merge_adapters(name, tensor, adapters, scale=lora_scale)
+                yield name, merge_adapters(name, tensor, adapters, scale=lora_scale, packed=packed)
 
 
 def save_huggingface(

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
+BASE_FORM = "base_form"
+"""In the weights file's metadata: what the base's weights are to be made before adapters are merged into them."""
+NF4 = "NF4"
 
 
-def save_peft(adapters: Mapping[str, Tensor], *, target_dir: Path, lora: "Lora", base_model: str) -> None:
+def save_peft(
+    adapters: Mapping[str, Tensor], *, target_dir: Path, lora: "Lora", base_model: str, packed: bool = False
+) -> None:
     """Write a folder that `peft.PeftModel.from_pretrained` and vLLM load.
 
     Args:
@@ -26,13 +31,14 @@ def save_peft(adapters: Mapping[str, Tensor], *, target_dir: Path, lora: "Lora",
         target_dir: Made if it is not there.
         lora: The settings that the adapters were made with.
         base_model: Where the base model is: a Hub repository or a path; peft looks there unless it is given the base.
+        packed: Record, for whoever merges them, that they belong to the base in NF4; peft does not look at it.
     """
     target_dir.mkdir(parents=True, exist_ok=True)
     weights_file = target_dir / ADAPTER_WEIGHTS_FILE
     save_file(
         {PREFIX + name: tensor.contiguous() for name, tensor in adapters.items()},
         weights_file,
-        metadata={"format": "pt"},
+        metadata={"format": "pt", **({BASE_FORM: NF4} if packed else {})},
     )
     weights_file.chmod(0o644)  # safetensors lets the owner alone read it
     config = _adapter_config(adapters, lora=lora, base_model=base_model)

@@ -22,15 +22,12 @@ from kubetune_trainer.export.shards import MAX_SHARD_BYTES, Planned, ShardWriter
 from kubetune_trainer.model.config import CONFIG_FILE, read_config, read_json
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import WeightFiles
+from kubetune_trainer.quantize import nf4
 from kubetune_trainer.quantize.layers import KEPT, check_groups, linear_layers
 
 PARTS: Final = "_tensor_data_names"
 NF4: Final = "NF4"
 GROUPED: Final = ("Int4WeightOnly", "Int8DynamicActivationInt4Weight")
-NF4_BLOCK: Final = 64
-"""Weights that share a scale (arXiv 2305.14314)."""
-NF4_MAX_SCALERS: Final = 256
-"""Scales that are rounded together, as many of them as divide a weight's scales."""
 NF4_PARTS: Final = ("quantized_data", "scaler_mean", "quantization_factor", "quantized_scalers", "nf4")
 FLOAT8_CAPABILITY: Final = (8, 9)
 """The oldest CUDA devices that multiply float8."""
@@ -45,7 +42,7 @@ def check_torchao(folder: Path, *, scheme: str, group_size: int) -> None:
     if scheme in GROUPED:
         check_groups(folder, group_size=group_size)
     if scheme == NF4:
-        check_groups(folder, group_size=NF4_BLOCK)
+        check_groups(folder, group_size=nf4.BLOCK)
 
 
 def check_device(scheme: str | None) -> None:
@@ -187,10 +184,8 @@ def _flat(weight: Tensor, *, scheme: str, group_size: int) -> tuple[dict[str, Te
 def _flat_nf4(weight: Tensor) -> tuple[dict[str, Tensor], str]:
     from torchao.quantization import to_nf4  # noqa: PLC0415 (slow, and only where it is asked for)
 
-    num_blocks = weight.numel() // NF4_BLOCK
-    scalers = next(size for size in range(NF4_MAX_SCALERS, 0, -1) if num_blocks % size == 0)
-    tensor = to_nf4(weight, NF4_BLOCK, scalers)
-    sizes = {"block_size": NF4_BLOCK, "n_blocks": num_blocks, "scaler_block_size": scalers}
+    tensor = to_nf4(weight, nf4.BLOCK, nf4.num_scalers(weight.numel()))
+    sizes = {name: getattr(tensor, name) for name in ("block_size", "n_blocks", "scaler_block_size")}
     form = {"_type": "NF4Tensor", "_data": {**sizes, "shape": list(weight.shape)}, PARTS: NF4_PARTS}
     return {part: torch.atleast_1d(getattr(tensor, part)) for part in NF4_PARTS}, json.dumps(form)
 
@@ -246,7 +241,7 @@ def _describe(scheme: str, *, group_size: int) -> dict[str, Any]:
     """Return what config.json says of the quantized layers."""
     told: dict[str, Any] = {"quant_method": "torchao", "modules_to_not_convert": [KEPT]}
     if scheme == NF4:
-        return {**told, "quant_type": {"default": {"_type": "NF4", "_data": {"block_size": NF4_BLOCK}}}}
+        return {**told, "quant_type": {"default": {"_type": "NF4", "_data": {"block_size": nf4.BLOCK}}}}
     from torchao.core.config import config_to_dict  # noqa: PLC0415 (slow, and only where it is asked for)
 
     return {**told, "quant_type": {"default": config_to_dict(_config(scheme, group_size=group_size))}}

@@ -1,20 +1,31 @@
 """Merge a PEFT folder's adapters into the model that they belong to, in memory or as a new folder."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.export.huggingface import complete_weights, save_huggingface
-from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, PREFIX
+from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, BASE_FORM, NF4, PREFIX
 from kubetune_trainer.lora import A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX, merge_adapters, update_scale
 from kubetune_trainer.model.config import ModelConfig, read_config, read_json
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import WeightFiles, build_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merging:
+    """How a folder's adapters become part of the weights."""
+
+    scale: float
+    """What their updates are multiplied with."""
+    packed: bool
+    """Whether they belong to what the weights are in NF4."""
 
 
 def merge_adapter(model: Decoder, folder: Path, *, source: Path) -> None:
@@ -31,10 +42,10 @@ def merge_adapter(model: Decoder, folder: Path, *, source: Path) -> None:
     Raises:
         DataError: A file is missing or damaged, or the adapter does not fit the model.
     """
-    adapters, scale = read_adapter(folder, config=model.config)
+    adapters, how = read_adapter(folder, config=model.config)
     weights = dict(model.named_parameters())
     with torch.no_grad(), WeightFiles(source, tied_embeddings=model.config.tied_embeddings) as files:
-        for name, tensor in merged_weights(adapters, files, scale=scale):
+        for name, tensor in merged_weights(adapters, files, how=how):
             weights[name].copy_(tensor)
 
 
@@ -49,21 +60,22 @@ def save_merged(source: Path, adapter: Path, target: Path) -> None:
     Raises:
         DataError: A file is missing or damaged, or the adapter does not fit the model.
     """
-    adapters, scale = read_adapter(adapter, config=read_config(source))
-    complete = complete_weights(adapters.items(), source_dir=source, lora_scale=scale)
+    adapters, how = read_adapter(adapter, config=read_config(source))
+    complete = complete_weights(adapters.items(), source_dir=source, lora_scale=how.scale, packed=how.packed)
     save_huggingface(complete, source_dir=source, target_dir=target)
 
 
-def merged_weights(adapters: Mapping[str, Tensor], files: WeightFiles, *, scale: float) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(adapters: Mapping[str, Tensor], files: WeightFiles, *, how: Merging) -> Iterator[tuple[str, Tensor]]:
     """Yield each weight that has an adapter, merged in fp32 and rounded to the type that it has in its file."""
     for name in adapters:
         if name.endswith(A_SUFFIX):
             weight = f"{name.removesuffix(A_SUFFIX)}.weight"
-            merged = merge_adapters(weight, files.read(weight, rows=slice(None)), adapters, scale=scale)
+            base = files.read(weight, rows=slice(None))
+            merged = merge_adapters(weight, base, adapters, scale=how.scale, packed=how.packed)
             yield weight, merged.to(files.dtype(weight))
 
 
-def read_adapter(folder: Path, *, config: ModelConfig) -> tuple[dict[str, Tensor], float]:
+def read_adapter(folder: Path, *, config: ModelConfig) -> tuple[dict[str, Tensor], Merging]:
     """Read a PEFT folder.
 
     Args:
@@ -71,7 +83,7 @@ def read_adapter(folder: Path, *, config: ModelConfig) -> tuple[dict[str, Tensor
         config: The shape of the model that it must fit.
 
     Returns:
-        The adapters under the model's own names, as `lora_state_dict` has them, and the scale of their updates.
+        The adapters under the model's own names, as `lora_state_dict` has them, and how they are merged.
 
     Raises:
         DataError: A file is missing or damaged, or the adapter does not fit the model.
@@ -93,7 +105,7 @@ def read_adapter(folder: Path, *, config: ModelConfig) -> tuple[dict[str, Tensor
             raise DataError(
                 f"Adapter folder {folder}: {PREFIX}{name} must fit a weight of the shape {shape}, got {found}"
             )
-    return adapters, scale
+    return adapters, Merging(scale=scale, packed=_base_form(folder) == NF4)
 
 
 def _shape(name: str, *, weight: tuple[int, ...], rank: int) -> tuple[int, ...]:
@@ -101,6 +113,11 @@ def _shape(name: str, *, weight: tuple[int, ...], rank: int) -> tuple[int, ...]:
     if name.endswith(MAGNITUDE_SUFFIX):
         return weight[:1]
     return (rank, weight[1]) if name.endswith(A_SUFFIX) else (weight[0], rank)
+
+
+def _base_form(folder: Path) -> str | None:
+    with safe_open(folder / ADAPTER_WEIGHTS_FILE, framework="pt") as file:
+        return (file.metadata() or {}).get(BASE_FORM)
 
 
 def _scale(folder: Path) -> float:

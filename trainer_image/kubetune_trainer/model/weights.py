@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.overrides import TorchFunctionMode
 
 from kubetune_trainer.errors import DataError
-from kubetune_trainer.lora import is_adapter
+from kubetune_trainer.lora import is_adapter, is_packed, packed_layers
 from kubetune_trainer.model.config import (
     QUANTIZATION_METHODS,
     ModelConfig,
@@ -120,7 +120,7 @@ class _NoFirstValues(TorchFunctionMode):
 
 
 def load_weights(model: Decoder, path: str | Path) -> None:
-    """Fill a model's weights from a folder; adapters are left as they are.
+    """Fill a model's weights from a folder; adapters are left as they are, and weights in NF4 are packed one by one.
 
     Args:
         model: Its parameters have memory already, and may be shards over any mesh of ours.
@@ -129,13 +129,16 @@ def load_weights(model: Decoder, path: str | Path) -> None:
     Raises:
         DataError: A tensor is missing, unexpected or of another shape, or a file is missing or damaged.
     """
-    wanted = {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
-    with WeightFiles(Path(path), tied_embeddings=model.config.tied_embeddings) as files:
-        files.check({name: tuple(parameter.shape) for name, parameter in wanted.items()})
-        with torch.no_grad():
-            for name, parameter in wanted.items():
-                local, place = local_place(parameter)
-                local.copy_(files.read_part(name, place))
+    parameters, packed = model.named_parameters(), packed_layers(model)
+    wanted = {name: parameter for name, parameter in parameters if not (is_adapter(name) or is_packed(name))}
+    shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
+    with WeightFiles(Path(path), tied_embeddings=model.config.tied_embeddings) as files, torch.no_grad():
+        files.check(shapes | {name: (layer.out_features, layer.in_features) for name, layer in packed.items()})
+        for name, parameter in wanted.items():
+            local, place = local_place(parameter)
+            local.copy_(files.read_part(name, place))
+        for name, layer in packed.items():
+            layer.load(files.read(name, rows=slice(None)))
 
 
 def local_place(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:

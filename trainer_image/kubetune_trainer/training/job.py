@@ -183,7 +183,7 @@ def resume(job: Job) -> int:
     Returns:
         The step that is done already.
     """
-    step = _load_newest_checkpoint(job)
+    step, trained = _load_newest_checkpoint(job), sum(weight.numel() for weight in job.weights)
     report(
         "start",
         attempt=attempt(),
@@ -191,8 +191,8 @@ def resume(job: Job) -> int:
         total_steps=job.total_steps,
         world_size=job.world.size,
         device=job.world.device.type,
-        parameters=sum(parameter.numel() for parameter in job.model.parameters()),
-        trainable_parameters=sum(weight.numel() for weight in job.weights),
+        parameters=job.prepared.parameters + (trained if job.config.lora is not None else 0),
+        trainable_parameters=trained,
     )
     return step
 

@@ -77,7 +77,8 @@ def gather_model(job: Job, folder: Path, *, dtype: OutputDtype = "Source") -> No
     source_dir, weights = job.local.model_dir, trained_weights(job.model)
     if job.world.is_first:
         scale = lora_scale(job.model) if job.config.lora is not None else 1.0
-        complete = complete_weights(weights, source_dir=source_dir, lora_scale=scale)
+        packed = job.config.merges_packed
+        complete = complete_weights(weights, source_dir=source_dir, lora_scale=scale, packed=packed)
         save_huggingface(complete, source_dir=source_dir, target_dir=folder, dtype=dtype)
     for _ in weights:
         pass
@@ -88,4 +89,4 @@ def gather_adapters(job: Job, folder: Path) -> None:
     adapters, model, lora = lora_state_dict(job.model), job.config.model, job.config.lora
     if job.world.is_first and lora is not None:
         base = model.hub.repo if model.hub else model.uri.location
-        save_peft(adapters, target_dir=folder, lora=lora, base_model=base)
+        save_peft(adapters, target_dir=folder, lora=lora, base_model=base, packed=job.config.merges_packed)
