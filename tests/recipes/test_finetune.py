@@ -65,6 +65,27 @@ def test_a_lora_run_reports_its_course_and_leaves_a_model_and_an_adapter(zygote:
     assert f"| Training loss, last step | {last['loss']:.6g} |" in card
 
 
+def test_a_merged_output_says_how_far_it_is_from_its_adapters(zygote: Zygote, place: Path) -> None:
+    config = write_config(place / "run.yaml", outputs=OUTPUTS)
+    gang = Gang.start(zygote, place / "ranks", config, "training.max_steps=3", ranks=2).succeed()
+    merge = gang.events("merge")[0]
+    assert merge["output"] == "merged"
+    assert 0 < merge["difference"] < 1e-5 < merge["bound"]
+    merged, adapter = gang.message()["outputs"]
+    assert float(merged["mergeDifference"]) == pytest.approx(merge["difference"], rel=0.01)
+    assert "mergeDifference" not in adapter
+    lineage = json.loads((place / "runs" / "run" / "lineage.json").read_text())
+    assert lineage["outputs"][0]["mergeDifference"] == merged["mergeDifference"]
+
+
+def test_a_merge_that_goes_wrong_fails_the_run_before_anything_is_stored(zygote: Zygote, place: Path) -> None:
+    config = write_config(place / "run.yaml", outputs=OUTPUTS)
+    gang = Gang.start(zygote, place / "ranks", config, ranks=2, before="tests.recipes.wrong_merge")
+    assert gang.wait() == [65, 78], gang.stderr()
+    assert "merged weights must compute what the adapters do" in gang.message()["message"]
+    assert not (place / "runs" / "run" / "outputs").exists()
+
+
 def test_full_tuning_changes_every_weight(zygote: Zygote, place: Path) -> None:
     config = write_config(place / "run.yaml", tuning="Full", lora=None, outputs=OUTPUTS[:1])
     gang = Gang.start(zygote, place / "ranks", config, f"outputs.0.uri=file://{place}/mine", ranks=2).succeed()

@@ -49,8 +49,10 @@ def test_outputs_are_merged_into_the_base_that_is_asked_for(zygote: Zygote, tmp_
     for base in ("Quantized", "Original"):
         lora = {"rank": 4, "alpha": 8, "target_modules": ["down_proj", "up_proj"], "merge_base": base}
         config = write_config(tmp_path / f"{base}.yaml", tuning="QLoRA", lora=lora, outputs=OUTPUTS)
-        Gang.start(zygote, tmp_path / base, config, "training.max_steps=3").succeed()
+        gang = Gang.start(zygote, tmp_path / base, config, "training.max_steps=3").succeed()
         outputs = tmp_path / "runs" / base / "outputs"
+        merge = gang.events("merge")[0]
+        assert 0 < merge["difference"] < 1e-5, "of what was merged, whichever base that is"
         merged, adapters = (load_file(outputs / file) for file in (
             "merged/model.safetensors", "adapter/adapter_model.safetensors"
         ))  # fmt: skip

@@ -27,10 +27,13 @@ class StoredOutput:
     """Their size together."""
     files: Mapping[str, str]
     """SHA-256 of each file, by its path in the folder."""
+    merge_difference: str | None = None
+    """How far its logits are from those of the adapters that were merged, beside the logits' size; a decimal number."""
 
     def told(self) -> dict[str, Any]:
         """What the status and the lineage say of it."""
-        return {name: getattr(self, name) for name in ("name", "type", "uri", "digest", "bytes")}
+        told = {name: getattr(self, name) for name in ("name", "type", "uri", "digest", "bytes")}
+        return told if self.merge_difference is None else {**told, "mergeDifference": self.merge_difference}
 
 
 def store_output(output: OutputBase, folder: Path, *, config: JobConfig) -> StoredOutput:

@@ -34,14 +34,22 @@ class BlockwiseLogits:
         source: Complete model in Hugging Face format, not quantized.
         batches: What it will be asked for, these very objects.
         device: Where it computes, in fp32.
+        visit: As in `pass_blocks`.
 
     Raises:
         DataError: The folder is incomplete or damaged.
     """
 
-    def __init__(self, source: Path, batches: Sequence[Batch], *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        source: Path,
+        batches: Sequence[Batch],
+        *,
+        device: torch.device | str = "cpu",
+        visit: BlockVisitor = lambda *_: None,
+    ) -> None:
         config = read_config(source)
-        streams = pass_blocks(source, batches, device=device)
+        streams = pass_blocks(source, batches, device=device, visit=visit)
         model = build_model(config)
         with WeightFiles(source, tied_embeddings=config.tied_embeddings) as files, torch.inference_mode():
             norm = _load(model.model.norm, "model.norm", files, device=device)

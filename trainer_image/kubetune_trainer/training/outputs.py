@@ -2,12 +2,14 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kubetune_trainer.card import write_card
 from kubetune_trainer.distributed import barrier
 from kubetune_trainer.export import complete_weights, save_huggingface, save_peft, trained_weights
+from kubetune_trainer.export.check import MergeCheck, rows_to_check
 from kubetune_trainer.export.convert import convert
 from kubetune_trainer.export.huggingface import OutputDtype
 from kubetune_trainer.export.store import StoredOutput, store_output
@@ -32,25 +34,57 @@ def export(job: Job) -> list[dict[str, Any]]:
     """Writes the outputs: all ranks gather the weights, rank 0 stores them; returns what it stored."""
     report("phase", phase="Exporting")
     stored: list[StoredOutput] = []
-    complete = scratch_dir() / "complete"
+    complete, check = scratch_dir() / "complete", prepare_check(job)
     if any(output.type not in {"HuggingFace", "PEFT"} for output in job.config.outputs):
         gather_model(job, complete)
+        check_merged(check, complete, name="complete")
     for output in job.config.outputs:
-        folder = scratch_dir() / OUTPUTS_DIR / output.name
+        folder, difference = scratch_dir() / OUTPUTS_DIR / output.name, None
         if output.type == "PEFT":
             gather_adapters(job, folder)
         elif output.type == "HuggingFace":
             gather_model(job, folder, dtype=output.dtype)
+            difference = check_merged(check, folder, name=output.name)
         elif job.world.is_first:
             convert(output, complete, folder)
         if job.world.is_first:
-            stored.append(store_output(output, folder, config=job.config))
+            found = store_output(output, folder, config=job.config)
+            stored.append(replace(found, merge_difference=difference))
             report("output", **stored[-1].told())
             shutil.rmtree(folder)
     if job.world.is_first:
         describe(job, stored)
     barrier()  # no rank is done before the outputs are stored
     return [output.told() for output in stored]
+
+
+def prepare_check(job: Job) -> MergeCheck | None:
+    """Makes what merged models are compared with, on rank 0; None where nothing is merged."""
+    if job.config.lora is None or all(output.type == "PEFT" for output in job.config.outputs):
+        return None
+    adapters = lora_state_dict(job.model)
+    if not job.world.is_first:
+        return None
+    return MergeCheck(
+        job.local.model_dir,
+        adapters,
+        scale=lora_scale(job.model),
+        packed=job.config.merges_packed,
+        batches=rows_to_check(job.local.train_data, pad_id=job.pad_id),
+    )
+
+
+def check_merged(check: MergeCheck | None, folder: Path, *, name: str) -> str | None:
+    """Compares a merged model with the adapters; returns and reports how far it is from them.
+
+    Raises:
+        DataError: It is too far.
+    """
+    if check is None:
+        return None
+    found = check.difference(folder)
+    report("merge", output=name, difference=found.relative, bound=found.bound, largest_logit_difference=found.largest)
+    return f"{found.relative:.3g}"
 
 
 def describe(job: Job, outputs: Sequence[StoredOutput]) -> None:
