@@ -1,4 +1,4 @@
-"""Fine-tune a language model on examples (SFT): all of its weights, or LoRA adapters.
+"""Fine-tune a language model on examples (SFT, or QAT with rounded weights): all of its weights, or LoRA adapters.
 
     torchrun --nproc-per-node 2 recipes/finetune.py --config recipes/configs/smollm2_lora.yaml training.max_steps=10
 
@@ -35,7 +35,7 @@ from kubetune_trainer.training.step import (
 
 def main(arguments: Sequence[str]) -> None:
     """The whole run, from nothing or from where the last attempt stopped, to its outputs."""
-    with begin(arguments, description=__doc__, recipes=["SFT"]) as job:
+    with begin(arguments, description=__doc__, recipes=["SFT", "QAT"]) as job:
         first_step = resume(job)
         with job.stop.deferred():
             train(job, first_step)

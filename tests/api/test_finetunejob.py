@@ -169,6 +169,15 @@ GOOD: dict[str, dict[str, Any]] = {
         "spec__outputs": [{"name": "adapter", "type": "PEFT"}],
     },
     "adapters beside weights of 4 bits": {"spec__tuning": "QLoRA"},
+    "training for weights of 4 bits": {
+        "spec__recipe": "QAT",
+        "spec__tuning": "Full",
+        "spec__qat": {"scheme": "Int4WeightOnly", "groupSize": 64},
+        "spec__outputs": [
+            {"name": "model", "type": "HuggingFace"},
+            {"name": "vllm", "type": "CompressedTensors", "scheme": "Int4WeightOnly", "groupSize": 64},
+        ],
+    },
     "adapters merged into the original weights": {
         "spec__tuning": "QLoRA",
         "spec__lora": {"mergeBase": "Original"},
@@ -510,7 +519,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "dropout in layers that are split": (
         {"spec__training__parallelism": {"tensor": 2}, "spec__lora": {"dropout": "0.05"}},
-        "spec.training.parallelism.tensor must be 1 with tuning: DoRA and with a spec.lora.dropout",
+        "spec.training.parallelism.tensor must be 1 with tuning: DoRA or QLoRA and with a spec.lora.dropout",
     ),
     "compiled layers over weights of 4 bits": (
         {"spec__tuning": "QLoRA", "spec__training__compile": "Blocks"},
@@ -519,6 +528,36 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a base to merge into that was not quantized": (
         {"spec__lora": {"mergeBase": "Original"}},
         "spec.lora.mergeBase is allowed only with tuning: QLoRA",
+    ),
+    "training for rounded weights without saying which": (
+        {"spec__recipe": "QAT", "spec__tuning": "Full"},
+        "spec.qat is required with recipe: QAT",
+    ),
+    "adapters of rounded weights": (
+        {"spec__recipe": "QAT", "spec__qat": {"scheme": "Int4WeightOnly"}},
+        "spec.tuning must be Full with spec.qat: what is rounded is the whole weight",
+    ),
+    "compiled layers with rounded weights": (
+        {
+            "spec__recipe": "QAT",
+            "spec__tuning": "Full",
+            "spec__qat": {"scheme": "Int4WeightOnly"},
+            "spec__training__compile": "Blocks",
+        },
+        "spec.training.compile must be None with spec.qat",
+    ),
+    "groups that are no groups": (
+        {"spec__recipe": "QAT", "spec__tuning": "Full", "spec__qat": {"scheme": "Int4WeightOnly", "groupSize": 48}},
+        "must be 32, 64 or 128",
+    ),
+    "outputs that are rounded in another way than was trained": (
+        {
+            "spec__recipe": "QAT",
+            "spec__tuning": "Full",
+            "spec__qat": {"scheme": "Int4WeightOnly", "groupSize": 64},
+            "spec__outputs": [{"name": "vllm", "type": "CompressedTensors", "scheme": "Int4WeightOnly"}],
+        },
+        "spec.outputs that have a scheme must have that of spec.qat, and its groupSize",
     ),
     "adapters from full tuning": (
         {"spec__tuning": "Full", "spec__outputs": [{"name": "a", "type": "PEFT"}]},

@@ -24,6 +24,7 @@ TINY: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
     },
     "smollm2_qlora": {"intermediate_size": 128},
+    "smollm2_qat": {},
     "llama3_8b_qlora": {"intermediate_size": 128},
     "gemma3_1b_lora": {
         "architectures": ["Gemma3ForCausalLM"],
@@ -38,11 +39,11 @@ TINY: dict[str, dict[str, Any]] = {
 """A model of a preset's family that runs in seconds."""
 
 
-@pytest.mark.parametrize("preset", [*LORA, "smollm2_qlora", "llama3_8b_qlora"])
+@pytest.mark.parametrize("preset", [*LORA, "smollm2_qlora", "llama3_8b_qlora", "smollm2_qat"])
 def test_a_preset_is_a_complete_config(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     config = load_config(CONFIGS / f"{preset}.yaml")
-    assert config.tuning == ("QLoRA" if preset.endswith("_qlora") else "LoRA")
+    assert config.tuning == {"lora": "LoRA", "qlora": "QLoRA", "qat": "Full"}[preset.rpartition("_")[2]]
     text = (CONFIGS / f"{preset}.yaml").read_text()
     assert f"recipes/finetune.py --config recipes/configs/{preset}.yaml" in text
 

@@ -116,6 +116,19 @@ def test_the_trainer_reads_every_field_with_its_value(tmp_path: Path) -> None:
     assert config.tracking.tensorboard == TensorBoard()
 
 
+def test_the_trainer_reads_what_is_trained_in_few_bits(tmp_path: Path) -> None:
+    packed = loaded(SMALL, tmp_path=tmp_path, tuning="QLoRA")
+    assert packed.adapter_settings()["packs_base"]
+    assert packed.merges_packed
+    original = loaded(SMALL, tmp_path=tmp_path, tuning="QLoRA", lora={"mergeBase": "Original"})
+    assert not original.merges_packed
+    assert original.training_digest() == packed.training_digest(), "what is exported does not change what is trained"
+    rounded = loaded(SMALL, tmp_path=tmp_path, recipe="QAT", tuning="Full", qat={"scheme": "Int4WeightOnly"})
+    assert rounded.qat is not None
+    assert (rounded.qat.scheme, rounded.qat.group_size, rounded.rows) == ("Int4WeightOnly", 32, "Samples")
+    assert rounded.dataset.packing == "BestFit"
+
+
 def test_the_trainer_reads_an_evaluation_with_the_operators_defaults(tmp_path: Path) -> None:
     config, spec = read(EVAL_SMALL, tmp_path=tmp_path), job(EVAL_SMALL).spec
     assert isinstance(config, EvalConfig)
@@ -172,6 +185,7 @@ def test_both_sides_have_one_table_of_schemes() -> None:
     assert operator_outputs.SCHEMES == trainer_outputs.SCHEMES
     assert operator_outputs.UNQUANTIZED == trainer_outputs.UNQUANTIZED
     assert operator_outputs.GROUPED == trainer_outputs.GROUPED
+    assert operator_outputs.GROUP_SIZE == trainer_outputs.GROUP_SIZE
     assert operator_quantizejob.CALIBRATED == trainer_quantize.CALIBRATED
 
 

@@ -171,6 +171,33 @@ def test_what_cannot_be_split_is_refused(tmp_path: Path, overrides: list[str], s
         load_config(write(tmp_path, MINIMAL), overrides=["training.parallelism.tensor=2", *overrides])
 
 
+QAT = ["recipe=QAT", "qat.scheme=Int4WeightOnly"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["lora.merge_base=Original"], "lora.merge_base must be set only with tuning QLoRA, got tuning LoRA"),
+        (["tuning=QLoRA", "training.compile=Blocks"], "training.compile must be None with tuning QLoRA, got Blocks"),
+        (QAT, "tuning must be Full with qat, got LoRA"),
+        (["recipe=QAT", "tuning=Full"], "qat.scheme"),
+        ([*QAT, "tuning=Full", "training.compile=Blocks"], "training.compile must be None with qat, got Blocks"),
+        ([*QAT, "tuning=Full", "training.parallelism.tensor=2"], "tensor must be 1 with qat, got 2"),
+        (
+            [
+                *QAT,
+                "tuning=Full",
+                "outputs=[{name: a, type: CompressedTensors, scheme: Int4WeightOnly, group_size: 64}]",
+            ],
+            "outputs must be quantized as qat says, Int4WeightOnly in groups of 32, got output a",
+        ),
+    ],
+)
+def test_few_bits_are_refused_where_they_do_not_go(tmp_path: Path, overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config(write(tmp_path, MINIMAL), overrides=overrides)
+
+
 @pytest.mark.parametrize(("ranks", "nearest"), [(4, "8 or 16"), (5, "10 or 20"), (8, "16.")])
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do(tmp_path: Path, ranks: int, nearest: str) -> None:
     config = load_config(write(tmp_path, MINIMAL))

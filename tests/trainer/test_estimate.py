@@ -28,6 +28,7 @@ LLAMA_8B: dict[str, Any] = {
     "rope_theta": 500000.0,
 }
 PARAMETERS = 8_030_261_248  # as its model card says
+KEPT = (2 * 128256 + 65) * 4096  # embedding, output head and norms are not packed
 SHAPE = ModelConfig.from_hf(LLAMA_8B)
 GIB = 2**30
 
@@ -59,6 +60,7 @@ def test_parameters_are_counted_as_the_model_card_has_them() -> None:
         (["tuning=Full"], 4 * PARAMETERS, 4 * PARAMETERS, 8 * PARAMETERS),
         (["tuning=Full", "training.precision=BF16"], 2 * PARAMETERS, 2 * PARAMETERS, 4 * PARAMETERS),
         (["tuning=Full", "run.num_nodes=2", "run.processes_per_node=4"], PARAMETERS / 2, PARAMETERS / 2, PARAMETERS),
+        (["tuning=QLoRA"], 2 * KEPT + 0.515625 * (PARAMETERS - KEPT) + 4 * 41_943_040, 4 * 41_943_040, 8 * 41_943_040),
         ([], 2 * PARAMETERS + 4 * 41_943_040, 4 * 41_943_040, 8 * 41_943_040),  # as peft counts rank 16 on all layers
     ],
 )

@@ -70,6 +70,8 @@ def estimate_memory(
         "logits": CHUNK_TOKENS * shape.vocab_size * (2 * FP32 + _compute_bytes(config)),
         "runtime": RUNTIME_BYTES,
     }
+    if config.qat is not None:
+        parts["rounded weights"] = _rounded(model, config)
     asked = dict(others or {})
     for block, settings in (("dpo", config.dpo), ("kto", config.kto)):
         if settings is not None and settings.reference is None and config.lora is None:
@@ -99,6 +101,16 @@ def _unpacked(model: Decoder, config: FineTuneConfig) -> int:
     """Returns the bytes of the largest weight in NF4 while it is used, as numbers of the type that is computed in."""
     largest = max((layer.in_features * layer.out_features for layer in packed_layers(model).values()), default=0)
     return largest * _compute_bytes(config)
+
+
+def _rounded(model: Decoder, config: FineTuneConfig) -> int:
+    """Returns the bytes of the rounded weights that backward needs, and of which of them lay out of range."""
+    blocks = [
+        sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
+        for block in model.model.layers
+    ]
+    kept = sum(blocks) if config.training.activation_checkpointing == "None" else max(blocks)
+    return kept * (_compute_bytes(config) + 1)
 
 
 def _whole(model: Decoder, config: FineTuneConfig) -> bool:

@@ -33,7 +33,7 @@ from kubetune_operator.api.jobs import (
     root_rules,
 )
 from kubetune_operator.api.model import ApiModel, Rule, StatusModel, Unique, exactly_one_of
-from kubetune_operator.api.outputs import OUTPUT_RULES, FinishedOutput, OutputBase
+from kubetune_operator.api.outputs import GROUP_SIZE, OUTPUT_RULES, FinishedOutput, OutputBase
 from kubetune_operator.api.tracking import Tracking
 
 Steps = Annotated[int, Field(ge=1, le=1_000_000_000)]
@@ -87,6 +87,19 @@ class Orpo(ApiModel):
 
     beta: PositiveNumber = "0.1"
     """Weight of the odds ratio."""
+
+
+class Qat(ApiModel):
+    """Quantization-aware training: the loss is that of SFT, and layers compute with weights as they will be."""
+
+    scheme: Literal["Int8DynamicActivationInt4Weight", "Int4WeightOnly"]
+    """How the outputs will be quantized: the first for ExecuTorch, the second for CompressedTensors."""
+    group_size: Annotated[
+        int,
+        Field(ge=1, le=1024),
+        Rule(cel="self in [32, 64, 128]", message="must be 32, 64 or 128", check=lambda value: value in {32, 64, 128}),
+    ] = 32
+    """Weights of a row that share a scale."""
 
 
 class Simpo(ApiModel):
@@ -260,7 +273,7 @@ class Output(OutputBase):
     """Type of a HuggingFace output's weights. Unset or Source: that of the model which was trained."""
 
 
-BLOCKS: Final = {"DPO": "dpo", "ORPO": "orpo", "SimPO": "simpo", "KTO": "kto"}
+BLOCKS: Final = {"DPO": "dpo", "ORPO": "orpo", "SimPO": "simpo", "KTO": "kto", "QAT": "qat"}
 """The block that goes with a recipe."""
 OTHER_MODELS: Final = (("dpo", "reference"), ("kto", "reference"))
 """Blocks and their fields that name a model which is used beside the one that is trained."""
@@ -268,7 +281,7 @@ JUDGED: Final = ("Preference", "UnpairedPreference")
 """Formats of answers of which it is known how good they are."""
 
 _EXAMPLES: Final = (
-    "(self.recipe == 'SFT' || (self.recipe == 'Custom' && "
+    "(self.recipe in ['SFT', 'QAT'] || (self.recipe == 'Custom' && "
     "self.dataset.sources.all(s, !(s.format in ['Preference', 'UnpairedPreference']))))"
 )
 
@@ -277,7 +290,16 @@ def learns_from_examples(spec: "FineTuneJobSpec") -> bool:
     """Whether rows are examples, not judged answers; for a script of one's own, the format of its data says it."""
     if spec.recipe == "Custom":
         return all(source.format not in JUDGED for source in spec.dataset.sources)
-    return spec.recipe == "SFT"
+    return spec.recipe in {"SFT", "QAT"}
+
+
+def _rounds_as_trained(spec: "FineTuneJobSpec") -> bool:
+    """Whether what is quantized is quantized as it was trained for."""
+    return spec.qat is None or all(
+        output.scheme is None
+        or (output.scheme == spec.qat.scheme and (output.group_size or GROUP_SIZE) == spec.qat.group_size)
+        for output in spec.outputs
+    )
 
 
 def _formats_fit(spec: "FineTuneJobSpec") -> bool:
@@ -349,7 +371,9 @@ class FineTuneJobSpec(JobSpec):
                 "!has(self.training.parallelism) || self.training.parallelism.tensor == 1 || "
                 "(self.tuning in ['LoRA', 'Full'] && (!has(self.lora) || double(self.lora.dropout) == 0.0))"
             ),
-            message="spec.training.parallelism.tensor must be 1 with tuning: DoRA and with a spec.lora.dropout",
+            message=(
+                "spec.training.parallelism.tensor must be 1 with tuning: DoRA or QLoRA and with a spec.lora.dropout"
+            ),
             check=lambda value: (
                 value.training.parallelism is None
                 or value.training.parallelism.tensor == 1
@@ -363,6 +387,36 @@ class FineTuneJobSpec(JobSpec):
                 check=partial(_has_its_recipe, recipe=recipe, block=block),
             )
             for recipe, block in BLOCKS.items()
+        ),
+        Rule(
+            cel="self.recipe != 'QAT' || has(self.qat)",
+            message="spec.qat is required with recipe: QAT",
+            check=lambda value: value.recipe != "QAT" or value.qat is not None,
+        ),
+        Rule(
+            cel="!has(self.qat) || self.training.compile == 'None'",
+            message="spec.training.compile must be None with spec.qat",
+            check=lambda value: value.qat is None or value.training.compile == "None",
+        ),
+        Rule(
+            cel="!has(self.qat) || self.tuning == 'Full'",
+            message="spec.tuning must be Full with spec.qat: what is rounded is the whole weight",
+            check=lambda value: value.qat is None or value.tuning == "Full",
+        ),
+        Rule(
+            cel="!has(self.qat) || !has(self.training.parallelism) || self.training.parallelism.tensor == 1",
+            message="spec.training.parallelism.tensor must be 1 with spec.qat",
+            check=lambda value: (
+                value.qat is None or value.training.parallelism is None or value.training.parallelism.tensor == 1
+            ),
+        ),
+        Rule(
+            cel=(
+                "!has(self.qat) || self.outputs.all(o, !has(o.scheme) || (o.scheme == self.qat.scheme && "
+                f"(has(o.groupSize) ? o.groupSize : {GROUP_SIZE}) == self.qat.groupSize))"
+            ),
+            message="spec.outputs that have a scheme must have that of spec.qat, and its groupSize",
+            check=_rounds_as_trained,
         ),
         Rule(
             cel="(self.recipe == 'Custom') == has(self.custom)",
@@ -406,7 +460,7 @@ class FineTuneJobSpec(JobSpec):
             "tuning",
             "training",
             "outputs",
-            optional=("dpo", "orpo", "simpo", "kto", "custom", "lora", "checkpoint", "tracking", "pushToHub"),
+            optional=("dpo", "orpo", "simpo", "kto", "qat", "custom", "lora", "checkpoint", "tracking", "pushToHub"),
         ),
     )
 
@@ -414,9 +468,10 @@ class FineTuneJobSpec(JobSpec):
     """The model to train."""
     dataset: Dataset
     """The data to train on."""
-    recipe: Literal["SFT", "DPO", "ORPO", "SimPO", "KTO", "Custom"] = "SFT"
+    recipe: Literal["SFT", "DPO", "ORPO", "SimPO", "KTO", "QAT", "Custom"] = "SFT"
     """What the loss is. SFT: supervised fine-tuning. DPO, ORPO, SimPO: of two answers, the better one is learned.
     KTO: good answers are learned and bad ones unlearned.
+    QAT: that of SFT, computed with rounded weights, so that the quantized model loses less.
     Custom: what a script of your own makes it."""
     dpo: Dpo | None = None
     """Settings of recipe: DPO. Unset: their defaults. Refused with other recipes, except Custom."""
@@ -426,6 +481,8 @@ class FineTuneJobSpec(JobSpec):
     """Settings of recipe: SimPO. Unset: their defaults. Refused with other recipes, except Custom."""
     kto: Kto | None = None
     """Settings of recipe: KTO. Unset: their defaults. Refused with other recipes, except Custom."""
+    qat: Qat | None = None
+    """Settings of recipe: QAT, required with it. Refused with other recipes, except Custom."""
     custom: Custom | None = None
     """The script of recipe: Custom. Refused with other recipes."""
     tuning: Literal["LoRA", "DoRA", "QLoRA", "Full"] = "LoRA"
@@ -513,6 +570,14 @@ class DataStatistics(StatusModel):
     """Samples that were cut at maxSequenceLength."""
 
 
+class TunedOutput(FinishedOutput):
+    """One result that is written, and how well adapters were merged into it."""
+
+    merge_difference: Annotated[str, Field(max_length=32)] | None = None
+    """Of a HuggingFace output with adapters merged: the size of the difference of its logits from those of the adapters
+    beside the base, divided by the logits' size."""
+
+
 class DataArtifacts(StatusModel):
     """Files that the job wrote beside its outputs."""
 
@@ -541,7 +606,7 @@ class FineTuneJobStatus(JobStatus):
     Unset: training.microBatchSize."""
     data: DataStatistics | None = None
     """What the data turned out to be."""
-    outputs: Annotated[list[FinishedOutput], Field(max_length=8), Unique(("name",))] | None = None
+    outputs: Annotated[list[TunedOutput], Field(max_length=8), Unique(("name",))] | None = None
     """Results that are written."""
     pushed_to_hub: PushedToHub | None = None
     """What pushToHub has pushed."""

@@ -22,6 +22,8 @@ UNQUANTIZED: Final = ("ExecuTorch",)
 """Types with schemes that can do without one."""
 GROUPED: Final = ("Int4WeightOnly", "Int8DynamicActivationInt4Weight")
 """Schemes with a scale for each group of weights."""
+GROUP_SIZE: Final = 32
+"""Weights that share a scale where the output does not say."""
 
 WHOLE: Final = "HuggingFace"
 """The format that everything can load."""

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from kubetune_operator import progress as progresses
 from kubetune_operator.api.evaljob import Artifacts, EvalGateResult, EvalJob, EvalProgress, EvalResult
-from kubetune_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus, Progress, PushedToHub
+from kubetune_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus, Progress, PushedToHub, TunedOutput
 from kubetune_operator.api.jobs import GateResult
 from kubetune_operator.api.outputs import FinishedOutput
 from kubetune_operator.api.quantizejob import MeasuredOutput, QuantizeGateResult, QuantizeJob, QuantizeProgress
@@ -33,8 +33,8 @@ def take_results(draft: Draft, *, report: Json) -> str:
         case QuantizeJob():
             return _take_quantized(draft, report=report)
         case FineTuneJob() as job:
-            outputs = taken_all(draft, FinishedOutput, report.get("outputs")) or [
-                FinishedOutput(
+            outputs = taken_all(draft, TunedOutput, report.get("outputs")) or [
+                TunedOutput(
                     name=output.name, type=output.type, uri=output.uri or f"{run_directory(job)}/outputs/{output.name}"
                 )
                 for output in job.spec.outputs

@@ -39,7 +39,7 @@ from kubetune_trainer.config.load import (
 )
 from kubetune_trainer.config.outputs import ExecuTorch, Gguf, OutputBase
 from kubetune_trainer.config.quantize import Calibration, QuantizeConfig, QuantizedOutput, QuantizeGate, Verification
-from kubetune_trainer.config.recipes import Custom, Dpo, Kto, Orpo, Script, Simpo
+from kubetune_trainer.config.recipes import Custom, Dpo, Kto, Orpo, Qat, Script, Simpo
 from kubetune_trainer.config.tracking import Mlflow, TensorBoard, Tracking, Wandb
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "Parent",
     "Profile",
     "PushToHub",
+    "Qat",
     "QuantizeConfig",
     "QuantizeGate",
     "QuantizedOutput",

@@ -16,8 +16,8 @@ from kubetune_trainer.config.blocks import (
     check_one_of,
     check_unique_names,
 )
-from kubetune_trainer.config.outputs import OutputBase
-from kubetune_trainer.config.recipes import BLOCKS, Custom, Dpo, Kto, Orpo, Recipe, Simpo
+from kubetune_trainer.config.outputs import GROUP_SIZE, OutputBase
+from kubetune_trainer.config.recipes import BLOCKS, Custom, Dpo, Kto, Orpo, Qat, Recipe, Simpo
 from kubetune_trainer.config.tracking import Tracking
 from kubetune_trainer.errors import ConfigError
 from kubetune_trainer.fingerprint import fingerprint
@@ -31,6 +31,7 @@ FORMATS: Final[dict[str, tuple[str, ...]]] = {
     "ORPO": PAIRS,
     "SimPO": PAIRS,
     "KTO": ANSWERS,
+    "QAT": EXAMPLES,
 }
 """The formats that each recipe can learn from; for Custom, those of its own sources say it."""
 WHOLE: Final = ("Truncate", "Drop", "Fail")
@@ -204,6 +205,8 @@ class FineTuneConfig(JobConfig):
     """Settings of recipe SimPO; defaulted with it, refused without."""
     kto: Kto | None = None
     """Settings of recipe KTO; defaulted with it, refused without."""
+    qat: Qat | None = None
+    """Settings of recipe QAT, which needs them; refused without."""
     custom: Custom | None = None
     """The script of recipe Custom; refused without it. The settings of all other recipes may stand beside it."""
     tuning: Literal["LoRA", "DoRA", "QLoRA", "Full"] = "LoRA"
@@ -280,6 +283,7 @@ class FineTuneConfig(JobConfig):
             raise ValueError(f"training.compile must be None with tuning QLoRA, got {self.training.compile}")
         if self.tuning != "QLoRA" and self.lora is not None and self.lora.merge_base is not None:
             raise ValueError(f"lora.merge_base must be set only with tuning QLoRA, got tuning {self.tuning}")
+        self._check_qat()
         adapters = [output.name for output in self.outputs if output.type == "PEFT"]
         if self.tuning == "Full" and adapters:
             raise ValueError(f"outputs of type PEFT need adapters, got output {adapters[0]} with tuning Full")
@@ -293,6 +297,23 @@ class FineTuneConfig(JobConfig):
         if self.push_to_hub is not None and self.push_to_hub.output not in names:
             raise ValueError(f"push_to_hub.output must be one of {', '.join(names)}, got {self.push_to_hub.output}")
         return self
+
+    def _check_qat(self) -> None:
+        if self.qat is None:
+            return
+        if self.tuning != "Full":
+            raise ValueError(f"tuning must be Full with qat, got {self.tuning}: what is rounded is the whole weight")
+        if self.training.parallelism.tensor > 1:
+            raise ValueError(f"training.parallelism.tensor must be 1 with qat, got {self.training.parallelism.tensor}")
+        if self.training.compile != "None":
+            raise ValueError(f"training.compile must be None with qat, got {self.training.compile}")
+        wanted = (self.qat.scheme, self.qat.group_size)
+        for output in self.outputs:
+            if output.scheme is not None and (output.scheme, output.group_size or GROUP_SIZE) != wanted:
+                raise ValueError(
+                    f"outputs must be quantized as qat says, {self.qat.scheme} in groups of {self.qat.group_size}, "
+                    f"got output {output.name}"
+                )
 
     def adapter_settings(self) -> dict[str, Any]:
         """What `apply_lora` takes; there must be adapters."""

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from kubetune_trainer.config.blocks import Block, ConfigMapKey, Model, check_one_of
 
-Recipe = Literal["SFT", "DPO", "ORPO", "SimPO", "KTO", "Custom"]
+Recipe = Literal["SFT", "DPO", "ORPO", "SimPO", "KTO", "QAT", "Custom"]
 
 BLOCKS: dict[str, str] = {recipe: recipe.lower() for recipe in get_args(Recipe) if recipe != "SFT"}
 """The block that goes with a recipe."""
@@ -36,6 +36,15 @@ class Kto(Block):
     """What the losses of bad answers are multiplied with."""
     reference: Model | None = None
     """The model that answers are measured against; unset means the model before training."""
+
+
+class Qat(Block):
+    """Quantization-aware training: the loss is that of SFT, and layers compute with weights as they will be."""
+
+    scheme: Literal["Int8DynamicActivationInt4Weight", "Int4WeightOnly"]
+    """How the outputs will be quantized."""
+    group_size: Literal[32, 64, 128] = 32
+    """Weights of a row that share a scale."""
 
 
 class Orpo(Block):

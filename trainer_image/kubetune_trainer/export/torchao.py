@@ -176,7 +176,7 @@ def _flat(weight: Tensor, *, scheme: str, group_size: int) -> tuple[dict[str, Te
     with torch.device("meta"):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    quantize_(layer, _config(scheme, group_size=group_size))
+    quantize_(layer, torchao_config(scheme, group_size=group_size))
     tensors, metadata = flatten_tensor_state_dict({"layer.weight": layer.weight.detach()})
     return {name.removeprefix("layer._weight_"): tensor for name, tensor in tensors.items()}, metadata["layer.weight"]
 
@@ -217,7 +217,8 @@ def _restore_nf4(sizes: dict[str, Any], tensors: dict[str, Tensor], *, dtype: to
     return NF4Tensor(args, **sizes, **tensors, **table, quantization_factor=factor)
 
 
-def _config(scheme: str, *, group_size: int) -> Any:
+def torchao_config(scheme: str, *, group_size: int) -> Any:
+    """Return what torchao calls a scheme; not for NF4, which is none of its configs."""
     from torchao import quantization as ao  # noqa: PLC0415 (slow, and only where it is asked for)
 
     groups = ao.PerGroup(group_size)
@@ -244,7 +245,7 @@ def _describe(scheme: str, *, group_size: int) -> dict[str, Any]:
         return {**told, "quant_type": {"default": {"_type": "NF4", "_data": {"block_size": nf4.BLOCK}}}}
     from torchao.core.config import config_to_dict  # noqa: PLC0415 (slow, and only where it is asked for)
 
-    return {**told, "quant_type": {"default": config_to_dict(_config(scheme, group_size=group_size))}}
+    return {**told, "quant_type": {"default": config_to_dict(torchao_config(scheme, group_size=group_size))}}
 
 
 def _read_metadata(folder: Path) -> dict[str, str]:

@@ -149,6 +149,10 @@ def build(config: FineTuneConfig, model_dir: Path, world: World) -> Decoder:
     model = build_model(read_config(model_dir))
     if config.lora is not None:
         apply_lora(model, **config.adapter_settings())
+    if config.qat is not None:
+        from kubetune_trainer.quantize.qat import prepare_qat  # noqa: PLC0415 (slow, and only where it is asked for)
+
+        prepare_qat(model, scheme=config.qat.scheme, group_size=config.qat.group_size)
     parallelize(
         model,
         precision=config.training.precision,

@@ -1,0 +1,123 @@
+"""A model in quantization-aware training computes what its quantized outputs will, and its weights get gradients."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchao.quantization import quantize_
+from torchao.quantization.qat import QATConfig
+
+from kubetune_trainer.errors import ConfigError
+from kubetune_trainer.export.compressed_tensors import save_compressed_tensors
+from kubetune_trainer.export.executorch import ExecuTorchModel, save_executorch
+from kubetune_trainer.export.torchao import save_torchao, torchao_config
+from kubetune_trainer.model import Decoder, load_model
+from kubetune_trainer.quantize.layers import linear_layers
+from kubetune_trainer.quantize.qat import prepare_qat
+from tests.recipes.tiny import write_model
+from tests.trainer.tiny import make_folder, random_tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
+SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
+ACTIVATIONS, WEIGHTS = "Int8DynamicActivationInt4Weight", "Int4WeightOnly"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_folder(tmp_path / "model", **SHAPE)
+    return tmp_path / "model"
+
+
+def prepared(folder: Path, scheme: Any, *, dtype: torch.dtype = torch.float32) -> Decoder:
+    model = load_model(folder, dtype=dtype)
+    prepare_qat(model, scheme=scheme, group_size=32)
+    return model
+
+
+def logits(model: Decoder) -> Tensor:
+    with torch.no_grad():
+        return model(random_tokens(2, 24))
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def test_a_prepared_model_is_that_of_torchao(folder: Path) -> None:
+    model, theirs = prepared(folder, ACTIVATIONS), load_model(folder, dtype=torch.float32)
+    config = QATConfig(torchao_config(ACTIVATIONS, group_size=32), step="prepare")
+    quantize_(theirs.model, config)  # all linear layers but the output head
+    assert torch.equal(logits(model), logits(theirs))
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    assert relative(logits(model), logits(load_model(folder, dtype=torch.float32))) > 0.01
+
+
+def test_converted_it_computes_what_it_was_prepared_for(folder: Path) -> None:
+    model = prepared(folder, ACTIVATIONS)
+    wanted = logits(model)
+    quantize_(model.model, QATConfig(torchao_config(ACTIVATIONS, group_size=32), step="convert"))
+    assert relative(logits(model), wanted) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_weights_are_those_of_compressed_tensors(tmp_path: Path, dtype: torch.dtype) -> None:
+    make_folder(tmp_path / "model", dtype=dtype, **SHAPE)
+    model = prepared(tmp_path / "model", WEIGHTS, dtype=dtype)
+    save_compressed_tensors(tmp_path / "model", tmp_path / "out", scheme=WEIGHTS, group_size=32)
+    stored = load_model(tmp_path / "out", dtype=torch.float32)
+    for name in linear_layers(model.config):
+        layer, integers = model.get_submodule(name), stored.get_submodule(name)
+        groups = integers.weight.float().reshape(*integers.weight_scale.shape, -1)
+        dequantized = (groups * integers.weight_scale.unsqueeze(-1)).flatten(1)
+        assert torch.equal(layer.weight_fake_quantizer(layer.weight).detach(), dequantized.to(dtype)), name
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    assert relative(logits(model).float(), logits(stored)) < tolerance
+
+
+def test_it_computes_what_a_torchao_output_does(folder: Path, tmp_path: Path) -> None:
+    save_torchao(folder, tmp_path / "out", scheme=ACTIVATIONS, group_size=32)
+    found = logits(load_model(tmp_path / "out", dtype=torch.float32))
+    assert relative(logits(prepared(folder, ACTIVATIONS)), found) < 1e-3
+
+
+def test_it_computes_what_an_executorch_program_does_but_for_its_output_head(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", dtype=torch.float32, intermediate_size=128)
+    weights = load_file(folder / "model.safetensors")  # layers that say little beside the embedding would show little
+    louder = {name: weight * 4 if "_proj" in name else weight for name, weight in weights.items()}
+    save_file(louder, folder / "model.safetensors", metadata={"format": "pt"})
+    save_executorch(folder, tmp_path / "out", max_sequence_length=32, scheme=ACTIVATIONS, group_size=32)
+    tokens = torch.arange(5, 21)[None]
+    with torch.no_grad():
+        model = prepared(folder, ACTIVATIONS)
+        wanted, rounded = load_model(folder, dtype=torch.float32)(tokens), model(tokens)
+    found = ExecuTorchModel(tmp_path / "out").logits(tokens)
+    assert relative(rounded, found) < 0.05
+    assert relative(wanted, found) > 2 * relative(rounded, found)
+
+
+@pytest.mark.parametrize("scheme", [ACTIVATIONS, WEIGHTS])
+def test_gradients_pass_the_rounding(folder: Path, scheme: str) -> None:
+    model = prepared(folder, scheme).train()
+    plain = load_model(folder, dtype=torch.float32).train()
+    with torch.no_grad():  # what is computed with, as weights of their own
+        for name, layer in plain.named_modules():
+            if isinstance(layer, nn.Linear) and name != "lm_head":
+                layer.weight.copy_(model.get_submodule(name).weight_fake_quantizer(layer.weight))
+    tokens, labels = random_tokens(2, 16), random_tokens(2, 16, seed=3)
+    for each in (model, plain):
+        each(tokens, labels_BT=labels).backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None, name
+        if scheme == WEIGHTS:
+            torch.testing.assert_close(weight.grad, plain.get_parameter(name).grad, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_groups_do_not_divide_are_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path, hidden_size=64, intermediate_size=96)
+    model = load_model(tmp_path)
+    with pytest.raises(ConfigError, match=r"qat\.group_size must divide .* model\.layers\.0\.self_attn\.q_proj has 64"):
+        prepare_qat(model, scheme=WEIGHTS, group_size=128)
