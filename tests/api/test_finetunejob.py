@@ -79,6 +79,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "spec__dataset__sources__0__format": "UnpairedPreference",
     },
     "pairs for KTO": {"spec__recipe": "KTO", "spec__dataset__sources__0__format": "Preference"},
+    "adapters to go on with": {"spec__lora": {"adapter": {"jobRef": {"name": "a", "output": "adapter"}}}},
     "a reference of the Hub": {"spec__recipe": "DPO", "spec__dpo": {"reference": {"hub": {"repo": "a/b"}}}},
     "another job's output as reference": {"spec__recipe": "DPO", "spec__dpo": {"reference": {"jobRef": {"name": "a"}}}},
     "jobs to wait for": {
@@ -586,6 +587,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "settings of KTO with DPO": (
         {"spec__recipe": "DPO", "spec__kto": {}},
         "spec.kto is allowed only with recipe: KTO or Custom",
+    ),
+    "a job that goes on with its own adapters": (
+        {"spec__lora": {"adapter": {"jobRef": {"name": "run7"}}}},
+        "spec.lora.adapter.jobRef must name another job",
     ),
     "a job that measures against itself": (
         {"spec__recipe": "DPO", "spec__dpo": {"reference": {"jobRef": {"kind": "FineTuneJob", "name": "run7"}}}},

@@ -262,11 +262,14 @@ def test_a_claim_needs_a_folder(kubetune: Any, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_job_reference_means_an_earlier_local_run(tmp_path: Path) -> None:
-    first = manifest(metadata__name="stage-1", spec__outputs=[{"name": "m1", "type": "HuggingFace"}])
+    first = manifest(
+        metadata__name="stage-1", spec__outputs=[{"name": "m1", "type": "HuggingFace"}, {"name": "a1", "type": "PEFT"}]
+    )
     second = manifest(
         metadata__name="stage-2",
         spec__model={"jobRef": {"kind": "FineTuneJob", "name": "stage-1"}},
         spec__checkpoint={"resumeFrom": {"jobRef": {"kind": "FineTuneJob", "name": "stage-1"}}},
+        spec__lora={"adapter": {"jobRef": {"name": "stage-1"}}},
         spec__recipe="DPO",
         spec__dpo={"reference": {"jobRef": {"name": "stage-1", "output": "m1"}}},
     )
@@ -275,6 +278,7 @@ def test_a_job_reference_means_an_earlier_local_run(tmp_path: Path) -> None:
     config = local.local_config(load_bundle(path, name="stage-2"), processes=1)
     assert config["model"] == {"uri": {"location": "s3://team/runs/default/stage-1-local/outputs/m1"}}
     assert config["dpo"]["reference"] == config["model"]
+    assert config["lora"]["adapter"] == {"uri": {"location": "s3://team/runs/default/stage-1-local/outputs/a1"}}
     assert config["checkpoint"]["resume_from"] == {"uri": "s3://team/runs/default/stage-1-local/checkpoints"}
 
     path.write_text(dump_manifests([second]))

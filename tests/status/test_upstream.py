@@ -252,3 +252,15 @@ def test_jobs_that_measure_against_each_other_wait_in_a_circle() -> None:
     )
     said = "FineTuneJob down waits for FineTuneJob up, which waits for FineTuneJob down; delete one of them"
     assert waiting(decided(measures(), other)) == ("UpstreamCycle", said)
+
+
+@pytest.mark.parametrize("named", [None, "peft"])
+def test_adapters_are_gone_on_with_without_their_model(named: str | None) -> None:
+    reference = {"jobRef": {"name": "up"} | ({"output": named} if named else {})}
+    made = job("FineTuneJob", "down", lora={"adapter": reference})
+    assert adapters_bases(made, upstream={ADAPTED: complete("FineTuneJob", "PEFT")}) == []
+    decision = decided(made, complete("FineTuneJob", "HuggingFace", "PEFT"))
+    assert config_of(decision)["lora"]["adapter"] == {"uri": {"location": "s3://out/PEFT"}}
+    reason, message = waiting(decided(made, complete("FineTuneJob", "HuggingFace")))
+    assert reason == "UpstreamNotUsable"
+    assert "no output of type PEFT, which spec.lora.adapter takes; it has huggingface (HuggingFace)" in message

@@ -75,6 +75,7 @@ def make_lineage(
     adapter: FoundModel | None = None,
     adapter_dir: Path | None = None,
     others: Mapping[str, tuple[FoundOther, LocalModel]] | None = None,
+    first_adapters: tuple[FoundModel, Path] | None = None,
     sources: Sequence[Mapping[str, Any]] = (),
     outputs: Sequence[StoredOutput] = (),
     parents: Sequence[Lineage] = (),
@@ -83,13 +84,16 @@ def make_lineage(
     """Return a finished run's lineage.
 
     The arguments are those of `record_lineage`, and `others`: the models that it used beside its own, by field, as they
-    were found and where they are here.
+    were found and where they are here. `first_adapters` are those that it trained on.
     """
     inputs = [_input(model, model_dir)]
     if adapter is not None and adapter_dir is not None:
         inputs.append(_input(adapter, adapter_dir))
     asked = [_other(field, *other) for field, other in (others or {}).items()]
+    if first_adapters is not None:
+        asked.append({"field": "lora.adapter", **_input(*first_adapters)})
     beside = [folder for _, local in (others or {}).values() for folder in (local.base_dir, local.adapter_dir)]
+    beside.append(first_adapters[1] if first_adapters is not None else None)
     folders = [folder for folder in (model_dir, adapter_dir, *beside) if folder is not None]
     known = [*(found for folder in folders if (found := read_lineage(folder)) is not None), *parents]
     lineage: Lineage = {

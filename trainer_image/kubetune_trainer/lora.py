@@ -242,6 +242,17 @@ def init_lora(model: nn.Module, *, seed: int) -> None:
                 local.copy_(row_norms(weight[mine].float()))
 
 
+def set_lora(model: nn.Module, adapters: Mapping[str, Tensor]) -> None:
+    """Give adapters the values of others, whole, by the model's own names; each rank keeps its part."""
+    from kubetune_trainer.model.weights import local_place  # noqa: PLC0415 - as above
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                local, place = local_place(parameter)
+                local.copy_(adapters[name][place])
+
+
 def is_adapter(name: str) -> bool:
     """Whether a parameter belongs to an adapter."""
     return name.endswith((A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX))

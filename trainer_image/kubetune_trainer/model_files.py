@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from kubetune_trainer.config import JobConfig, S3Storage
+from kubetune_trainer.config import FirstAdapters, JobConfig, S3Storage
 from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from kubetune_trainer.fingerprint import fingerprint
@@ -126,6 +126,29 @@ def locate_adapter(config: JobConfig) -> FoundModel | None:
     """
     adapter = config.model.adapter
     return find_adapter(adapter.location, s3=adapter.s3 or config.storage.s3) if adapter else None
+
+
+def first_adapters_s3(source: FirstAdapters, config: JobConfig) -> S3Storage | None:
+    """Returns how to reach the S3 service of adapters to begin with, where they lie in one."""
+    return (source.uri.s3 if source.uri else None) or config.storage.s3
+
+
+def locate_first_adapters(source: FirstAdapters, config: JobConfig, *, report: Report) -> FoundModel:
+    """Finds the adapters that a run begins with; those of the Hub are brought into the workspace's cache first.
+
+    Raises:
+        DataError: A file is missing or cut off.
+        ConfigError: The Hub has no such repository.
+    """
+    if source.hub is None:
+        return find_adapter(source.uri.location, s3=first_adapters_s3(source, config))
+    repo = find_repo(source.hub, kind="model")
+    cache = open_store(
+        f"{config.run.cache}/models/{repo.repo.replace('/', '--')}-{repo.commit[:12]}", s3=config.storage.s3
+    )
+    if not cache.exists(COMPLETE_MARKER):
+        _copy_from_hub(repo, cache, report=report)
+    return find_adapter(cache.uri(), s3=config.storage.s3).model_copy(update={"commit": repo.commit})
 
 
 def find_adapter(location: str, *, s3: S3Storage | None) -> FoundModel:

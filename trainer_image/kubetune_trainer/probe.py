@@ -17,6 +17,7 @@ from functools import partial
 from kubetune_trainer.config import (
     EvalConfig,
     FineTuneConfig,
+    FirstAdapters,
     HubModel,
     JobConfig,
     QuantizeConfig,
@@ -28,7 +29,7 @@ from kubetune_trainer.config import (
 from kubetune_trainer.data.sources import open_source
 from kubetune_trainer.errors import DataError, StorageError, TrainerError
 from kubetune_trainer.hub import find_repo
-from kubetune_trainer.model_files import find_model, model_s3
+from kubetune_trainer.model_files import find_adapter, find_model, first_adapters_s3, model_s3
 from kubetune_trainer.storage import open_store
 
 
@@ -66,6 +67,8 @@ def places(config: JobConfig) -> Iterator[Place]:
     """Every place that a run of this config needs."""
     for path, model in {"model": config.model, **config.other_models}.items():
         yield _model(config.model_copy(update={"model": model}), field=f"spec.{path}")
+    if isinstance(config, FineTuneConfig) and config.lora is not None and config.lora.adapter is not None:
+        yield _first_adapters(config.lora.adapter, config)
     for field, sources in _sources(config).items():
         for index, source in enumerate(sources or ()):
             yield _source(source, config, field=f"spec.{field}[{index}]")
@@ -112,6 +115,14 @@ def _model(config: JobConfig, *, field: str) -> Place:
     uri = config.model.uri
     assert uri is not None
     return Place(f"{field}.uri.location", uri.location, partial(find_model, uri.location, s3=model_s3(config)))
+
+
+def _first_adapters(source: FirstAdapters, config: JobConfig) -> Place:
+    if source.hub is not None:
+        return Place("spec.lora.adapter.hub", _repository(source.hub), partial(find_repo, source.hub, kind="model"))
+    assert source.uri is not None
+    check = partial(find_adapter, source.uri.location, s3=first_adapters_s3(source, config))
+    return Place("spec.lora.adapter.uri.location", source.uri.location, check)
 
 
 def _source(source: Source, config: JobConfig, *, field: str) -> Place:

@@ -62,6 +62,9 @@ class Lora(ApiModel):
     merge_base: Literal["Quantized", "Original"] | None = None
     """What complete outputs of tuning: QLoRA merge the adapters into. Quantized: the weights in NF4, as training saw
     them. Original: the weights of the model's files. Unset: Quantized. Refused with other tunings."""
+    adapter: ModelSource | None = None
+    """Adapters to begin with, in a folder of peft: they are trained on, while model.jobRef to an output of type PEFT
+    merges them. All settings but dropout and learningRateRatio must be theirs. Unset: new ones."""
 
 
 class Dpo(ApiModel):
@@ -275,7 +278,7 @@ class Output(OutputBase):
 
 BLOCKS: Final = {"DPO": "dpo", "ORPO": "orpo", "SimPO": "simpo", "KTO": "kto", "QAT": "qat"}
 """The block that goes with a recipe."""
-OTHER_MODELS: Final = (("dpo", "reference"), ("kto", "reference"))
+OTHER_MODELS: Final = (("dpo", "reference"), ("kto", "reference"), ("lora", "adapter"))
 """Blocks and their fields that name a model which is used beside the one that is trained."""
 JUDGED: Final = ("Preference", "UnpairedPreference")
 """Formats of answers of which it is known how good they are."""

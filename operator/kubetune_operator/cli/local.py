@@ -27,6 +27,7 @@ from kubetune_operator.cli.bundle import Bundle, Objects, Reference, references,
 from kubetune_operator.cli.progress import Display
 from kubetune_operator.cli.script import check_script, find_script
 from kubetune_operator.errors import SpecError
+from kubetune_operator.lifecycle.upstream import FIRST_ADAPTERS
 from kubetune_operator.names import (
     CONFIG_FILE,
     ENV_CONFIGMAPS_DIR,
@@ -225,7 +226,7 @@ def _write(objects: Objects, *, folder: Path) -> Path:
 def _referenced_output(bundle: Bundle, path: str, reference: JobRef) -> str:
     """The output of an earlier local run that the jobRef of a model means."""
     parent = JobKey(reference.kind, reference.name)
-    outputs = _outputs_of(bundle.others.get(parent))
+    outputs = _outputs_of(bundle.others.get(parent), wanted="PEFT" if path == FIRST_ADAPTERS else "HuggingFace")
     name = reference.output or next(iter(outputs), None)
     if name is None:
         problem = (
@@ -236,10 +237,10 @@ def _referenced_output(bundle: Bundle, path: str, reference: JobRef) -> str:
     return outputs.get(name) or f"{_former_run(bundle.job, parent)}/outputs/{name}"
 
 
-def _outputs_of(parent: Job | None) -> dict[str, str | None]:
-    """The outputs of a job of the same file that are complete models, with the URIs that it gives them."""
+def _outputs_of(parent: Job | None, *, wanted: str) -> dict[str, str | None]:
+    """The outputs of a job of the same file that can be meant, with the URIs that it gives them."""
     if isinstance(parent, FineTuneJob):
-        return {output.name: output.uri for output in parent.spec.outputs if output.type == "HuggingFace"}
+        return {output.name: output.uri for output in parent.spec.outputs if output.type == wanted}
     if isinstance(parent, QuantizeJob):
         return {output.name: output.uri for output in parent.spec.outputs}
     return {}

@@ -28,6 +28,8 @@ from kubetune_operator.status import find_condition
 
 Json = dict[str, Any]
 
+FIRST_ADAPTERS: Final = "lora.adapter"
+"""The field whose jobRef takes adapters alone, without the model that they were trained on."""
 UPSTREAM_SECONDS: Final = 30.0
 """How often to look for another job that does not exist; one that exists wakes us up itself."""
 
@@ -82,7 +84,7 @@ def write_config(draft: Draft) -> bool:
 def adapters_bases(job: Job, *, upstream: dict[JobKey, Job]) -> list[JobKey]:
     """The jobs whose adapters this one would use, and whose configs therefore say what their base is; each once."""
     bases = []
-    for reference in (source.job_ref for source in model_sources(job).values()):
+    for reference in (source.job_ref for path, source in model_sources(job).items() if path != FIRST_ADAPTERS):
         parent = upstream.get(_key(reference)) if reference is not None else None
         if reference is None or parent is None or parent.status.state != "Complete":
             continue
@@ -167,12 +169,12 @@ def _resolve_model(draft: Draft, found: _Found, path: str, reference: JobRef) ->
     parent = _complete(draft, _key(reference))
     if isinstance(parent, Waiting):
         return parent
-    output = _chosen(draft.job, reference, parent=parent)
+    output = _adapters(reference, parent) if path == FIRST_ADAPTERS else _chosen(draft.job, reference, parent=parent)
     if isinstance(output, Waiting):
         return output
     uri = _uri(output.uri, s3=_access(parent), ours=_access(draft.job))
     model: Json | Waiting = {"uri": uri}
-    if output.type == ADAPTERS:
+    if output.type == ADAPTERS and path != FIRST_ADAPTERS:
         model = _with_adapters(draft, parent, adapters=uri)
     if isinstance(model, Waiting):
         return model
@@ -188,9 +190,8 @@ def _key(reference: JobRef) -> JobKey:
 def _chosen(job: Job, reference: JobRef, *, parent: Job) -> FinishedOutput | Waiting:
     """The output of another job that this one uses: the named one, else the one that serves it best."""
     name, loadable = reference.output, LOADABLE[job.kind]
-    status = parent.status
-    written = (status.outputs or []) if isinstance(status, FineTuneJobStatus | QuantizeJobStatus) else []
-    has = f"it has {', '.join(f'{item.name} ({item.type})' for item in written) or 'none'}"
+    written = _written(parent)
+    has = _has(written)
     if name is not None:
         named = next((item for item in written if item.name == name), None)
         if named is None:
@@ -205,6 +206,26 @@ def _chosen(job: Job, reference: JobRef, *, parent: Job) -> FinishedOutput | Wai
         message = f"{parent.title} has no output that {job.kind}s can load; {has}"
         return Waiting(reason="UpstreamNotUsable", message=message)
     return best
+
+
+def _adapters(reference: JobRef, parent: Job) -> FinishedOutput | Waiting:
+    """The adapters of another job that this one goes on with: the named output, else the first of their type."""
+    written, name = _written(parent), reference.output
+    found = next((item for item in written if item.type == ADAPTERS and name in {None, item.name}), None)
+    if found is None:
+        what = f"output {name!r} of {parent.title} is" if name is not None else f"{parent.title} has"
+        message = f"{what} no output of type {ADAPTERS}, which spec.{FIRST_ADAPTERS} takes; {_has(written)}"
+        return Waiting(reason="UpstreamNotUsable", message=message)
+    return found
+
+
+def _written(parent: Job) -> list[FinishedOutput]:
+    status = parent.status
+    return list(status.outputs or []) if isinstance(status, FineTuneJobStatus | QuantizeJobStatus) else []
+
+
+def _has(written: list[FinishedOutput]) -> str:
+    return f"it has {', '.join(f'{item.name} ({item.type})' for item in written) or 'none'}"
 
 
 def _with_adapters(draft: Draft, parent: Job, *, adapters: Json) -> Json | Waiting:

@@ -27,6 +27,7 @@ from kubetune_trainer.config.evaluate import ComparedTo, ConfigMapName, EvalConf
 from kubetune_trainer.config.finetune import (
     Checkpoint,
     FineTuneConfig,
+    FirstAdapters,
     Lora,
     Output,
     Profile,
@@ -55,6 +56,7 @@ __all__ = [
     "EvalConfig",
     "ExecuTorch",
     "FineTuneConfig",
+    "FirstAdapters",
     "Gate",
     "Gguf",
     "HubModel",

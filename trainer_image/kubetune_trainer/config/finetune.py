@@ -8,11 +8,13 @@ from pydantic import Field, model_validator
 from kubetune_trainer.config.blocks import (
     Block,
     Dataset,
+    HubModel,
     JobConfig,
     Model,
     ResourceName,
     SecretKey,
     Uri,
+    UriSource,
     check_one_of,
     check_unique_names,
 )
@@ -53,6 +55,20 @@ def _given_formats(dataset: dict[str, Any]) -> list[str]:
     return [str(source.get("format")) for source in sources or () if isinstance(source, dict)]
 
 
+class FirstAdapters(Block):
+    """A PEFT folder whose adapters are trained on: exactly one of hub, uri."""
+
+    hub: HubModel | None = None
+    """A repository of the Hugging Face Hub."""
+    uri: UriSource | None = None
+    """A folder."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        check_one_of(self, "hub", "uri")
+        return self
+
+
 class Lora(Block):
     """Low-rank adapters (Hu et al. 2021)."""
 
@@ -71,6 +87,8 @@ class Lora(Block):
     merge_base: Literal["Quantized", "Original"] | None = None
     """What complete outputs of tuning QLoRA merge the adapters into: the weights in NF4, as training saw them, or those
     of the model's files; unset means Quantized, refused with other tunings."""
+    adapter: FirstAdapters | None = None
+    """Adapters to begin with; unset begins with new ones."""
 
 
 class Parallelism(Block):

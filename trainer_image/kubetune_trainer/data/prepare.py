@@ -33,7 +33,8 @@ from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.estimate import Estimate, count_parameters, estimate_memory
 from kubetune_trainer.export.convert import check_outputs
 from kubetune_trainer.fingerprint import fingerprint
-from kubetune_trainer.model.config import read_config
+from kubetune_trainer.model.adapter import read_first_adapters
+from kubetune_trainer.model.config import ModelConfig, read_config
 from kubetune_trainer.model_files import (
     FoundModel,
     FoundOther,
@@ -41,8 +42,10 @@ from kubetune_trainer.model_files import (
     fetch_merged,
     fetch_model,
     fetch_others,
+    first_adapters_s3,
     is_small,
     locate_adapter,
+    locate_first_adapters,
     locate_model,
     locate_others,
     model_s3,
@@ -116,6 +119,8 @@ class Prepared(PreparedData):
     """The model."""
     adapter: FoundModel | None = None
     """The adapter that is merged into it before the run begins."""
+    first_adapters: FoundModel | None = None
+    """The adapters that are trained on."""
     others: Mapping[str, FoundOther] = {}
     """The models that are used beside it, by field."""
     sources: tuple[FoundSource, ...]
@@ -131,11 +136,14 @@ class Prepared(PreparedData):
 
     def message(self) -> dict[str, Any]:
         """Returns the fields of the termination message; datasets too many for its size are left out of it."""
-        inner = {"asked", "model", "adapter", "others", "train", "validation", "preview", "report"}
+        inner = {"asked", "model", "adapter", "first_adapters", "others", "train", "validation", "preview", "report"}
         told = self.model_dump(mode="json", by_alias=True, exclude=inner, exclude_none=True)
         message = {"model": self.model.told(), **told}
-        if self.others:
-            message["otherModels"] = [other.told(field) for field, other in self.others.items()]
+        others = [other.told(field) for field, other in self.others.items()]
+        if self.first_adapters is not None:
+            others.append({"field": "lora.adapter", **self.first_adapters.told()})
+        if others:
+            message["otherModels"] = others
         if self.report is not None:
             message["artifacts"] = {"report": self.report}
         if len(json.dumps(message).encode()) > MESSAGE_BYTES:
@@ -153,6 +161,8 @@ class Local:
     """Folder of the model as it was found."""
     adapter_dir: Path | None
     """Folder of the adapter, if any."""
+    first_adapters_dir: Path | None
+    """Folder of the adapters that are trained on, if any."""
     others: Mapping[str, LocalModel]
     """The models that are used beside it, by field."""
     train_data: DataStore
@@ -189,6 +199,7 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
         asked=_asked(config),
         model=model,
         adapter=locate_adapter(config),
+        first_adapters=_first_adapters(config, shape, report=report),
         others={field: found for field, (found, _) in others.items()},
         sources=tuple(opened.found for opened in sources),
         estimate=estimate_memory(
@@ -220,10 +231,28 @@ def fetch(prepared: Prepared, config: FineTuneConfig) -> Local:
         model_dir=model_dir,
         base_dir=base_dir,
         adapter_dir=adapter_dir,
+        first_adapters_dir=_fetch_first_adapters(prepared.first_adapters, config),
         others=fetch_others(prepared.others, config=config),
         train_data=fetch_rows(prepared.train, config),
         validation_data=fetch_rows(prepared.validation, config) if prepared.validation else None,
     )
+
+
+def _first_adapters(config: FineTuneConfig, shape: ModelConfig, *, report: Report) -> FoundModel | None:
+    """Finds the adapters that are trained on, and looks whether they are what the config says."""
+    if config.lora is None or config.lora.adapter is None:
+        return None
+    found = locate_first_adapters(config.lora.adapter, config, report=report)
+    folder = _fetch_first_adapters(found, config)
+    assert folder is not None
+    read_first_adapters(folder, config=config, shape=shape)
+    return found
+
+
+def _fetch_first_adapters(found: FoundModel | None, config: FineTuneConfig) -> Path | None:
+    if found is None or config.lora is None or config.lora.adapter is None:
+        return None
+    return fetch_model(found, s3=first_adapters_s3(config.lora.adapter, config))
 
 
 def _checked(prepared: Prepared, config: FineTuneConfig, directory: Store) -> Prepared:
@@ -240,6 +269,8 @@ def _asked(config: FineTuneConfig) -> str:
     asked = [config.model.model_dump(mode="json"), config.dataset.model_dump(mode="json"), config.training.seed]
     if config.rows != "Samples":
         asked.append(config.rows)
+    if config.lora is not None and config.lora.adapter is not None:
+        asked.append({"lora.adapter": config.lora.adapter.model_dump(mode="json")})
     asked += [{field: model.model_dump(mode="json")} for field, model in config.other_models.items()]
     return fingerprint(asked, length=16)
 

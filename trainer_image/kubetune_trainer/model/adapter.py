@@ -3,16 +3,18 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kubetune_trainer.errors import DataError
+from kubetune_trainer.config import FineTuneConfig
+from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.export.huggingface import complete_weights, save_huggingface
 from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, BASE_FORM, NF4, PREFIX
-from kubetune_trainer.lora import A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX, merge_adapters, update_scale
+from kubetune_trainer.lora import A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX, apply_lora, merge_adapters, update_scale
 from kubetune_trainer.model.config import ModelConfig, read_config, read_json
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import WeightFiles, build_model
@@ -73,6 +75,46 @@ def merged_weights(adapters: Mapping[str, Tensor], files: WeightFiles, *, how: M
             base = files.read(weight, rows=slice(None))
             merged = merge_adapters(weight, base, adapters, scale=how.scale, packed=how.packed)
             yield weight, merged.to(files.dtype(weight))
+
+
+def read_first_adapters(folder: Path, *, config: FineTuneConfig, shape: ModelConfig) -> dict[str, Tensor]:
+    """Read the adapters that a run begins with.
+
+    Args:
+        folder: A PEFT folder.
+        config: The run, whose settings have to be theirs.
+        shape: The model's.
+
+    Returns:
+        The adapters under the model's own names.
+
+    Raises:
+        ConfigError: The settings are others.
+        DataError: A file is missing or damaged, or the adapters do not fit the model.
+    """
+    assert config.lora is not None, "tuning Full has no adapters"
+    given, lora = read_json(folder / ADAPTER_CONFIG_FILE), config.lora
+    adapters, _ = read_adapter(folder, config=shape)
+    model = build_model(shape)
+    wanted = set(apply_lora(model, **(config.adapter_settings() | {"packs_base": False})))
+    found = {name.removesuffix(A_SUFFIX) for name in adapters if name.endswith(A_SUFFIX)}
+    is_dora = any(name.endswith(MAGNITUDE_SUFFIX) for name in adapters)
+    rules: tuple[tuple[str, Any, Any], ...] = (
+        ("lora.rank", lora.rank, given["r"]),
+        ("lora.alpha", lora.alpha, given["lora_alpha"]),
+        ("lora.rank_stabilized", lora.rank_stabilized, bool(given.get("use_rslora"))),
+        ("tuning", config.tuning, "DoRA" if is_dora else "QLoRA" if config.tuning == "QLoRA" else "LoRA"),
+    )
+    for field, ours, theirs in rules:
+        if ours != theirs:
+            raise ConfigError(f"{config.title}: {field} must be that of lora.adapter, {theirs}, got {ours}")
+    if different := sorted(wanted ^ found):
+        side = "it lacks" if different[0] in wanted else "it also has"
+        raise ConfigError(
+            f"{config.title}: lora.target_modules must be the layers of lora.adapter, got "
+            f"{', '.join(lora.target_modules)}: {side} {different[0]}"
+        )
+    return adapters
 
 
 def read_adapter(folder: Path, *, config: ModelConfig) -> tuple[dict[str, Tensor], Merging]:

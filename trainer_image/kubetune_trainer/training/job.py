@@ -19,7 +19,8 @@ from kubetune_trainer.distributed import StopSignal, World, barrier, broadcast_o
 from kubetune_trainer.errors import ConfigError, PreemptedError
 from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.logs import keep_log
-from kubetune_trainer.lora import apply_lora, init_lora
+from kubetune_trainer.lora import apply_lora, init_lora, set_lora
+from kubetune_trainer.model.adapter import read_first_adapters
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import build_model, load_weights
@@ -115,7 +116,7 @@ def set_up(
 
     report("phase", phase="Loading")
     training = config.training
-    model = build(config, local.model_dir, world)
+    model = build(config, local.model_dir, world, first_adapters=local.first_adapters_dir)
     return Job(
         config=config,
         world=world,
@@ -144,7 +145,7 @@ def set_up(
     )
 
 
-def build(config: FineTuneConfig, model_dir: Path, world: World) -> Decoder:
+def build(config: FineTuneConfig, model_dir: Path, world: World, *, first_adapters: Path | None = None) -> Decoder:
     """The model, sharded over all ranks; every rank reads only its own rows of the weights."""
     model = build_model(read_config(model_dir))
     if config.lora is not None:
@@ -163,6 +164,8 @@ def build(config: FineTuneConfig, model_dir: Path, world: World) -> Decoder:
     model.to_empty(device=world.device)
     load_weights(model, model_dir)
     init_lora(model, seed=config.training.seed)
+    if first_adapters is not None:
+        set_lora(model, read_first_adapters(first_adapters, config=config, shape=model.config))
     return model
 
 

@@ -96,6 +96,11 @@ def describe(job: Job, outputs: Sequence[StoredOutput]) -> None:
         model_dir=local.base_dir,
         adapter=prepared.adapter,
         adapter_dir=local.adapter_dir,
+        first_adapters=(
+            (prepared.first_adapters, local.first_adapters_dir)
+            if prepared.first_adapters is not None and local.first_adapters_dir is not None
+            else None
+        ),
         others={field: (found, local.others[field]) for field, found in prepared.others.items()},
         sources=lineage_sources(config.dataset.sources, prepared.sources),
         outputs=outputs,
