@@ -24,6 +24,8 @@ LONGEST_FIRST: Final = (
     "controller/test_restarts.py",
     "controller/test_suspend.py",
     "controller/test_lost_node.py",
+    "trainer/test_estimate_measured.py",
+    "cli/test_estimate.py",
     "trainer/test_generation.py",
     "controller/test_pipeline.py",
     "recipes/test_dpo.py",

@@ -12,6 +12,7 @@ from kubetune_trainer.config import FineTuneConfig, load_config
 from kubetune_trainer.estimate import RUNTIME_BYTES, activation_bytes, count_parameters, estimate_memory
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.weights import build_model
+from tests.cluster.paths import ROOT
 from tests.trainer.tiny_model import model_config
 
 LLAMA_8B: dict[str, Any] = {
@@ -87,11 +88,33 @@ def test_a_reference_is_counted_where_it_is_a_model_of_its_own(
     assert found.get("reference") == (None if expected is None else pytest.approx(expected, rel=0.02))
 
 
+def test_the_tables_of_the_page_about_memory_are_what_the_estimate_says(tmp_path: Path) -> None:
+    lines = (ROOT / "docs" / "memory.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| Llama-")]
+    shapes = {}
+    for name, hidden, inner, layers, heads, kv, head, vocab, tied, parameters in (row for row in rows if len(row) == 10):
+        shapes[name] = ModelConfig.from_hf(LLAMA_8B | {
+            "hidden_size": int(hidden), "intermediate_size": int(inner), "num_hidden_layers": int(layers),
+            "num_attention_heads": int(heads), "num_key_value_heads": int(kv), "head_dim": int(head),
+            "vocab_size": int(vocab), "tie_word_embeddings": tied == "yes",
+        })  # fmt: skip
+        assert count_parameters(shapes[name]) == int(parameters.replace(",", ""))
+    told = [row for row in rows if len(row) == 7]
+    assert len(told) > 10
+    for name, tuning, precision, recompute, rows_at_once, gibibytes, fits in told:
+        run = config(
+            tmp_path, f"tuning={tuning}", f"training.precision={precision}",
+            f"training.activation_checkpointing={recompute}", f"training.micro_batch_size={rows_at_once}",
+        )  # fmt: skip
+        needed = estimate_memory(run, shapes[name]).memory_per_device_bytes / GIB
+        assert (f"{needed:.1f}", "yes" if needed < 24 else "no") == (gibibytes, fits), (name, tuning, precision)
+
+
 def test_the_parts_add_up(tmp_path: Path) -> None:
     estimate = estimate_memory(config(tmp_path), SHAPE)
     found = parts(estimate.message)
     assert list(found) == [
-        "weights", "gradients", "optimizer", "gathered weights", "activations", "logits", "runtime",
+        "weights", "gradients", "optimizer", "gathered", "activations", "kernels", "runtime",
     ]  # fmt: skip
     assert sum(found.values()) == pytest.approx(estimate.memory_per_device_bytes, rel=0.02)
     assert found["runtime"] == RUNTIME_BYTES

@@ -1,7 +1,8 @@
 """What a run needs in memory, computed from the model's shape before any accelerator is used.
 
-The largest parts, rather too high than too low: weights, gradients and optimizer state as FSDP shards them, what is
-gathered for one block at a time, activations of one micro batch, a chunk of logits, and the runtime itself.
+Weights, gradients and optimizer state as FSDP shards them, what is gathered of them for a moment, activations of one
+micro batch, a chunk of logits, and the runtime itself, at that moment of a step at which most is held.
+`benchmarks/estimate.py` holds all but the runtime against what real steps take on a CPU.
 """
 
 from collections.abc import Mapping
@@ -22,8 +23,11 @@ from kubetune_trainer.parallel import held_bytes, stays_whole
 
 FP32: Final = 4
 BF16: Final = 2
+FP64: Final = 8
 RUNTIME_BYTES: Final = 700 * 2**20
 """Python, torch and its kernels or the device's context."""
+KERNEL_BYTES: Final = 24 * 2**20
+"""What libraries take for themselves once they work: threads, kernels made at run time, buffers between ranks."""
 GATHERED_BLOCKS: Final = 2
 """FSDP gathers the next block while one computes."""
 
@@ -47,7 +51,16 @@ def count_parameters(shape: ModelConfig) -> int:
 def estimate_memory(
     config: FineTuneConfig, shape: ModelConfig, *, others: Mapping[str, ModelConfig] | None = None
 ) -> Estimate:
-    """Estimates what one rank needs at its peak.
+    """Estimates what one rank needs at its peak; takes what `estimate_parts` does."""
+    parts = estimate_parts(config, shape, others=others)
+    message = ", ".join(f"{name} {_readable(size)}" for name, size in parts.items() if size)
+    return Estimate(memory_per_device_bytes=sum(parts.values()), message=message)
+
+
+def estimate_parts(
+    config: FineTuneConfig, shape: ModelConfig, *, others: Mapping[str, ModelConfig] | None = None
+) -> dict[str, int]:
+    """Returns the bytes that one rank holds at the moment of a step at which it holds most, by part.
 
     Args:
         config: The run; its number of nodes and processes says over how many ranks the weights are spread.
@@ -57,44 +70,82 @@ def estimate_memory(
     model = build_model(shape)
     if config.lora is not None:
         apply_lora(model, **config.adapter_settings())
-    ranks = config.run.num_nodes * config.run.processes_per_node
-    trained = _count_trained(model)
-    kept_trained = BF16 if config.training.precision == "BF16" else FP32
-    frozen = sum(held_bytes(weight, _compute_type(config)) for weight in model.parameters() if not weight.requires_grad)
-    parts = {
-        "weights": trained * kept_trained // ranks + (frozen if _whole(model, config) else frozen // ranks),
-        "gradients": trained * kept_trained // ranks,
-        "optimizer": 2 * trained * kept_trained // ranks,
-        "gathered weights": _gathered(model, config),
-        "activations": activation_bytes(config, shape),
-        "logits": CHUNK_TOKENS * shape.vocab_size * (2 * FP32 + _compute_bytes(config)),
-        "runtime": RUNTIME_BYTES,
-    }
-    if config.qat is not None:
-        parts["rounded weights"] = _rounded(model, config)
     asked = dict(others or {})
     for block, settings in (("dpo", config.dpo), ("kto", config.kto)):
         if settings is not None and settings.reference is None and config.lora is None:
             asked[f"{block}.reference"] = shape
-    for field, other in asked.items():
-        frozen_model = build_model(other).requires_grad_(requires_grad=False)
-        held = _count(frozen_model) * _compute_bytes(config)
-        parts[field.rpartition(".")[2]] = held if _whole(frozen_model, config) else held // ranks
-    message = ", ".join(f"{name} {_readable(size)}" for name, size in parts.items())
-    return Estimate(memory_per_device_bytes=sum(parts.values()), message=message)
+    beside = {field.rpartition(".")[2]: _asked_bytes(other, config) for field, other in asked.items()}
+    moments = (moment | beside | {"runtime": RUNTIME_BYTES} for moment in _moments(config, shape, model))
+    return max(moments, key=lambda moment: sum(moment.values()))
 
 
-def _gathered(model: Decoder, config: FineTuneConfig) -> int:
-    """Returns the bytes of what FSDP has gathered: blocks in flight and the root's, or all that a small model trains.
+def _asked_bytes(shape: ModelConfig, config: FineTuneConfig) -> int:
+    """Returns what a rank holds of a model that is only asked."""
+    model = build_model(shape).requires_grad_(requires_grad=False)
+    held = _count(model) * _compute_bytes(config)
+    return held if _whole(model, config) else held // _ranks(config)
 
-    Whole gradients of a block come on top while it goes backward, and those of all adapters until the last micro batch.
+
+def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list[dict[str, int]]:
+    """Returns what is held at the moments of a step of which one is the peak: the parts by name.
+
+    At the loss all activations wait for their gradients. The first block that goes backward has temporaries beside
+    them. At the end of backward, FSDP copies and reduces the gradients of embedding and output head. Clipping squares
+    the largest gradient in fp64. Gradients lie beside activations only where an earlier micro batch left them.
     """
-    blocks = [_bytes(block, config) for block in model.model.layers]
-    root = _bytes(model, config) - sum(blocks)
-    trained = _count_trained(model) * _compute_bytes(config)
-    gradients = root + max(blocks) if config.lora is None else trained
-    held = trained if _whole(model, config) else root + GATHERED_BLOCKS * max(blocks)
-    return held + gradients + _unpacked(model, config)
+    ranks, compute = _ranks(config), _compute_bytes(config)
+    kept_trained = BF16 if config.training.precision == "BF16" else FP32
+    trained, whole, is_full = _count_trained(model), _whole(model, config), config.lora is None
+    blocks = [_count(block) for block in model.model.layers]
+    root = _count(model) - sum(blocks)
+    frozen = sum(held_bytes(weight, _compute_type(config)) for weight in model.parameters() if not weight.requires_grad)
+    gradients = trained * kept_trained // ranks
+    earlier = gradients if config.accumulation_steps(ranks) > 1 else 0
+    always = {
+        "weights": gradients + (frozen if whole else frozen // ranks),
+        "optimizer": 2 * gradients,
+    }
+    in_blocks = [_bytes(block, config) for block in model.model.layers]
+    flying = _bytes(model, config) - sum(in_blocks) + GATHERED_BLOCKS * max(in_blocks)
+    held = (trained * compute if whole else flying) + _unpacked(model, config)
+    # Whole gradients: the head's while a model goes backward; of adapters all, until they are reduced together.
+    of_head = (shape.vocab_size * shape.hidden_size if is_full else trained) * compute
+    of_block = max(blocks) * compute if is_full else 0
+    reduced = root * (compute + FP32 + (FP32 if earlier else 0)) if is_full else of_head
+    in_root = root * kept_trained // ranks if is_full else 0
+    largest = max(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    tokens, kept, again = _activations(config, shape)
+    temporary = 3 * shape.token_width * compute
+    logits = min(CHUNK_TOKENS, tokens) * shape.vocab_size * _logit_bytes(config, shape)
+    rows = tokens * shape.hidden_size * compute
+    rounded = {"rounded weights": _rounded(model, config)} if config.qat is not None else {}
+    varying = [
+        rounded
+        | {"gradients": earlier, "gathered": held + of_head, "activations": tokens * kept + rows, "logits": logits},
+        rounded
+        | {
+            "gradients": earlier,
+            "gathered": held + of_head + of_block,
+            "activations": tokens * (kept + again + temporary),
+        },
+        {
+            "gradients": earlier or gradients - in_root,
+            "gathered": (root if is_full or not whole else 0) * compute + reduced,
+        },
+        {"gradients": gradients, "gathered": largest * FP64 // ranks},
+    ]
+    names = ("weights", "gradients", "optimizer", "gathered", "activations", "logits", *rounded)
+    return [{name: (always | each).get(name, 0) for name in names} | {"kernels": KERNEL_BYTES} for each in varying]
+
+
+def _ranks(config: FineTuneConfig) -> int:
+    return config.run.num_nodes * config.run.processes_per_node
+
+
+def _logit_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:
+    """Returns the bytes of a logit and what is made of it: twice in fp32, and twice in bf16 where that computes."""
+    bounded = FP32 if shape.logit_softcap is not None else 0
+    return 2 * FP32 + bounded + (0 if config.training.precision == "FP32" else 2 * BF16)
 
 
 def _unpacked(model: Decoder, config: FineTuneConfig) -> int:
@@ -120,37 +171,41 @@ def _whole(model: Decoder, config: FineTuneConfig) -> bool:
 def activation_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:
     """Returns the bytes that the backward pass of one micro batch needs.
 
+    Recomputation keeps the blocks' inputs, Selective their products too, and has one block whole at a time.
+    """
+    tokens, kept, again = _activations(config, shape)
+    return tokens * (kept + again)
+
+
+def _activations(config: FineTuneConfig, shape: ModelConfig) -> tuple[int, int, int]:
+    """Returns the tokens of a micro batch; per token, the bytes that are kept, and those of a block computed again.
+
     Per token and block: of each norm the input in fp32, the scaled input and the output; queries, keys, values and the
-    attention's output in fp32, the latter once more for the output projection, and a row of the mask; four times the
-    inner width of the feed-forward block, or of the experts that a token passes, and the token's copies for each of
-    them; where attention has a soft bound, two rows of its products in place of the mask's. Recomputation keeps the
-    blocks' inputs and has one block whole at a time.
+    attention's output in fp32, the latter once more for the output projection, and with packing a row of the mask; four
+    times the inner width of the feed-forward block, or of the experts that a token passes, and the token's copies for
+    each of them; where attention has a soft bound, two rows of its products in place of the mask's.
     """
     compute, length = _compute_bytes(config), config.dataset.max_sequence_length
     norm = shape.hidden_size * (FP32 + 2 * compute)
     heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * FP32
     output = shape.num_heads * shape.head_dim * compute
     # In fp32 a mask; with a soft bound, of each head the bounded products and their softmax.
-    rows = length * FP32 * (1 if shape.attention_softcap is None else 2 * shape.num_heads)
+    rows = length * FP32 if config.dataset.packing == "BestFit" else 0
+    if shape.attention_softcap is not None:
+        rows = length * FP32 * 2 * shape.num_heads
     block = len(NORMS[shape.norm_places]) * norm + heads + output + rows + 4 * shape.token_width * compute
     if shape.experts is not None:
         block += shape.experts.num_chosen * shape.hidden_size * (2 * compute + FP32)
-    root = 2 * norm
-    if config.training.activation_checkpointing == "Full":
-        blocks = shape.num_layers * shape.hidden_size * compute + block
-    elif config.training.activation_checkpointing == "Selective":
-        # What projections and attention return, and the copy of it that attention computes with.
-        products = (
-            2 * shape.token_width + 2 * shape.hidden_size + (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-        )
-        blocks = (
-            shape.num_layers * ((shape.hidden_size + products) * compute + shape.num_heads * shape.head_dim * FP32)
-            + block
-        )
-    else:
-        blocks = shape.num_layers * block
+    # What projections and attention return, and the copy of it that attention computes with.
+    width = 2 * shape.token_width + 2 * shape.hidden_size + (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    each = {
+        "None": block,
+        "Selective": (shape.hidden_size + width) * compute + shape.num_heads * shape.head_dim * FP32,
+        "Full": shape.hidden_size * compute,
+    }[config.training.activation_checkpointing]
+    again = 0 if config.training.activation_checkpointing == "None" else block
     sequences = config.training.micro_batch_size * (2 if config.rows == "Pairs" else 1)
-    return sequences * length * (blocks + root)
+    return sequences * length, shape.num_layers * each + 2 * norm, again
 
 
 def _compute_bytes(config: FineTuneConfig) -> int:

@@ -28,3 +28,9 @@ def forget_peak_memory(device: torch.device) -> bool:
         CLEAR_REFS.write_text(FORGET_PEAK)
         return True
     return False
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Return the memory that this process has resident now, or its peak (VmHWM), see proc_pid_status(5)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024

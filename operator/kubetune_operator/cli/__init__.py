@@ -15,6 +15,7 @@ from kubetune_operator.api.manifest import dump_manifests
 from kubetune_operator.cli import cluster, lineage, live, local, recipes, sweep_command, verify
 from kubetune_operator.cli.bundle import load_bundle, load_bundles
 from kubetune_operator.cli.chat import chat as chat_with
+from kubetune_operator.cli.estimate import estimate as estimate_memory
 from kubetune_operator.cli.script import check_script
 from kubetune_operator.errors import OperatorError
 from kubetune_operator.render.objects import render_all
@@ -64,6 +65,24 @@ def validate(
         if live_too:
             live.check(bundle, say=typer.echo)
         typer.echo(f"{bundle.title} is valid")
+
+
+@app.command()
+def estimate(
+    file: File,
+    name: Name = None,
+    device_memory: Annotated[
+        str | None, typer.Option("--device-memory", metavar="SIZE", help="What a device has, for example 24GiB.")
+    ] = None,
+    suggest: Annotated[bool, typer.Option("--suggest", help="Where it does not fit, list what needs less.")] = False,
+    s3_endpoint: S3Endpoint = None,
+) -> None:
+    """Print the memory that training needs per device, by part. Of the model, only config.json is read.
+
+    Exit code 1: it does not fit a device of the given size.
+    """
+    bundle = load_bundle(file, name=name, s3_endpoint=s3_endpoint)
+    raise typer.Exit(estimate_memory(bundle, device_memory=device_memory, suggest=suggest))
 
 
 @app.command()
