@@ -92,7 +92,9 @@ def test_the_tables_of_the_page_about_memory_are_what_the_estimate_says(tmp_path
     lines = (ROOT / "docs" / "memory.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| Llama-")]
     shapes = {}
-    for name, hidden, inner, layers, heads, kv, head, vocab, tied, parameters in (row for row in rows if len(row) == 10):
+    for name, hidden, inner, layers, heads, kv, head, vocab, tied, parameters in (
+        row for row in rows if len(row) == 10
+    ):
         shapes[name] = ModelConfig.from_hf(LLAMA_8B | {
             "hidden_size": int(hidden), "intermediate_size": int(inner), "num_hidden_layers": int(layers),
             "num_attention_heads": int(heads), "num_key_value_heads": int(kv), "head_dim": int(head),

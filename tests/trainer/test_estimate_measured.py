@@ -1,6 +1,5 @@
 """The estimate beside the memory that real training steps take on a CPU; benchmarks/estimate.py has more rows."""
 
-import sys
 from typing import Any
 
 import pytest
