@@ -1,6 +1,8 @@
 """What a run reports reaches the trackers' own files, once for each step, however often the run was killed."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,13 @@ def test_wandb_folders_of_all_attempts_are_one_run_with_each_step_once(run: dict
     }
     exits = [record.exit.exit_code for record in written if record.WhichOneof("record_type") == "exit"]
     assert exits == [0]
+
+
+def test_wandb_takes_the_folders_for_what_it_wrote(run: dict[str, Any]) -> None:
+    folders = sorted(str(path) for path in (run["folder"] / "wandb").iterdir())
+    command = [sys.executable, "-m", "wandb", "sync", "--dry-run", *folders]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Would sync 3 run(s)" in done.stdout + done.stderr
 
 
 def test_a_stopped_attempt_says_so(run: dict[str, Any]) -> None:
