@@ -84,6 +84,23 @@ def test_a_model_folder_without_config_json_is_a_problem(tmp_path: Path) -> None
     assert "config.json" in found["spec.model.uri.location"]["problem"]
 
 
+def test_models_and_adapters_beside_the_trained_model_are_looked_at(tmp_path: Path) -> None:
+    for name in ("other", "adapter"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").touch()
+    found = probe(
+        tmp_path,
+        spec__recipe="DPO",
+        spec__dpo={"reference": {"uri": {"location": f"file://{tmp_path}/other"}}},
+        spec__lora={"adapter": {"uri": {"location": f"file://{tmp_path}/adapter"}}},
+        spec__dataset__sources=[{"name": "a", "uri": {"location": f"file://{tmp_path}/a.jsonl"}}],
+        spec__model={"uri": {"location": f"file://{tmp_path}/model"}},
+        spec__workspace__uri=f"file://{tmp_path}/runs",
+    )
+    assert "config.json is missing" in found["spec.dpo.reference.uri.location"]["problem"]
+    assert "adapter_config.json is missing" in found["spec.lora.adapter.uri.location"]["problem"]
+
+
 def test_every_kind_says_where_it_reads_and_writes(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     empty, gone = {"location": f"file://{tmp_path}/empty"}, {"location": f"file://{tmp_path}/gone"}

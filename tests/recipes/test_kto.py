@@ -9,7 +9,7 @@ import yaml
 
 from tests.cluster.paths import ROOT
 from tests.recipes.gang import Gang, Zygote
-from tests.recipes.tiny import write_answers, write_config
+from tests.recipes.tiny import write_answers, write_config, write_model
 
 STEPS = 8
 RELATIVE = 1e-4
@@ -86,3 +86,13 @@ def test_the_preset_trains_a_tiny_model(zygote: Zygote, tiny: Path) -> None:
     preset["training"] |= {"max_steps": 2, "global_batch_size": 2}
     gang = Gang.start(zygote, tiny / "kto-preset", write_config(tiny / "kto-preset.yaml", **preset), recipe="kto")
     assert len(gang.succeed().events("step")) == 2
+
+
+def test_answers_are_measured_against_the_model_that_the_reference_names(zygote: Zygote, tiny: Path) -> None:
+    write_model(tiny / "kto-other", num_hidden_layers=1)
+    named = {"reference": {"uri": {"location": f"file://{tiny}/kto-other"}}}
+    default = curve(run(zygote, tiny, "kto-default", "training.max_steps=1"))[1]
+    first = curve(run(zygote, tiny, "kto-named", "training.max_steps=1", kto=named))[1]
+    assert default[2:4] == [0, 0], "the model itself finds every answer worth nothing"
+    assert abs(first[2]) > 1e-5
+    assert abs(first[3]) > 1e-5
