@@ -39,6 +39,8 @@ LONGEST_FIRST: Final = (
     "recipes/test_push.py",
     "trainer/test_tracking.py",
     "trainer/test_families.py",
+    "trainer/test_quantize_qat.py",
+    "trainer/test_qlora.py",
     "recipes/test_invariance.py",
     "chart/test_rights.py",
     "trainer/test_model_smollm2.py",
