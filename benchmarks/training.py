@@ -1,8 +1,11 @@
 """The training step of each project, for the tables lora, full and mfu: the same model, rows, optimizer and clipping.
 
 Settings: model (folder), rows, length, share (of a row's tokens that are trained, at its end), tuning (LoRA or Full),
-rank, targets (attention: q and v; all: every linear layer), steps. fp32 throughout, no activation checkpointing; rows
-are full, so nothing is padded.
+rank, targets (attention: q and v; all: every linear layer), precision, compiled (whether each side compiles its
+blocks), steps. No activation checkpointing; rows are full, so nothing is padded.
+
+Precisions are ours. FP32: all in fp32. BF16Mixed: frozen weights in bf16, trained ones in fp32, computed in bf16, which
+PEFT's users get of autocast. BF16: all in bf16, which is what torchtune and litgpt have.
 """
 
 import json
@@ -10,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, Measures, Settings, Side, now, peak_bytes, resident_bytes
+from harness import ROOT, Measures, Settings, Side, now, peak_bytes, resident_bytes, stored_dtype
 
 LEARNING_RATE = 1e-4
 Step = Callable[[], float]
@@ -32,8 +35,10 @@ def token_rows(settings: Settings) -> tuple[Any, Any]:
 
 
 def measure(step: Step, settings: Settings, *, baseline: int) -> Measures:
-    """Takes one step to warm up, then some that count."""
+    """Takes steps to warm up, a second one where the first compiles, then some that count."""
     loss = step()
+    if settings["compiled"]:
+        step()
     times = []
     for _ in range(settings["steps"]):
         began = now()
@@ -61,6 +66,13 @@ def optimized(parameters: Any, loss_of: Callable[[], Any]) -> Step:
     return step
 
 
+def compile_each(blocks: Any, settings: Settings) -> None:
+    """Compiles blocks one by one, as every side's users are told to."""
+    if settings["compiled"]:
+        for block in blocks:
+            block.compile()
+
+
 def ours(settings: Settings) -> Measures:
     """Our decoder, adapters and loss."""
     import torch
@@ -68,6 +80,7 @@ def ours(settings: Settings) -> Measures:
     from kubetune_trainer.lora import apply_lora, init_lora
     from kubetune_trainer.model.config import read_config
     from kubetune_trainer.model.weights import build_model, load_weights
+    from kubetune_trainer.parallel import set_dtypes
 
     tokens, labels = token_rows(settings)
     baseline = resident_bytes()
@@ -75,9 +88,11 @@ def ours(settings: Settings) -> Measures:
     if settings["tuning"] == "LoRA":
         names = ["all-linear"] if settings["targets"] == "all" else ["q_proj", "v_proj"]
         apply_lora(model, rank=settings["rank"], alpha=2 * settings["rank"], target_modules=names)
-    model.float().to_empty(device="cpu")
+    set_dtypes(model, precision=settings["precision"])
+    model.to_empty(device="cpu")
     load_weights(model, settings["model"])
     init_lora(model, seed=0)
+    compile_each(model.model.layers, settings)
     shifted = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), dim=1)
     trained = int((shifted != -100).sum())
     return measure(
@@ -93,16 +108,21 @@ def transformers(settings: Settings) -> Measures:
 
     tokens, labels = token_rows(settings)
     baseline = resident_bytes()
-    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=stored_dtype(settings))
     model.config.use_cache = False
+    compile_each(model.model.layers, settings)
     if settings["tuning"] == "LoRA":
         names = "all-linear" if settings["targets"] == "all" else ["q_proj", "v_proj"]
         rank = settings["rank"]
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
-    return measure(
-        optimized(model.parameters(), lambda: model(input_ids=tokens, labels=labels).loss), settings, baseline=baseline
-    )
+
+    def loss_of() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings["precision"] == "BF16Mixed"):
+            loss: torch.Tensor = model(input_ids=tokens, labels=labels).loss
+        return loss
+
+    return measure(optimized(model.parameters(), loss_of), settings, baseline=baseline)
 
 
 def torchtune(settings: Settings) -> Measures:
@@ -129,6 +149,7 @@ def torchtune(settings: Settings) -> Measures:
         "rope_base": config["rope_theta"],
         "scale_factor": 1,
     }
+    torch.set_default_dtype(stored_dtype(settings))
     if settings["tuning"] == "LoRA":
         every = ["q_proj", "k_proj", "v_proj", "output_proj"]
         model = lora_llama3_2(
@@ -141,10 +162,12 @@ def torchtune(settings: Settings) -> Measures:
         set_trainable_params(model, get_adapter_params(model))
     else:
         model = llama3_2(**shape)
-    weights = {name: tensor.float() for name, tensor in load_file(f"{settings['model']}/model.safetensors").items()}
+    torch.set_default_dtype(torch.float32)
+    weights = load_file(f"{settings['model']}/model.safetensors")
     heads = {"num_heads": shape["num_heads"], "num_kv_heads": shape["num_kv_heads"]}
     model.load_state_dict(hf_to_tune(weights, dim=shape["embed_dim"], **heads), strict=False)
     del weights
+    compile_each(model.layers, settings)
     loss_of = CEWithChunkedOutputLoss()
     model.set_num_output_chunks(loss_of.num_output_chunks)
     shifted = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), dim=1)
@@ -165,6 +188,7 @@ def litgpt(settings: Settings) -> Measures:
     baseline = resident_bytes()
     shape = shape_of_litgpt(settings)
     adapters = settings["tuning"] == "LoRA"
+    torch.set_default_dtype(stored_dtype(settings))
     if adapters:
         every = settings["targets"] == "all"
         lora = {f"lora_{name}": every for name in ("key", "projection", "mlp")}
@@ -174,11 +198,13 @@ def litgpt(settings: Settings) -> Measures:
     else:
         config = PlainConfig(**shape)
         model = PlainGPT(config)
-    weights = {name: tensor.float() for name, tensor in load_file(f"{settings['model']}/model.safetensors").items()}
+    torch.set_default_dtype(torch.float32)
+    weights = load_file(f"{settings['model']}/model.safetensors")
     converted: dict[str, Any] = {}
     copy_weights_hf_llama(config, {}, converted, weights)
     model.load_state_dict(converted, strict=False)
     del weights, converted
+    compile_each(model.transformer.h, settings)
     if adapters:
         mark_only_lora_as_trainable(model)
     model.max_seq_length = settings["length"]

@@ -36,7 +36,7 @@ def test_each_side_of_a_table_runs_one_small_step(name: str, model: str) -> None
     here = [side for side in table.sides if table.sides[side].environment is None]
     row = table.rows[0]
     settings: dict[str, Any] = {**row.settings, **{key: SMALL[key] for key in SMALL if key in row.settings}}
-    settings |= {"threads": 1} | ({"model": model} if "model" in settings else {})
+    settings |= {"threads": 1, "precision": "FP32"} | ({"model": model} if "model" in settings else {})
     found = {side: table.sides[side].run(settings) for side in row.sides if side in here}
     assert all(isinstance(value, float | int) and value >= 0 for each in found.values() for value in each.values())
     losses = [each["loss"] for each in found.values() if "loss" in each]

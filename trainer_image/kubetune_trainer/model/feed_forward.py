@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens, N tokens of all rows, D hidden_size, E experts, C chosen experts.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,7 +33,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map each token by itself."""
-        return self.down_proj(_activate(self.gate_proj(x_BTD), is_gelu=self.is_gelu) * self.up_proj(x_BTD))
+        return self.down_proj(gated(self.gate_proj(x_BTD), self.up_proj(x_BTD), is_gelu=self.is_gelu))
 
 
 class FusedMLP(nn.Module):
@@ -46,7 +48,7 @@ class FusedMLP(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map each token by itself."""
         gate, up = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
-        return self.down_proj(_activate(gate, is_gelu=self.is_gelu) * up)
+        return self.down_proj(gated(gate, up, is_gelu=self.is_gelu))
 
 
 class MixtralExpert(nn.Module):
@@ -60,7 +62,7 @@ class MixtralExpert(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map each token by itself."""
-        return self.w2(functional.silu(self.w1(x_BTD)) * self.w3(x_BTD))
+        return self.w2(gated(self.w1(x_BTD), self.w3(x_BTD)))
 
 
 class Router(nn.Module):
@@ -110,6 +112,34 @@ class MixtureOfExperts(nn.Module):
         # Put back by a permutation and summed in each token's own order: the same numbers every time, on a GPU too.
         out_NCD = torch.cat(outs)[by_expert.argsort()].unflatten(0, chosen_NC.shape)
         return (out_NCD * weights_NC[..., None]).sum(dim=1).to(x_BTD.dtype).view_as(x_BTD)
+
+
+def gated(gate: Tensor, up: Tensor, *, is_gelu: bool = False) -> Tensor:
+    """Multiply with an activated gate."""
+    if gate.requires_grad or up.requires_grad:
+        product: Tensor = _Gated.apply(gate, up, is_gelu)
+        return product
+    return _activate(gate, is_gelu=is_gelu) * up
+
+
+class _Gated(torch.autograd.Function):
+    """The same, which activates again in backward instead of keeping what the activation returned."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, is_gelu: bool) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.is_gelu = is_gelu
+        return _activate(gate, is_gelu=is_gelu) * up
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        of_active = gradient * up
+        if ctx.is_gelu:
+            of_gate = torch.ops.aten.gelu_backward(of_active, gate, approximate="tanh")
+        else:
+            of_gate = torch.ops.aten.silu_backward(of_active, gate)
+        return of_gate, gradient * _activate(gate, is_gelu=ctx.is_gelu), None
 
 
 def _activate(gate: Tensor, *, is_gelu: bool) -> Tensor:

@@ -1,5 +1,7 @@
 """The two ways in which families scale: their norms and their embeddings. Shapes: B batch, T tokens, D hidden_size."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,10 +35,33 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        x32 = x_BTD.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        normed: Tensor = _Normalized.apply(x_BTD, self.eps) if x_BTD.requires_grad else _normalized(x_BTD, self.eps)[0]
         if self.style == "Gemma":
             return (normed * (1.0 + self.weight.float())).to(x_BTD.dtype)
         if self.style == "OLMo":
             return (self.weight * normed).to(x_BTD.dtype)
         return self.weight * normed.to(x_BTD.dtype)
+
+
+def _normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return numbers over their root mean square, and what they were multiplied with, both fp32."""
+    x32 = x.float()
+    inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return x32 * inverse, inverse
+
+
+class _Normalized(torch.autograd.Function):
+    """The same with a backward pass that needs x alone; of the fp32 numbers in between autograd would keep three."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        normed, inverse = _normalized(x, eps)
+        ctx.save_for_backward(x, inverse)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        x, inverse = ctx.saved_tensors
+        normed = x.float() * inverse
+        along = (gradient * normed).mean(-1, keepdim=True)
+        return ((gradient - normed * along) * inverse).to(x.dtype), None

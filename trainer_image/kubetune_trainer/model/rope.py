@@ -190,8 +190,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotated = cos.shape[-1]
     if rotated < x.shape[-1]:
         return torch.cat((rotate(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1)
+    if x.requires_grad:
+        turned: Tensor = _Rotated.apply(x, cos, sin)
+        return turned
+    return _rotated(x, cos, sin)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class _Rotated(torch.autograd.Function):
+    """The same with the turn back as its backward pass, where autograd would put halves together from zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradient, cos, -sin), None, None
 
 
 def _rotated_part(part: Any, *, head_dim: int, may_be_partial: bool) -> float:
