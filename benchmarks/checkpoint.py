@@ -12,7 +12,7 @@ def train(settings: Settings, *, mode: str | None) -> Measures:
     import torch
 
     from kubetune_trainer.checkpoint import Checkpointer
-    from kubetune_trainer.config.blocks import Checkpoint
+    from kubetune_trainer.config import Checkpoint
     from kubetune_trainer.distributed import join_world
     from kubetune_trainer.model.weights import load_model
     from kubetune_trainer.storage import open_store

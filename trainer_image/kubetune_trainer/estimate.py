@@ -16,6 +16,7 @@ from torch import nn
 from kubetune_trainer.config import FineTuneConfig
 from kubetune_trainer.lora import apply_lora, packed_layers
 from kubetune_trainer.loss import CHUNK_TOKENS
+from kubetune_trainer.model.attention import HAS_BF16_TILES
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.decoder import NORMS, Decoder
 from kubetune_trainer.model.weights import build_model
@@ -116,7 +117,7 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
     largest = max(weight.numel() for weight in model.parameters() if weight.requires_grad)
     tokens, kept, again = _activations(config, shape)
     temporary = 3 * shape.token_width * compute
-    logits = min(CHUNK_TOKENS, tokens) * shape.vocab_size * _logit_bytes(config, shape)
+    logits = min(CHUNK_TOKENS, tokens) * shape.vocab_size * _logit_bytes(shape)
     rows = tokens * shape.hidden_size * compute
     rounded = {"rounded weights": _rounded(model, config)} if config.qat is not None else {}
     varying = [
@@ -142,10 +143,9 @@ def _ranks(config: FineTuneConfig) -> int:
     return config.run.num_nodes * config.run.processes_per_node
 
 
-def _logit_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:
-    """Returns the bytes of a logit and what is made of it: twice in fp32, and twice in bf16 where that computes."""
-    bounded = FP32 if shape.logit_softcap is not None else 0
-    return 2 * FP32 + bounded + (0 if config.training.precision == "FP32" else 2 * BF16)
+def _logit_bytes(shape: ModelConfig) -> int:
+    """Returns the bytes of a logit and of its logarithm, both in fp32, and where it has a bound of how far it is."""
+    return 2 * FP32 + (FP32 if shape.logit_softcap is not None else 0)
 
 
 def _unpacked(model: Decoder, config: FineTuneConfig) -> int:
@@ -180,27 +180,29 @@ def activation_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:
 def _activations(config: FineTuneConfig, shape: ModelConfig) -> tuple[int, int, int]:
     """Returns the tokens of a micro batch; per token, the bytes that are kept, and those of a block computed again.
 
-    Per token and block: of each norm the input in fp32, the scaled input and the output; queries, keys, values and the
-    attention's output in fp32, the latter once more for the output projection, and with packing a row of the mask; four
-    times the inner width of the feed-forward block, or of the experts that a token passes, and the token's copies for
-    each of them; where attention has a soft bound, two rows of its products in place of the mask's.
+    Per token and block: of each norm the input, the scaled input and the output; queries, keys, values and the
+    attention's output in the type that this machine attends in, the latter once more if that is not the output
+    projection's, and with packing a row of the mask; three times the inner width of the feed-forward block, or of the
+    experts that a token passes, and the token's copies for each of them; where attention has a soft bound, two rows of
+    its products in place of the mask's.
     """
     compute, length = _compute_bytes(config), config.dataset.max_sequence_length
-    norm = shape.hidden_size * (FP32 + 2 * compute)
-    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * FP32
-    output = shape.num_heads * shape.head_dim * compute
-    # In fp32 a mask; with a soft bound, of each head the bounded products and their softmax.
-    rows = length * FP32 if config.dataset.packing == "BestFit" else 0
+    norm = 3 * shape.hidden_size * compute
+    attention = compute if HAS_BF16_TILES else FP32
+    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * attention
+    output = shape.num_heads * shape.head_dim * compute if attention != compute else 0
+    # A mask; with a soft bound, of each head the bounded products and their softmax in fp32.
+    rows = length * attention if config.dataset.packing == "BestFit" else 0
     if shape.attention_softcap is not None:
         rows = length * FP32 * 2 * shape.num_heads
-    block = len(NORMS[shape.norm_places]) * norm + heads + output + rows + 4 * shape.token_width * compute
+    block = len(NORMS[shape.norm_places]) * norm + heads + output + rows + 3 * shape.token_width * compute
     if shape.experts is not None:
         block += shape.experts.num_chosen * shape.hidden_size * (2 * compute + FP32)
     # What projections and attention return, and the copy of it that attention computes with.
     width = 2 * shape.token_width + 2 * shape.hidden_size + (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     each = {
         "None": block,
-        "Selective": (shape.hidden_size + width) * compute + shape.num_heads * shape.head_dim * FP32,
+        "Selective": (shape.hidden_size + width) * compute + shape.num_heads * shape.head_dim * attention,
         "Full": shape.hidden_size * compute,
     }[config.training.activation_checkpointing]
     again = 0 if config.training.activation_checkpointing == "None" else block
