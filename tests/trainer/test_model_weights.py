@@ -32,6 +32,17 @@ def test_weights_are_cast_to_the_type_that_is_asked_for(tmp_path: Path) -> None:
     assert torch.equal(model.model.norm.weight, reference.model.norm.weight.bfloat16())
 
 
+def test_training_a_model_leaves_the_file_that_its_weights_are_mapped_from_as_it_is(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model = load_model(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert any(parameter.any() for parameter in load_model(tmp_path, dtype=torch.float32).parameters())
+
+
 def test_leftovers_of_old_versions_are_passed_over(tmp_path: Path) -> None:
     reference = make_folder(tmp_path, tie_word_embeddings=True)
     tensors = load_file(tmp_path / "model.safetensors")

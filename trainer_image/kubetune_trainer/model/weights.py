@@ -68,8 +68,8 @@ def load_model(
         from kubetune_trainer.quantize.load import load_quantized  # noqa: PLC0415 - it needs this module first
 
         return load_quantized(Path(path), dtype=dtype, device=device)
-    model = build_model(read_config(Path(path))).to(dtype).to_empty(device=device)
-    load_weights(model, path)
+    model = build_model(read_config(Path(path)))
+    _take_weights(model, Path(path), dtype=dtype, device=device)
     if adapter is not None:
         from kubetune_trainer.model.adapter import merge_adapter  # noqa: PLC0415 - it needs this module first
 
@@ -141,6 +141,20 @@ def load_weights(model: Decoder, path: str | Path) -> None:
             layer.load(files.read(name, rows=slice(None)))
 
 
+def _take_weights(model: Decoder, path: Path, *, dtype: torch.dtype, device: str | torch.device) -> None:
+    """Make a folder's tensors the weights of a model without memory; where nothing is to convert, the files' own pages.
+
+    Pages that are written become this process's own: the files never change.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    with WeightFiles(path, tied_embeddings=model.config.tied_embeddings) as files:
+        files.check(wanted)
+        for name in wanted:
+            tensor = files.mapped(name) if files.dtype(name) == dtype else files.copied(name).to(dtype)
+            layer, _, kind = name.rpartition(".")
+            setattr(model.get_submodule(layer), kind, torch.nn.Parameter(tensor.to(device)))
+
+
 def local_place(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     """Return this rank's part of a parameter, and where it lies in the whole: a slice for each dimension.
 
@@ -180,6 +194,7 @@ class WeightFiles:
     def __init__(self, folder: Path, *, tied_embeddings: bool) -> None:
         self.folder = folder
         self._open_files = ExitStack()
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self._file_of = _index(folder)
         self._handles = {file: self._open(file) for file in sorted(set(self._file_of.values()))}
         for name, file in self._file_of.items():
@@ -237,10 +252,27 @@ class WeightFiles:
         """Read a part of a tensor, a slice for each dimension, in its stored type."""
         return self._slice(name)[place]
 
+    def mapped(self, name: str) -> Tensor:
+        """Return a tensor whose memory is the file's."""
+        tensor: Tensor = self._handles[self._file_of[name]].get_tensor(name)
+        return tensor
+
+    def copied(self, name: str) -> Tensor:
+        """Read a tensor into memory of its own, past the map of the file, whose pages would count as this process's."""
+        file = self.folder / self._file_of[name]
+        if file not in self._headers:
+            self._headers[file] = _header(file)
+        begin, header = self._headers[file]
+        tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
+        with file.open("rb") as stream:
+            stream.seek(begin + header[name]["data_offsets"][0])
+            stream.readinto(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        return tensor
+
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor whole, in the files' order."""
         for name in self.names:
-            yield name, self._handles[self._file_of[name]].get_tensor(name)
+            yield name, self.mapped(name)
 
     def _slice(self, name: str) -> Any:
         return self._handles[self._file_of[name]].get_slice(name)
@@ -270,12 +302,18 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _names_in(file: Path) -> list[str]:
-    """Read the names in a safetensors file in the order of its bytes, from the header alone."""
+    """Read the names in a safetensors file in the order of its bytes."""
+    return list(_header(file)[1])
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Read where the tensors' bytes of a safetensors file begin, and what and where each tensor is, in their order."""
     try:
         with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
         header.pop("__metadata__", None)
-        return sorted(header, key=lambda name: header[name]["data_offsets"])
+        return 8 + size, dict(sorted(header.items(), key=lambda entry: entry[1]["data_offsets"]))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise DataError(
             f"Model folder {file.parent}: {file.name} is not a safetensors file: its header cannot be read"
