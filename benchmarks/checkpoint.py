@@ -19,7 +19,7 @@ def train(settings: Settings, *, mode: str | None) -> Measures:
 
     model = load_model(Path(settings["model"]), dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    tokens = torch.arange(256)[None] + 100
+    tokens = torch.arange(256)[None] % model.config.vocab_size
     stall = 0.0
 
     def step() -> None:

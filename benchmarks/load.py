@@ -50,8 +50,8 @@ TABLE = Table(
     title="From a Hugging Face folder (bf16, one file) to a model in memory.",
     notes=(
         "SmolLM2-135M-Instruct, the file in the page cache. Time is the best of three loads after a first; memory is "
-        "the peak of the first, and of reading every weight once, above what the imports took; pages of the mapped file "
-        "are included. In bf16 both sides map the file, which reads nothing yet."
+        "the peak of the first, and of reading every weight once, above what the imports took; pages of the mapped "
+        "file are included. In bf16 both sides map the file, which reads nothing yet."
     ),
     sides={"ours": Side(run=ours), "transformers": Side(run=transformers)},
     rows=[

@@ -3,7 +3,7 @@
 from harness import Ratio, Row, Table, precision, run_table, smollm2
 from training import SIDES
 
-FIXED = {"model": smollm2(), "rows": 2, "length": 256, "share": 0.375, "tuning": "LoRA", "steps": 4, "compiled": False}
+FIXED = {"model": smollm2(), "rows": 2, "length": 256, "share": 0.375, "tuning": "LoRA", "steps": 2, "compiled": False}
 ALL_LINEAR = {**FIXED, "rank": 16, "targets": "all"}
 TABLE = Table(
     name="lora",
@@ -13,7 +13,7 @@ TABLE = Table(
         "No activation checkpointing, no packing, 2 rows of 256 tokens, all real; the last 37.5 % of each row are "
         "trained. Fused AdamW and clipping to 1.0 on every side. Memory is the peak above what the imports took. "
         "`mixed`: base weights in bf16, adapters in fp32, computed in bf16 (PEFT by autocast). `bf16`: adapters in "
-        "bf16 too, the only way of torchtune and litgpt. `compiled`: every side compiles its blocks one by one."
+        "bf16 too, the only way of torchtune and litgpt. Nothing is compiled on any side."
     ),
     sides=SIDES,
     rows=[
@@ -32,16 +32,6 @@ TABLE = Table(
             settings={**FIXED, "rank": 8, "targets": "attention", "precision": precision("BF16Mixed")},
             sides=("ours", "transformers"),
         ),
-        Row(
-            name="rank 16 on all linear layers, mixed, compiled",
-            settings={**ALL_LINEAR, "precision": precision("BF16Mixed"), "compiled": True},
-            sides=("ours", "transformers"),
-        ),
-        Row(
-            name="rank 16 on all linear layers, bf16, compiled",
-            settings={**ALL_LINEAR, "precision": precision("BF16"), "compiled": True},
-            sides=("ours", "torchtune", "litgpt"),
-        ),
     ],
     ratios=[
         *(
@@ -51,9 +41,6 @@ TABLE = Table(
                 (1, "torchtune", "torchtune", "", ">= 1.5"),
                 (1, "litgpt", "litgpt", "", ">= 1.5"),
                 (2, "PEFT", "transformers", ", default adapters", ">= 1.3"),
-                (3, "PEFT", "transformers", ", compiled", ">= 1.3"),
-                (4, "torchtune", "torchtune", ", compiled", ">= 1.5"),
-                (4, "litgpt", "litgpt", ", compiled", ">= 1.5"),
             )
         ),
         Ratio(name="memory ÷ PEFT", row=0, measure="peakBytes", peer="transformers", target="<= 0.70"),
