@@ -62,20 +62,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         for start in range(0, len(labels_N), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits = soft_capped(functional.linear(hidden_ND[chunk], head_VD), softcap).float()
-            log_probabilities = functional.log_softmax(logits, dim=-1)
-            total += functional.nll_loss(log_probabilities, labels_N[chunk], reduction="sum")
-            if not any(wanted):
-                continue
-            logits_gradient = log_probabilities.exp_()
-            logits_gradient[torch.arange(len(logits), device=logits.device), labels_N[chunk]] -= 1
-            if softcap is not None:
-                logits_gradient *= 1 - (logits / softcap).square()
-            logits_gradient = logits_gradient.to(head_VD.dtype)
+            loss, logits_gradient = _loss_of(
+                hidden_ND[chunk], head_VD, labels_N[chunk], softcap=softcap, differentiate=any(wanted)
+            )
+            total += loss
             if hidden_gradient is not None:
                 hidden_gradient[chunk] = logits_gradient @ head_VD
             if head_gradient is not None:
                 head_gradient.addmm_(logits_gradient.T, hidden_ND[chunk])
+            del logits_gradient  # as large as the next chunk's logits
         ctx.gradients = hidden_gradient, head_gradient
         return total.float()
 
@@ -94,3 +89,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _loss_of(
+    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, softcap: float | None, differentiate: bool
+) -> tuple[Tensor, Any]:
+    """Return a chunk's summed loss and, where it is wanted, its gradient with respect to the logits, (N, V)."""
+    logits_NV = soft_capped(functional.linear(hidden_ND, head_VD), softcap).float()
+    log_probabilities_NV = functional.log_softmax(logits_NV, dim=-1)
+    loss = functional.nll_loss(log_probabilities_NV, labels_N, reduction="sum")
+    if not differentiate:
+        return loss, None
+    if softcap is None:
+        del logits_NV
+    gradient_NV = log_probabilities_NV.exp_()
+    gradient_NV[torch.arange(len(labels_N), device=labels_N.device), labels_N] -= 1
+    if softcap is not None:
+        gradient_NV *= 1 - (logits_NV / softcap).square()
+    return loss, gradient_NV.to(head_VD.dtype)
