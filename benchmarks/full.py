@@ -23,7 +23,6 @@ TABLE = Table(
                 "share": 0.375,
                 "tuning": "Full",
                 "precision": precision("BF16"),
-                "compiled": False,
                 "steps": 3,
             },
             sides=("ours", "torchtune"),

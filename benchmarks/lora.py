@@ -3,7 +3,7 @@
 from harness import Ratio, Row, Table, precision, run_table, smollm2
 from training import SIDES
 
-FIXED = {"model": smollm2(), "rows": 2, "length": 256, "share": 0.375, "tuning": "LoRA", "steps": 2, "compiled": False}
+FIXED = {"model": smollm2(), "rows": 2, "length": 256, "share": 0.375, "tuning": "LoRA", "steps": 2}
 ALL_LINEAR = {**FIXED, "rank": 16, "targets": "all"}
 TABLE = Table(
     name="lora",

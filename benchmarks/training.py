@@ -1,8 +1,8 @@
 """The training step of each project, for the tables lora, full and mfu: the same model, rows, optimizer and clipping.
 
 Settings: model (folder), rows, length, share (of a row's tokens that are trained, at its end), tuning (LoRA or Full),
-rank, targets (attention: q and v; all: every linear layer), precision, compiled (whether each side compiles its
-blocks), steps. No activation checkpointing; rows are full, so nothing is padded.
+rank, targets (attention: q and v; all: every linear layer), precision, steps. No activation checkpointing, nothing is
+compiled; rows are full, so nothing is padded.
 
 Precisions are ours. FP32: all in fp32. BF16Mixed: frozen weights in bf16, trained ones in fp32, computed in bf16, which
 PEFT's users get of autocast. BF16: all in bf16, which is what torchtune and litgpt have.
@@ -35,10 +35,8 @@ def token_rows(settings: Settings) -> tuple[Any, Any]:
 
 
 def measure(step: Step, settings: Settings, *, baseline: int) -> Measures:
-    """Takes steps to warm up, a second one where the first compiles, then some that count."""
+    """Takes one step to warm up, then some that count."""
     loss = step()
-    if settings["compiled"]:
-        step()
     times = []
     for _ in range(settings["steps"]):
         began = now()
@@ -66,13 +64,6 @@ def optimized(parameters: Any, loss_of: Callable[[], Any]) -> Step:
     return step
 
 
-def compile_each(blocks: Any, settings: Settings) -> None:
-    """Compiles blocks one by one, as every side's users are told to."""
-    if settings["compiled"]:
-        for block in blocks:
-            block.compile()
-
-
 def ours(settings: Settings) -> Measures:
     """Our decoder, adapters and loss."""
     import torch
@@ -92,7 +83,6 @@ def ours(settings: Settings) -> Measures:
     model.to_empty(device="cpu")
     load_weights(model, settings["model"])
     init_lora(model, seed=0)
-    compile_each(model.model.layers, settings)
     shifted = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), dim=1)
     trained = int((shifted != -100).sum())
     return measure(
@@ -110,7 +100,6 @@ def transformers(settings: Settings) -> Measures:
     baseline = resident_bytes()
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=stored_dtype(settings))
     model.config.use_cache = False
-    compile_each(model.model.layers, settings)
     if settings["tuning"] == "LoRA":
         names = "all-linear" if settings["targets"] == "all" else ["q_proj", "v_proj"]
         rank = settings["rank"]
@@ -167,7 +156,6 @@ def torchtune(settings: Settings) -> Measures:
     heads = {"num_heads": shape["num_heads"], "num_kv_heads": shape["num_kv_heads"]}
     model.load_state_dict(hf_to_tune(weights, dim=shape["embed_dim"], **heads), strict=False)
     del weights
-    compile_each(model.layers, settings)
     loss_of = CEWithChunkedOutputLoss()
     model.set_num_output_chunks(loss_of.num_output_chunks)
     shifted = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), dim=1)
@@ -204,7 +192,6 @@ def litgpt(settings: Settings) -> Measures:
     copy_weights_hf_llama(config, {}, converted, weights)
     model.load_state_dict(converted, strict=False)
     del weights, converted
-    compile_each(model.transformer.h, settings)
     if adapters:
         mark_only_lora_as_trainable(model)
     model.max_seq_length = settings["length"]
