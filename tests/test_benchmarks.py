@@ -12,7 +12,7 @@ import pytest
 from tests.recipes.tiny import write_model
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-TABLES = ("lora", "sft", "full", "mfu", "packing", "loss", "load", "decode", "checkpoint")
+TABLES = ("checkpoint", "lora", "sft", "full", "mfu", "packing", "loss", "load", "decode")  # TRL keeps a process group
 SMALL = {"steps": 1, "batch": 2, "rows": 1, "length": 16, "tokens": 8, "prompt": 4, "vocabulary": 50, "width": 8}
 SMALL |= {"samples": 4, "threads": 1, "rank": 2}
 
