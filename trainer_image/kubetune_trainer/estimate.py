@@ -16,7 +16,6 @@ from torch import nn
 from kubetune_trainer.config import FineTuneConfig
 from kubetune_trainer.lora import apply_lora, packed_layers
 from kubetune_trainer.loss import CHUNK_TOKENS
-from kubetune_trainer.model.attention import HAS_BF16_TILES
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.decoder import NORMS, Decoder
 from kubetune_trainer.model.weights import build_model
@@ -181,28 +180,25 @@ def _activations(config: FineTuneConfig, shape: ModelConfig) -> tuple[int, int, 
     """Returns the tokens of a micro batch; per token, the bytes that are kept, and those of a block computed again.
 
     Per token and block: of each norm the input, the scaled input and the output; queries, keys, values and the
-    attention's output in the type that this machine attends in, the latter once more if that is not the output
-    projection's, and with packing a row of the mask; three times the inner width of the feed-forward block, or of the
-    experts that a token passes, and the token's copies for each of them; where attention has a soft bound, two rows of
-    its products in place of the mask's.
+    attention's output (in fp32 on a CPU that has bf16 but no AMX, which is passed over), and with packing a row of the
+    mask; three times the inner width of the feed-forward block, or of the experts that a token passes, and the token's
+    copies for each of them; where attention has a soft bound, two rows of its products in place of the mask's.
     """
     compute, length = _compute_bytes(config), config.dataset.max_sequence_length
     norm = 3 * shape.hidden_size * compute
-    attention = compute if HAS_BF16_TILES else FP32
-    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * attention
-    output = shape.num_heads * shape.head_dim * compute if attention != compute else 0
+    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * compute
     # A mask; with a soft bound, of each head the bounded products and their softmax in fp32.
-    rows = length * attention if config.dataset.packing == "BestFit" else 0
+    rows = length * compute if config.dataset.packing == "BestFit" else 0
     if shape.attention_softcap is not None:
         rows = length * FP32 * 2 * shape.num_heads
-    block = len(NORMS[shape.norm_places]) * norm + heads + output + rows + 3 * shape.token_width * compute
+    block = len(NORMS[shape.norm_places]) * norm + heads + rows + 3 * shape.token_width * compute
     if shape.experts is not None:
         block += shape.experts.num_chosen * shape.hidden_size * (2 * compute + FP32)
     # What projections and attention return, and the copy of it that attention computes with.
     width = 2 * shape.token_width + 2 * shape.hidden_size + (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     each = {
         "None": block,
-        "Selective": (shape.hidden_size + width) * compute + shape.num_heads * shape.head_dim * attention,
+        "Selective": (shape.hidden_size + width) * compute + shape.num_heads * shape.head_dim * compute,
         "Full": shape.hidden_size * compute,
     }[config.training.activation_checkpointing]
     again = 0 if config.training.activation_checkpointing == "None" else block
