@@ -1,6 +1,6 @@
 """The estimate of a run's memory beside what the run needs: real training steps on the CPU, no accelerator.
 
-    python benchmarks/estimate.py                       # every row of the table in docs/memory.md
+    python benchmarks/estimate.py                       # every row
     python benchmarks/estimate.py --model SmolLM2-135M  # the rows of one model
 
 Every row runs in a process of its own: the recipe's own parts build the model from random weights and train two steps
