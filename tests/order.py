@@ -30,6 +30,8 @@ LONGEST_FIRST: Final = (
     "controller/test_pipeline.py",
     "recipes/test_dpo.py",
     "recipes/test_kto.py",
+    "recipes/test_distill.py",
+    "recipes/test_custom.py",
     "recipes/test_finetune.py",
     "controller/test_rest.py",
     "recipes/test_quantize.py",

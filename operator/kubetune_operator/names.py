@@ -79,7 +79,9 @@ def recipe_of(kind: str, *, recipe: str | None) -> str:
         kind: Kind of the job.
         recipe: Its spec's recipe, where it has one.
     """
-    return {"DPO": "dpo", "ORPO": "dpo", "SimPO": "dpo", "KTO": "kto"}.get(recipe or "") or KINDS[kind].recipe
+    return {"DPO": "dpo", "ORPO": "dpo", "SimPO": "dpo", "KTO": "kto", "Distillation": "distill"}.get(
+        recipe or ""
+    ) or KINDS[kind].recipe
 
 
 class ExitCode(IntEnum):

@@ -56,6 +56,21 @@ GOOD: dict[str, dict[str, Any]] = {
         "spec__dataset__packing": "None",
     },
     "a recipe for preferences without one": {"spec__recipe": "SimPO"},
+    "a teacher": {
+        "spec__recipe": "Distillation",
+        "spec__distillation": {
+            "teacher": {"jobRef": {"name": "large"}},
+            "divergence": "Reverse",
+            "temperature": "2",
+            "weight": "0.05",
+        },
+        "spec__dataset__packing": "BestFit",
+    },
+    "nothing but the teacher's word": {
+        "spec__recipe": "Distillation",
+        "spec__distillation": {"teacher": {"hub": {"repo": "a/b"}}, "weight": "1.0"},
+        "spec__tuning": "Full",
+    },
     "a script of one's own": {
         "spec__recipe": "Custom",
         "spec__custom": {"script": {"configMap": {"name": "focal", "key": "focal.py"}}, "args": ["--gamma", "2.0"]},
@@ -248,6 +263,40 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "split answers": (
         {"spec__recipe": "DPO", "spec__dataset__overlong": "Split"},
         "spec.dataset must have trainOn Assistant and not overlong Split with formats of preferences",
+    ),
+    "a pupil without a teacher": (
+        {"spec__recipe": "Distillation"},
+        "spec.distillation is required with recipe: Distillation",
+    ),
+    "a teacher from two places": (
+        {
+            "spec__recipe": "Distillation",
+            "spec__distillation": {"teacher": {"jobRef": {"name": "a"}, "hub": {"repo": "a/b"}}},
+        },
+        "exactly one of hub, uri, jobRef must be set",
+    ),
+    "a teacher for another recipe": (
+        {"spec__distillation": {"teacher": {"hub": {"repo": "a/b"}}}},
+        "spec.distillation is allowed only with recipe: Distillation or Custom",
+    ),
+    "a pupil that is its own teacher": (
+        {"spec__recipe": "Distillation", "spec__distillation": {"teacher": {"jobRef": {"name": "run7"}}}},
+        "spec.distillation.teacher.jobRef must name another job",
+    ),
+    "a teacher that is not listened to": (
+        {
+            "spec__recipe": "Distillation",
+            "spec__distillation": {"teacher": {"hub": {"repo": "a/b"}}, "weight": "0.0"},
+        },
+        'must be a number in quotes, above 0 and at most 1, for example "0.5"',
+    ),
+    "pairs for a pupil": (
+        {
+            "spec__recipe": "Distillation",
+            "spec__distillation": {"teacher": {"hub": {"repo": "a/b"}}},
+            "spec__dataset__sources__0__format": "Preference",
+        },
+        "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, this or",
     ),
     "a script without its recipe": (
         {"spec__custom": {"script": {"path": "/my.py"}}},

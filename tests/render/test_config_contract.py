@@ -239,6 +239,19 @@ def test_a_recipe_is_read_with_its_block_and_without_packing(
     assert (config.recipe, config.rows, config.dataset.packing) == (recipe, rows, "None")
 
 
+def test_a_teacher_is_read_with_its_numbers_and_rows_may_be_packed(tmp_path: Path) -> None:
+    teacher = {"hub": {"repo": "HuggingFaceTB/SmolLM2-1.7B-Instruct"}}
+    config = loaded(
+        SMALL, tmp_path=tmp_path, recipe="Distillation", distillation={"teacher": teacher, "temperature": "2.5"}
+    )
+    assert config.distillation is not None
+    assert config.distillation.model_dump(exclude={"teacher"}) == {
+        "divergence": "Forward", "temperature": 2.5, "weight": 0.5,
+    }  # fmt: skip
+    assert [model.hub.repo for model in config.other_models.values() if model.hub] == [teacher["hub"]["repo"]]
+    assert (config.rows, config.dataset.packing) == ("Samples", "BestFit")
+
+
 @pytest.mark.parametrize(
     ("format_", "rows", "packing"), [("Auto", "Samples", "BestFit"), ("Preference", "Pairs", "None")]
 )

@@ -264,3 +264,15 @@ def test_adapters_are_gone_on_with_without_their_model(named: str | None) -> Non
     reason, message = waiting(decided(made, complete("FineTuneJob", "HuggingFace")))
     assert reason == "UpstreamNotUsable"
     assert "no output of type PEFT, which spec.lora.adapter takes; it has huggingface (HuggingFace)" in message
+
+
+def test_a_teacher_is_waited_for_and_taken_as_a_whole_model() -> None:
+    teacher = {"jobRef": {"name": "up"}}
+    pupil = job("FineTuneJob", "down", recipe="Distillation", distillation={"teacher": teacher}, model=HUB)
+    assert waiting(decided(pupil)) == ("UpstreamMissing", "FineTuneJob up does not exist")
+    running = job("FineTuneJob", "up", status={"state": "Running"})
+    assert waiting(decided(pupil, running)) == ("WaitingForUpstream", "FineTuneJob up is running")
+    decision = decided(pupil, complete("FineTuneJob", "PEFT", "HuggingFace"))
+    assert config_of(decision)["distillation"]["teacher"] == {"uri": {"location": "s3://out/HuggingFace"}}
+    assert decision.status.resolved is not None
+    assert [(used.name, used.output) for used in decision.status.resolved.parents or []] == [("up", "huggingface")]

@@ -181,3 +181,12 @@ def test_activations_are_what_torch_keeps_for_the_backward_pass(
         "training.micro_batch_size=2", "dataset.max_sequence_length=128",
     )  # fmt: skip
     assert activation_bytes(run, model_shape) == pytest.approx(measured, rel=0.15)
+
+
+def test_a_teacher_is_counted_and_its_pupil_needs_more(tmp_path: Path) -> None:
+    teacher = "distillation.teacher.uri.location=s3://models/teacher"
+    made = config(tmp_path, "recipe=Distillation", teacher, "run.num_nodes=2")
+    found = parts(estimate_memory(made, SHAPE, others={"distillation.teacher": SHAPE}).message)
+    assert found["teacher"] == pytest.approx(PARAMETERS, rel=0.02), "bf16, shared by two ranks"
+    alone = estimate_memory(config(tmp_path, "run.num_nodes=2"), SHAPE).memory_per_device_bytes
+    assert estimate_memory(made, SHAPE).memory_per_device_bytes >= alone

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 from torch import nn
 
+from kubetune_trainer import distillation
 from kubetune_trainer.config import FineTuneConfig
 from kubetune_trainer.lora import apply_lora, packed_layers
 from kubetune_trainer.loss import CHUNK_TOKENS
@@ -116,7 +117,7 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
     largest = max(weight.numel() for weight in model.parameters() if weight.requires_grad)
     tokens, kept, again = _activations(config, shape)
     temporary = 3 * shape.token_width * compute
-    logits = min(CHUNK_TOKENS, tokens) * shape.vocab_size * _logit_bytes(shape)
+    logits = _logits(config, shape, tokens)
     rows = tokens * shape.hidden_size * compute
     rounded = {"rounded weights": _rounded(model, config)} if config.qat is not None else {}
     varying = [
@@ -140,6 +141,14 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
 
 def _ranks(config: FineTuneConfig) -> int:
     return config.run.num_nodes * config.run.processes_per_node
+
+
+def _logits(config: FineTuneConfig, shape: ModelConfig, tokens: int) -> int:
+    """Returns the bytes of the logits of a chunk and of what is made of them."""
+    if config.distillation is not None:
+        rows = min(distillation.CHUNK_TOKENS, tokens)
+        return rows * shape.vocab_size * distillation.CHUNK_COPIES * FP32
+    return min(CHUNK_TOKENS, tokens) * shape.vocab_size * _logit_bytes(shape)
 
 
 def _logit_bytes(shape: ModelConfig) -> int:

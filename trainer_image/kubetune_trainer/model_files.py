@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from kubetune_trainer.config import FirstAdapters, JobConfig, S3Storage
+from kubetune_trainer.config import FirstAdapters, JobConfig, Model, S3Storage
 from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from kubetune_trainer.fingerprint import fingerprint
@@ -267,9 +267,17 @@ def locate_others(config: JobConfig, *, tokenizer: Tokenizer, report: Report) ->
         model = locate_model(alone, report=report)
         folder = fetch_model(model, s3=model_s3(alone), only_small=True)
         if problem := tokenizer.differs_from(load_tokenizer(folder)):
-            raise ConfigError(f"{config.title}: {field} must have the tokenizer of the model, got {problem}")
+            raise ConfigError(
+                f"{config.title}: {field} must have the tokenizer of the model, got {problem}",
+                hint=f"The model is {_place(config.model)}, {field} is {_place(named)}.",
+            )
         found[field] = FoundOther(model=model, adapter=locate_adapter(alone)), folder
     return found
+
+
+def _place(model: Model) -> str:
+    """Where a config says that a model is."""
+    return f"{model.hub.repo} at {model.hub.revision}" if model.hub else model.uri.location
 
 
 def fetch_others(found: Mapping[str, FoundOther], *, config: JobConfig) -> dict[str, LocalModel]:

@@ -125,6 +125,27 @@ class Parallelism(ApiModel):
     accelerator.perNode, since they talk to each other in every layer."""
 
 
+class Distillation(ApiModel):
+    """Knowledge distillation: at each trained token, the next-token distribution is drawn to that of a teacher."""
+
+    teacher: ModelSource
+    """The model to learn from. It is frozen, and its tokenizer must be the model's."""
+    divergence: Literal["Forward", "Reverse", "Symmetric"] = "Forward"
+    """How far the distributions are apart. Forward: KL(teacher || student). Reverse: KL(student || teacher).
+    Symmetric: the mean of both."""
+    temperature: PositiveNumber = "1.0"
+    """What the logits of both are divided by for the divergence, which is then scaled by its square."""
+    weight: Annotated[
+        str,
+        Field(max_length=24),
+        matches(
+            r"0\.[0-9]*[1-9][0-9]*|1(\.0+)?",
+            message='must be a number in quotes, above 0 and at most 1, for example "0.5"',
+        ),
+    ] = "0.5"
+    """Part of the divergence in the loss. The rest is the cross entropy of the data."""
+
+
 class Script(ApiModel):
     """A recipe of one's own, in Python: exactly one of configMap, path."""
 
@@ -276,15 +297,22 @@ class Output(OutputBase):
     """Type of a HuggingFace output's weights. Unset or Source: that of the model which was trained."""
 
 
-BLOCKS: Final = {"DPO": "dpo", "ORPO": "orpo", "SimPO": "simpo", "KTO": "kto", "QAT": "qat"}
+BLOCKS: Final = {
+    "DPO": "dpo",
+    "ORPO": "orpo",
+    "SimPO": "simpo",
+    "KTO": "kto",
+    "Distillation": "distillation",
+    "QAT": "qat",
+}
 """The block that goes with a recipe."""
-OTHER_MODELS: Final = (("dpo", "reference"), ("kto", "reference"), ("lora", "adapter"))
+OTHER_MODELS: Final = (("dpo", "reference"), ("kto", "reference"), ("lora", "adapter"), ("distillation", "teacher"))
 """Blocks and their fields that name a model which is used beside the one that is trained."""
 JUDGED: Final = ("Preference", "UnpairedPreference")
 """Formats of answers of which it is known how good they are."""
 
 _EXAMPLES: Final = (
-    "(self.recipe in ['SFT', 'QAT'] || (self.recipe == 'Custom' && "
+    "(self.recipe in ['SFT', 'Distillation', 'QAT'] || (self.recipe == 'Custom' && "
     "self.dataset.sources.all(s, !(s.format in ['Preference', 'UnpairedPreference']))))"
 )
 
@@ -293,7 +321,7 @@ def learns_from_examples(spec: "FineTuneJobSpec") -> bool:
     """Whether rows are examples, not judged answers; for a script of one's own, the format of its data says it."""
     if spec.recipe == "Custom":
         return all(source.format not in JUDGED for source in spec.dataset.sources)
-    return spec.recipe in {"SFT", "QAT"}
+    return spec.recipe in {"SFT", "Distillation", "QAT"}
 
 
 def _rounds_as_trained(spec: "FineTuneJobSpec") -> bool:
@@ -392,6 +420,11 @@ class FineTuneJobSpec(JobSpec):
             for recipe, block in BLOCKS.items()
         ),
         Rule(
+            cel="self.recipe != 'Distillation' || has(self.distillation)",
+            message="spec.distillation is required with recipe: Distillation",
+            check=lambda value: value.recipe != "Distillation" or value.distillation is not None,
+        ),
+        Rule(
             cel="self.recipe != 'QAT' || has(self.qat)",
             message="spec.qat is required with recipe: QAT",
             check=lambda value: value.recipe != "QAT" or value.qat is not None,
@@ -463,7 +496,19 @@ class FineTuneJobSpec(JobSpec):
             "tuning",
             "training",
             "outputs",
-            optional=("dpo", "orpo", "simpo", "kto", "qat", "custom", "lora", "checkpoint", "tracking", "pushToHub"),
+            optional=(
+                "dpo",
+                "orpo",
+                "simpo",
+                "kto",
+                "distillation",
+                "qat",
+                "custom",
+                "lora",
+                "checkpoint",
+                "tracking",
+                "pushToHub",
+            ),
         ),
     )
 
@@ -471,9 +516,10 @@ class FineTuneJobSpec(JobSpec):
     """The model to train."""
     dataset: Dataset
     """The data to train on."""
-    recipe: Literal["SFT", "DPO", "ORPO", "SimPO", "KTO", "QAT", "Custom"] = "SFT"
+    recipe: Literal["SFT", "DPO", "ORPO", "SimPO", "KTO", "Distillation", "QAT", "Custom"] = "SFT"
     """What the loss is. SFT: supervised fine-tuning. DPO, ORPO, SimPO: of two answers, the better one is learned.
     KTO: good answers are learned and bad ones unlearned.
+    Distillation: what another model, the teacher, would say is learned.
     QAT: that of SFT, computed with rounded weights, so that the quantized model loses less.
     Custom: what a script of your own makes it."""
     dpo: Dpo | None = None
@@ -484,6 +530,9 @@ class FineTuneJobSpec(JobSpec):
     """Settings of recipe: SimPO. Unset: their defaults. Refused with other recipes, except Custom."""
     kto: Kto | None = None
     """Settings of recipe: KTO. Unset: their defaults. Refused with other recipes, except Custom."""
+    distillation: Distillation | None = None
+    """The teacher of recipe: Distillation, and how its pupil is compared to it, required with it. Refused with other
+    recipes, except Custom."""
     qat: Qat | None = None
     """Settings of recipe: QAT, required with it. Refused with other recipes, except Custom."""
     custom: Custom | None = None

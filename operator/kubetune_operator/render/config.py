@@ -39,6 +39,8 @@ NUMBERS: Final = (
     ("kto", "beta"),
     ("kto", "desirable_weight"),
     ("kto", "undesirable_weight"),
+    ("distillation", "temperature"),
+    ("distillation", "weight"),
     ("lora", "dropout"),
     ("lora", "learning_rate_ratio"),
     ("training", "learning_rate"),

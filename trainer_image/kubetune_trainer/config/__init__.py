@@ -40,7 +40,7 @@ from kubetune_trainer.config.load import (
 )
 from kubetune_trainer.config.outputs import ExecuTorch, Gguf, OutputBase
 from kubetune_trainer.config.quantize import Calibration, QuantizeConfig, QuantizedOutput, QuantizeGate, Verification
-from kubetune_trainer.config.recipes import Custom, Dpo, Kto, Orpo, Qat, Script, Simpo
+from kubetune_trainer.config.recipes import Custom, Distillation, Dpo, Kto, Orpo, Qat, Script, Simpo
 from kubetune_trainer.config.tracking import Mlflow, TensorBoard, Tracking, Wandb
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "ConfigMapName",
     "Custom",
     "Dataset",
+    "Distillation",
     "Dpo",
     "EvalConfig",
     "ExecuTorch",

@@ -19,7 +19,7 @@ from kubetune_trainer.config.blocks import (
     check_unique_names,
 )
 from kubetune_trainer.config.outputs import GROUP_SIZE, OutputBase
-from kubetune_trainer.config.recipes import BLOCKS, Custom, Dpo, Kto, Orpo, Qat, Recipe, Simpo
+from kubetune_trainer.config.recipes import BLOCKS, Custom, Distillation, Dpo, Kto, Orpo, Qat, Recipe, Simpo
 from kubetune_trainer.config.tracking import Tracking
 from kubetune_trainer.errors import ConfigError
 from kubetune_trainer.fingerprint import fingerprint
@@ -33,6 +33,7 @@ FORMATS: Final[dict[str, tuple[str, ...]]] = {
     "ORPO": PAIRS,
     "SimPO": PAIRS,
     "KTO": ANSWERS,
+    "Distillation": EXAMPLES,
     "QAT": EXAMPLES,
 }
 """The formats that each recipe can learn from; for Custom, those of its own sources say it."""
@@ -223,6 +224,8 @@ class FineTuneConfig(JobConfig):
     """Settings of recipe SimPO; defaulted with it, refused without."""
     kto: Kto | None = None
     """Settings of recipe KTO; defaulted with it, refused without."""
+    distillation: Distillation | None = None
+    """The teacher of recipe Distillation, and how the model is compared to it; refused without."""
     qat: Qat | None = None
     """Settings of recipe QAT, which needs them; refused without."""
     custom: Custom | None = None
@@ -373,7 +376,11 @@ class FineTuneConfig(JobConfig):
     @property
     def other_models(self) -> dict[str, Model]:
         """The models that are asked beside the one that is trained, by field."""
-        asked = {"dpo.reference": self.dpo and self.dpo.reference, "kto.reference": self.kto and self.kto.reference}
+        asked = {
+            "dpo.reference": self.dpo and self.dpo.reference,
+            "kto.reference": self.kto and self.kto.reference,
+            "distillation.teacher": self.distillation and self.distillation.teacher,
+        }
         return {field: model for field, model in asked.items() if model is not None}
 
     @property

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from kubetune_trainer.config.blocks import Block, ConfigMapKey, Model, check_one_of
 
-Recipe = Literal["SFT", "DPO", "ORPO", "SimPO", "KTO", "QAT", "Custom"]
+Recipe = Literal["SFT", "DPO", "ORPO", "SimPO", "KTO", "Distillation", "QAT", "Custom"]
 
 BLOCKS: dict[str, str] = {recipe: recipe.lower() for recipe in get_args(Recipe) if recipe != "SFT"}
 """The block that goes with a recipe."""
@@ -61,6 +61,19 @@ class Simpo(Block):
     """Scale of the rewards."""
     gamma: float = Field(default=1.0, ge=0)
     """By how much the reward of the better answer has to be greater."""
+
+
+class Distillation(Block):
+    """Knowledge distillation (arXiv 1503.02531)."""
+
+    teacher: Model
+    """The model to learn from."""
+    divergence: Literal["Forward", "Reverse", "Symmetric"] = "Forward"
+    """Forward is KL(teacher || student), Reverse KL(student || teacher), Symmetric the mean of both."""
+    temperature: float = Field(default=1.0, gt=0)
+    """What the logits of both are divided by for the divergence, which is then scaled by its square."""
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Part of the divergence in the loss; the rest is the cross entropy."""
 
 
 class Script(Block):
