@@ -88,7 +88,10 @@ def run_chain(cluster: Cluster) -> dict[str, Status]:
 
 
 def follow(cluster: Cluster, jobs: Sequence[JobName]) -> dict[str, Status]:
-    """Print a line whenever the status of a job has something new, until all are complete."""
+    """Print a line whenever the status of a job has something new, until all are complete.
+
+    One that fails, or a gate that does, ends it.
+    """
     lines: dict[JobName, str] = {}
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
@@ -99,8 +102,10 @@ def follow(cluster: Cluster, jobs: Sequence[JobName]) -> dict[str, Status]:
                 lines[job] = line
                 print(f"   {line}", file=sys.stderr, flush=True)
         states = [statuses.get(job, {}).get("state") for job in jobs]
-        if "Failed" in states:
-            raise SystemExit(lines[jobs[states.index("Failed")]])
+        stopped = [job for job, state in zip(jobs, states, strict=True) if state == "Failed"]
+        stopped += [job for job in jobs if any(not gate["passed"] for gate in statuses.get(job, {}).get("gates", []))]
+        if stopped:
+            raise SystemExit(lines[stopped[0]])
         if all(state == "Complete" for state in states):
             return {job.name: statuses[job] for job in jobs}
         time.sleep(1)
