@@ -10,6 +10,8 @@ from kubetune_trainer.errors import NonFiniteLossError
 from kubetune_trainer.optim import learning_rate_factor
 from kubetune_trainer.training.job import Job
 
+ROWS_IN_MESSAGE = 16
+
 
 def global_rows(job: Job, step: int) -> list[int]:
     """All ranks' rows of a step, counted from 1. Which they are does not depend on the number of ranks."""
@@ -55,10 +57,13 @@ def check_finite(job: Job, step: int, *, loss: float, grad_norm: float) -> None:
     """Keeps a step that went wrong out of the weights.
 
     Raises:
-        NonFiniteLossError: The loss or the gradient norm is NaN or infinite.
+        NonFiniteLossError: The loss or the gradient norm is NaN or infinite; names the rows of the batch.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        rows = sorted(global_rows(job, step))
+        shown = ", ".join(str(row) for row in rows[:ROWS_IN_MESSAGE])
+        more = f" and {len(rows) - ROWS_IN_MESSAGE} more" if len(rows) > ROWS_IN_MESSAGE else ""
         raise NonFiniteLossError(
-            f"{job.config.title}: step {step} has loss {loss} and gradient norm {grad_norm}",
+            f"{job.config.title}: step {step} has loss {loss} and gradient norm {grad_norm}, over rows {shown}{more}",
             hint="Lower training.learning_rate or look for broken samples; the last checkpoint is sound.",
         )
