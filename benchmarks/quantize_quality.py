@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import llama_cpp
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,6 +41,7 @@ from kubetune_trainer.quantize.calibrate import calibrate
 from kubetune_trainer.quantize.rounding import Rounded
 from kubetune_trainer.quantize.verify import Logits, compare
 from kubetune_trainer.tokenizer import load_tokenizer
+from tests.llama import open_llama
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT_PAGES = ("troubleshooting.md",)
@@ -225,9 +225,7 @@ def in_kubetune_alone(_folder: Path, _batch: Batch, _ours: Tensor) -> tuple[str,
 def in_llama_cpp(folder: Path, batch: Batch, ours: Tensor) -> tuple[str, float]:
     """Loads a file with llama.cpp; says at how many positions its likeliest token is ours."""
     threads = torch.get_num_threads()
-    loaded = llama_cpp.Llama(
-        str(folder / GGUF_FILE), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False, logits_all=True
-    )
+    loaded = open_llama(folder / GGUF_FILE, n_ctx=512, n_threads=threads, n_threads_batch=threads)
     try:
         loaded.eval(batch.tokens[0].tolist())
         return "llama.cpp", agreement(torch.from_numpy(np.array(loaded.scores[: batch.tokens.shape[1]])), ours[0])

@@ -18,6 +18,7 @@ from kubetune_trainer import generate, load_model, load_tokenizer
 from kubetune_trainer.chat import ChatTemplate
 from kubetune_trainer.errors import ConfigError, DataError, TrainerError
 from kubetune_trainer.export.gguf import GGUF_FILE, load_gguf, save_gguf
+from tests.llama import open_llama
 from tests.recipes.tiny import TEMPLATE, write_tokenizer
 from tests.trainer.smollm2 import smollm2_folder
 from tests.trainer.tiny import make_folder
@@ -49,7 +50,7 @@ def tiny_folder(folder: Path, **changes: Any) -> Path:
 
 @contextmanager
 def llama(folder: Path) -> Iterator[llama_cpp.Llama]:
-    loaded = llama_cpp.Llama(str(folder / GGUF_FILE), n_ctx=256, n_threads=1, verbose=False, logits_all=True)
+    loaded = open_llama(folder / GGUF_FILE, n_ctx=256, n_threads=1)
     try:
         yield loaded
     finally:
