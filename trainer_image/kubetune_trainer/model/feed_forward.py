@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, N tokens of all rows, D hidden_size, E experts, C chosen experts.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class Router(nn.Module):
     def __init__(self, hidden_size: int, experts: Experts) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts.num_experts, hidden_size))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear begins
         self.num_chosen, self.normalized = experts.num_chosen, experts.normalized
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
