@@ -49,8 +49,8 @@ def tiny_folder(folder: Path, **changes: Any) -> Path:
 
 
 @contextmanager
-def llama(folder: Path) -> Iterator[llama_cpp.Llama]:
-    loaded = open_llama(folder / GGUF_FILE, n_ctx=256, n_threads=1)
+def llama(folder: Path, *, context: int = 256, **settings: Any) -> Iterator[llama_cpp.Llama]:
+    loaded = open_llama(folder / GGUF_FILE, n_ctx=context, n_threads=1, **settings)
     try:
         yield loaded
     finally:
@@ -158,7 +158,7 @@ def edited(folder: Path, file: str, **changes: Any) -> None:
     ("file", "changes", "words"),
     [
         ("config.json", {"model_type": "gemma"}, "config.json: architectures must be .*'gemma'"),
-        ("config.json", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "no word for rope_type dynamic"),
+        ("config.json", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type .*, got 'dynamic'"),
         ("tokenizer.json", {"normalizer": {"type": "NFC"}}, "normalizer must be null, got .*NFC"),
         (
             "tokenizer.json",

@@ -247,15 +247,18 @@ def _longrope_attention_scaling(given: Mapping[str, Any], factor: float, origina
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def _yarn_attention_scaling(given: Mapping[str, Any], factor: float) -> float:
-    def scale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+def yarn_attention_scaling(factor: float, *, weight: float = 1.0) -> float:
+    """Return by what yarn multiplies cosine and sine, where a file does not say."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
+
+def _yarn_attention_scaling(given: Mapping[str, Any], factor: float) -> float:
     if given.get("attention_factor") is not None:
         return _number(given, "attention_factor")
     if given.get("mscale") and given.get("mscale_all_dim"):
-        return scale(_number(given, "mscale")) / scale(_number(given, "mscale_all_dim"))
-    return scale(1.0)
+        every, all_dims = _number(given, "mscale"), _number(given, "mscale_all_dim")
+        return yarn_attention_scaling(factor, weight=every) / yarn_attention_scaling(factor, weight=all_dims)
+    return yarn_attention_scaling(factor)
 
 
 def _number(given: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
