@@ -1,0 +1,92 @@
+"""Outputs of every family: peft loads the adapters, quantized folders stay near, and mixtures train on two ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import multiprocessing
+
+from kubetune_trainer.config import Lora
+from kubetune_trainer.export import save_peft
+from kubetune_trainer.export.compressed_tensors import save_compressed_tensors
+from kubetune_trainer.export.torchao import save_torchao
+from kubetune_trainer.generation import generate
+from kubetune_trainer.lora import lora_state_dict
+from kubetune_trainer.model import load_model
+from tests.trainer.conftest import Held
+from tests.trainer.families import FAMILIES, make_folder
+from tests.trainer.parallel_ranks import NUM_ROWS, run, train
+from tests.trainer.test_export import with_trained_adapters
+from tests.trainer.test_families_gguf import CASES, MIXTURES, SIZES
+from tests.trainer.tiny import random_tokens
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""In mixtures only these are linear layers to peft, since transformers 5 keeps experts in one parameter."""
+LOADERS = {"CompressedTensors": save_compressed_tensors, "TorchAO": save_torchao}
+SCHEMES = {"Int8WeightOnly": 0.02, "Int4WeightOnly": 0.3}
+"""How far logits may be from the source's, as a part of their length: 4-bit weights carry about 20 dB each."""
+
+
+def write_folder(folder: Path, family: str) -> Any:
+    return make_folder(folder, family, SIZES | CASES[family][0] | {"num_hidden_layers": 2, "layer_types": None})
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing.*:FutureWarning"
+)  # peft 0.21 asks transformers 5 by an old name
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_loads_adapters_of_a_family_and_gives_our_logits(tmp_path: Path, family: str, held: Held) -> None:
+    base = write_folder(tmp_path / "a", family)
+    targets = ATTENTION if family in MIXTURES else ("all-linear",)
+    model = with_trained_adapters(tmp_path / "a", targets=targets)
+    adapters = lora_state_dict(model)
+    save_peft(
+        adapters, target_dir=tmp_path / "b", lora=Lora(rank=4, alpha=6, target_modules=targets), base_model="owner/name"
+    )
+    theirs = PeftModel.from_pretrained(base, tmp_path / "b").eval()
+    tokens = random_tokens(2, 20)
+    with torch.no_grad():
+        wanted = theirs(tokens).logits
+        torch.testing.assert_close(model(tokens), wanted, atol=1e-5, rtol=1e-5)
+        with theirs.disable_adapter():
+            assert (theirs(tokens).logits - wanted).abs().max() > 1e-2, "the adapters change what is computed"
+    held(family, "PEFT")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_quantized_folders_of_a_family_stay_near_and_answers_are_transformers(
+    tmp_path: Path, family: str, held: Held
+) -> None:
+    reference = write_folder(tmp_path / "a", family)
+    model = load_model(tmp_path / "a", dtype=torch.float32)
+    prompt = random_tokens(1, 9)
+    theirs = reference.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)[0, 9:].tolist()
+    assert generate(model, prompt.tolist(), max_new_tokens=12, stop_ids=[])[0] == theirs
+    held(family, "generation")
+    tokens = random_tokens(2, 20)
+    wanted = model(tokens)
+    for form, save in LOADERS.items():
+        for scheme, limit in SCHEMES.items():
+            folder = tmp_path / f"{form}-{scheme}"
+            save(tmp_path / "a", folder, scheme=scheme, group_size=16)
+            found = load_model(folder, dtype=torch.float32)(tokens)
+            error = ((found - wanted).norm() / wanted.norm()).item()
+            assert 0 < error < limit, f"{form} {scheme}"
+            held(family, f"{form} {scheme[:4]}")
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_train_on_two_ranks_as_on_one(tmp_path: Path, family: str, held: Held) -> None:
+    write_folder(tmp_path / "model", family)
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "tests.trainer.parallel_ranks"])
+    multiprocessing.start_processes(
+        run, args=("2 ranks", tmp_path, ("full fp32",)), nprocs=2, start_method="forkserver"
+    )
+    results = torch.load(tmp_path / "2 ranks.pt")["full fp32"]
+    losses, norms = train(load_model(tmp_path / "model", dtype=torch.float32), rows=slice(0, NUM_ROWS))
+    assert results["losses"] == pytest.approx(losses, rel=1e-5)
+    assert results["norms"] == pytest.approx(norms, rel=1e-5)
+    held(family, "2 ranks")
