@@ -40,6 +40,8 @@ LONGEST_FIRST: Final = (
     "recipes/test_tracking.py",
     "recipes/test_push.py",
     "trainer/test_tracking.py",
+    "trainer/test_families_outputs.py",
+    "trainer/test_families_gguf.py",
     "trainer/test_families.py",
     "trainer/test_quantize_qat.py",
     "trainer/test_qlora.py",

@@ -173,6 +173,7 @@ FAMILIES: Mapping[str, tuple[str, Callable[[Draw, dict[str, Any]], dict[str, Any
     "smollm3": ("SmolLM3", _smollm3),
     "olmo2": ("Olmo2", _olmo2),
 }
+MIXTURES = ("mixtral", "qwen3_moe")
 
 
 @st.composite

@@ -3,16 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
 from kubetune_trainer import load_model
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.export.gguf import check_gguf, save_gguf
-from kubetune_trainer.export.gguf_model import ARCHITECTURES
+from kubetune_trainer.export.gguf_model import ARCHITECTURES, StoredTensor
 from tests.recipes.tiny import write_tokenizer
 from tests.trainer.conftest import Held
-from tests.trainer.families import FAMILIES, make_folder
+from tests.trainer.families import FAMILIES, MIXTURES, make_folder
 from tests.trainer.test_export_gguf import divergence, llama, log_probabilities
 
 SIZES: dict[str, Any] = {
@@ -54,7 +55,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "gemma3_text": [
         {"query_pre_attn_scalar": 32, "sliding_window": 11, "rope_parameters": GEMMA3_ROPES,
          "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]},
-        {"query_pre_attn_scalar": 32, "sliding_window": 11, "tie_word_embeddings": False, "num_hidden_layers": 7,
+        {"query_pre_attn_scalar": 32, "sliding_window": 11, "tie_word_embeddings": False, "num_hidden_layers": 6,
          "final_logit_softcapping": 3.0},
     ],
     "phi3": [
@@ -71,9 +72,13 @@ CASES: dict[str, list[dict[str, Any]]] = {
 
 
 PROMPT = torch.randint(5, 300, (36,), generator=torch.Generator().manual_seed(4)).tolist()
-"""Of the mixtures no token of it stands between two experts so nearly that rounding decides."""
-TOLERANCE = 0.06
-"""Of log probabilities, whose spread is some 10: llama.cpp rounds what passes a layer, and its cache, to fp16."""
+IN_FP32 = 1e-3
+"""Of log probabilities, whose spread is 1.7: with weights and cache in fp32 llama.cpp computes the same function."""
+GELU = 2e-2
+"""The same of the Gemma families, since llama.cpp looks GELU up in a table of fp16 values."""
+IN_FP16 = 5e-4
+"""The mean KL divergence with an F16 file, where llama.cpp rounds what enters each product, and its cache, to fp16."""
+FP32_CACHE = {"type_k": gguf.GGMLQuantizationType.F32, "type_v": gguf.GGMLQuantizationType.F32}
 
 
 def write_folder(folder: Path, family: str, **changes: Any) -> Any:
@@ -88,9 +93,9 @@ def without_context(changes: dict[str, Any]) -> dict[str, Any]:
     return {"rope_parameters": rope}
 
 
-def in_llama_cpp(folder: Path, tokens: torch.Tensor, *, context: int = 256) -> torch.Tensor:
+def in_llama_cpp(folder: Path, tokens: torch.Tensor, **settings: Any) -> torch.Tensor:
     """Log probabilities behind each of (T,) tokens."""
-    with llama(folder, context=context) as loaded:
+    with llama(folder, **settings) as loaded:
         return log_probabilities(loaded, tokens.tolist())
 
 
@@ -104,17 +109,22 @@ def in_llama_cpp(folder: Path, tokens: torch.Tensor, *, context: int = 256) -> t
 )
 @torch.no_grad()
 def test_llama_cpp_computes_and_answers_as_transformers(
-    tmp_path: Path, family: str, changes: dict[str, Any], held: Held
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any], held: Held
 ) -> None:
     reference = write_folder(tmp_path / "source", family, **changes)
-    save_gguf(tmp_path / "source", tmp_path / "target")
     whole = reference.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, eos_token_id=None)
     wanted = reference(whole).logits[0].log_softmax(dim=-1)
-    found = in_llama_cpp(tmp_path / "target", whole[0])
-    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
-    assert found[len(PROMPT) - 1 : -1].argmax(dim=-1).equal(whole[0, len(PROMPT) :]), "greedy answers are equal"
-    ours = load_model(tmp_path / "target", dtype=torch.float32)(whole)[0].log_softmax(dim=-1)
+    save_gguf(tmp_path / "source", tmp_path / "F16")
+    ours = load_model(tmp_path / "F16", dtype=torch.float32)(whole)[0].log_softmax(dim=-1)
     torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=0)
+    if family not in MIXTURES:  # in fp16 other experts may be chosen where two are nearly even
+        assert divergence(wanted, in_llama_cpp(tmp_path / "F16", whole[0])) < IN_FP16
+    monkeypatch.setattr(StoredTensor, "stays_precise", True)
+    save_gguf(tmp_path / "source", tmp_path / "F32")
+    found = in_llama_cpp(tmp_path / "F32", whole[0], **FP32_CACHE)
+    tolerance = GELU if family.startswith("gemma") else IN_FP32
+    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=0)
+    assert found[len(PROMPT) - 1 : -1].argmax(dim=-1).equal(whole[0, len(PROMPT) :]), "greedy answers are equal"
     held(family, "GGUF")
 
 
@@ -130,9 +140,9 @@ def test_within_the_original_context_longrope_takes_the_short_factors(tmp_path: 
     tokens = torch.tensor(PROMPT)
     wanted = reference(tokens[None]).logits[0].log_softmax(dim=-1)
     found = in_llama_cpp(tmp_path / "target", tokens, context=256)
-    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+    assert divergence(wanted, found) < IN_FP16
     beyond = in_llama_cpp(tmp_path / "target", tokens, context=512)
-    assert (beyond - wanted).abs().max() > 10 * TOLERANCE, "in a longer context llama.cpp takes the long ones for all"
+    assert divergence(wanted, beyond) > 100 * IN_FP16, "in a longer context llama.cpp takes the long ones for all"
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,20 @@ from kubetune_trainer.generation import generate
 from kubetune_trainer.lora import lora_state_dict
 from kubetune_trainer.model import load_model
 from tests.trainer.conftest import Held
-from tests.trainer.families import FAMILIES, make_folder
+from tests.trainer.families import FAMILIES, MIXTURES, make_folder
 from tests.trainer.parallel_ranks import NUM_ROWS, run, train
 from tests.trainer.test_export import with_trained_adapters
-from tests.trainer.test_families_gguf import CASES, MIXTURES, SIZES
+from tests.trainer.test_families_gguf import CASES, SIZES
 from tests.trainer.tiny import random_tokens
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """In mixtures only these are linear layers to peft, since transformers 5 keeps experts in one parameter."""
 LOADERS = {"CompressedTensors": save_compressed_tensors, "TorchAO": save_torchao}
-SCHEMES = {"Int8WeightOnly": 0.02, "Int4WeightOnly": 0.3}
-"""How far logits may be from the source's, as a part of their length: 4-bit weights carry about 20 dB each."""
+SCHEMES = {"Int8WeightOnly": 0.15, "Int4WeightOnly": 0.8}
+"""How far logits may be from the source's, as a part of their length; a weight in another's place makes it 1 and more.
+
+Measured were 0.04 and 0.5 at most, and 0.1 and 0.6 with experts, since a token that is rounded may pass others.
+"""
 
 
 def write_folder(folder: Path, family: str) -> Any:
