@@ -76,7 +76,7 @@ def test_a_run_stops_with_a_checkpoint_goes_on_and_leaves_its_outputs(job: Path)
     assert (outputs / "adapter" / "adapter_config.json").is_file()
 
 
-MEMORY_BYTES = 1_500_000_000
+MEMORY_BYTES = 1_800_000_000
 """What each process of the next test may have: enough for 1024 rows at a time, too little for 2048."""
 
 

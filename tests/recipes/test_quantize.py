@@ -67,7 +67,7 @@ def test_outputs_are_stored_measured_judged_and_say_where_they_come_from(zygote:
         assert output["divergence"].keys() == {"meanKl", "topTokenAgreementPercent", "maxLogitDifference"}
         assert output["perplexity"] == pytest.approx(output["sourcePerplexity"], rel=0.2)
     int8, q8, int4 = message["outputs"]
-    assert 0 < int8["divergence"]["meanKl"] < int4["divergence"]["meanKl"]
+    assert 0 < int8["divergence"]["maxLogitDifference"] < int4["divergence"]["maxLogitDifference"]
     assert ("scheme" in int8, "scheme" in q8) == (True, False)
     judged = {(gate["name"], gate["output"]): gate for gate in message["gates"]}
     assert judged.keys() == {("loose", "int8"), ("loose", "q8"), ("loose", "int4"), ("strict", "int4")}

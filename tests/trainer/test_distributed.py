@@ -38,7 +38,9 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def test_one_process_without_an_environment_is_a_world_of_its_own() -> None:
+def test_one_process_without_an_environment_is_a_world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in module.ALONE:
+        monkeypatch.delenv(name, raising=False)
     with join_world() as world:
         assert (world.rank, world.size, world.local_rank, world.local_size) == (0, 1, 0, 1)
         assert world.is_first
@@ -48,6 +50,7 @@ def test_one_process_without_an_environment_is_a_world_of_its_own() -> None:
         assert totals == StepTotals(trained_tokens=4, tokens=9, loss_sum=10.0, stop=True, save=False, uploaded_step=-7)
         assert totals.loss == 2.5
     assert not dist.is_initialized()
+    assert not module.ALONE.keys() & os.environ.keys(), "accelerate would meet the ranks of a world that is no more"
 
 
 def test_a_step_without_trained_tokens_has_loss_zero() -> None:

@@ -32,6 +32,12 @@ RENDEZVOUS_SECONDS: Final = 300.0
 COLLECTIVE_SECONDS: Final = 1800.0
 """How long a collective may take; rank 0 may be downloading a model meanwhile."""
 
+ALONE: Final = {
+    "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+}  # fmt: skip
+"""Torchrun's environment, of one process without it."""
+
 _PEER_LOST = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket|timed out|timeout|tcpstore",
     re.IGNORECASE,
@@ -84,23 +90,27 @@ def join_world(*, tensor: int = 1) -> Iterator[World]:
     Raises:
         PeerLostError: The others did not come in time, or, while the block runs, one of them went away.
     """
-    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
-        os.environ.setdefault(name, alone)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
+    unset = {name: alone for name, alone in ALONE.items() if name not in os.environ}
+    os.environ.update(unset)
     rank, size, local_rank, local_size = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with peer_losses():
-        _meet("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", rank, size)
-        _share_scratch(is_first=rank == 0)
-        world = World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device, tensor=tensor)
-        _joined.append(world)
-        yield world
+    try:
+        with peer_losses():
+            _meet("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", rank, size)
+            _share_scratch(is_first=rank == 0)
+            world = World(
+                rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device, tensor=tensor
+            )
+            _joined.append(world)
+            yield world
+    finally:
         _joined.clear()
+        for name in unset:  # to other libraries in this process they would mean that torchrun started it
+            os.environ.pop(name, None)
     dist.destroy_process_group()
 
 
