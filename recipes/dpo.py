@@ -26,7 +26,6 @@ from kubetune_trainer.log_probabilities import label_log_probabilities
 from kubetune_trainer.lora import without_adapters
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.names import IGNORE_LABEL, PADDING_DOCUMENT
-from kubetune_trainer.optim import clip_grad_norm
 from kubetune_trainer.preference import Preferred, dpo, orpo, simpo
 from kubetune_trainer.report import report, run
 from kubetune_trainer.training.job import Job, begin, build_frozen, resume
@@ -34,6 +33,7 @@ from kubetune_trainer.training.outputs import export, finish
 from kubetune_trainer.training.progress import Progress
 from kubetune_trainer.training.step import (
     check_finite,
+    clipped_grad_norm,
     global_rows,
     micro_batch_rows,
     seed_dropout,
@@ -93,7 +93,7 @@ def train(job: Job, reference: Decoder | None, first_step: int) -> None:
             uploaded_step=checkpointer.uploaded_step,
             measures=measures.tolist(),
         )
-        grad_norm = clip_grad_norm(job.weights, training.max_grad_norm).item()
+        grad_norm = clipped_grad_norm(job)
         check_finite(job, step, loss=totals.loss_sum, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -24,7 +24,6 @@ from kubetune_trainer.errors import PreemptedError
 from kubetune_trainer.log_probabilities import label_log_probabilities
 from kubetune_trainer.lora import without_adapters
 from kubetune_trainer.model.decoder import Decoder
-from kubetune_trainer.optim import clip_grad_norm
 from kubetune_trainer.preference import Judged, kto
 from kubetune_trainer.report import report, run
 from kubetune_trainer.training.job import Job, begin, build_frozen, resume
@@ -32,6 +31,7 @@ from kubetune_trainer.training.outputs import export, finish
 from kubetune_trainer.training.progress import Progress
 from kubetune_trainer.training.step import (
     check_finite,
+    clipped_grad_norm,
     global_rows,
     micro_batch_rows,
     seed_dropout,
@@ -92,7 +92,7 @@ def train(job: Job, reference: Decoder | None, first_step: int) -> None:
             uploaded_step=checkpointer.uploaded_step,
             measures=measures.tolist(),
         )
-        grad_norm = clip_grad_norm(job.weights, training.max_grad_norm).item()
+        grad_norm = clipped_grad_norm(job)
         check_finite(job, step, loss=totals.loss_sum, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -175,6 +175,12 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "steps instead of epochs": {"spec__training": {"maxSteps": 10}},
     "full tuning": {"spec__tuning": "Full"},
+    "an optimizer with less state, in backward": {
+        "spec__training__optimizer": "AdamW8bit",
+        "spec__training__optimizerInBackward": True,
+        "spec__training__precision": "BF16",
+        "spec__training__stochasticRounding": True,
+    },
     "compiled blocks that recompute some activations": {
         "spec__training__compile": "Blocks",
         "spec__training__activationCheckpointing": "Selective",
@@ -412,6 +418,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "three choices": (
         {"spec__training__precision": "FP16"},
         'spec.training.precision: Unsupported value: "FP16": supported values: "BF16Mixed", "BF16", "FP32"',
+    ),
+    "clipping of gradients that are gone": (
+        {"spec__training__optimizerInBackward": True, "spec__training__maxGradNorm": "1.0"},
+        "maxGradNorm is not allowed with optimizerInBackward, which cannot clip",
+    ),
+    "rounding of weights that keep all": (
+        {"spec__training__stochasticRounding": True},
+        "stochasticRounding needs precision: BF16",
+    ),
+    "an optimizer with less state and split layers": (
+        {"spec__training__optimizer": "AdamW4bit", "spec__training__parallelism": {"tensor": 2}},
+        "parallelism.tensor must be 1 with compile, optimizerInBackward, stochasticRounding and optimizers other than",
     ),
     "something else to compile": (
         {"spec__training__compile": "Model"},

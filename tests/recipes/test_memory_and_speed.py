@@ -56,3 +56,80 @@ def test_compiling_without_a_compiler_is_refused_before_anything_is_loaded(zygot
     assert gang.wait() == [64], gang.stderr()
     assert "training.compile must be None where no-such-compiler is not installed" in gang.message()["message"]
     assert gang.events("phase") == []
+
+
+@pytest.mark.parametrize(
+    ("switches", "near"),
+    [
+        ({"optimizer": "AdamW8bit"}, 0.01),
+        ({"optimizer": "AdamW4bit"}, 0.05),
+        ({"precision": "BF16", "stochastic_rounding": True}, 0.05),
+        ({"optimizer_in_backward": True, "optimizer": "AdamW8bit", "micro_batch_size": 2}, 0.01),
+    ],
+    ids=["8bit", "4bit", "rounding", "in backward"],
+)
+def test_optimizers_with_less_state_learn_as_adamw_does_and_go_on_bit_for_bit(
+    zygote: Zygote, place: Path, switches: dict[str, Any], near: float
+) -> None:
+    path = config(
+        place, tuning="Full", lora=None, training={"learning_rate": 3e-3, **switches, "max_steps": STEPS},
+        checkpoint={"every_steps": 3, "keep": 2, "mode": "Sync"},
+    )  # fmt: skip
+    plain = config(place, "plain", tuning="Full", lora=None, training={"learning_rate": 3e-3, "max_grad_norm": 1e9})
+    unclipped = () if "optimizer_in_backward" in switches else ("training.max_grad_norm=1e9",)
+
+    def course(path: Path, name: str, *overrides: str, ranks: int = 2) -> dict[int, tuple[float, float]]:
+        overrides = (f"run.name={name}", *overrides)
+        return curve(Gang.start(zygote, place / name, path, *overrides, ranks=ranks))
+
+    wanted, whole = course(plain, "plain", ranks=1), course(path, "whole", *unclipped)
+    begin = f"checkpoint.resume_from.uri=file://{place}/runs/whole/checkpoints/step-3"
+    assert course(path, "again", *unclipped, begin) == {step: whole[step] for step in range(4, STEPS + 1)}
+    assert whole[STEPS][0] < whole[1][0] * 0.95, "it learns"
+    assert [loss for loss, _ in whole.values()] == pytest.approx([loss for loss, _ in wanted.values()], rel=near)
+    if "optimizer_in_backward" not in switches:  # which accumulates nothing, and so needs as many ranks
+        alone = course(path, "alone", *unclipped, begin, ranks=1)
+        assert alone[STEPS][0] == pytest.approx(whole[STEPS][0], rel=1e-3 if "precision" in switches else 1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "dpo"])
+def test_steps_in_backward_are_those_of_an_ordinary_run_bit_for_bit(zygote: Zygote, place: Path, recipe: str) -> None:
+    blocks: dict[str, Any] = {"tuning": "Full", "lora": None, "training": {"max_steps": 4}}
+    path = config(place, **blocks)
+    overrides = []
+    if recipe == "dpo":
+        overrides = ["recipe=ORPO", f"dataset.sources.0.uri.location=file://{place}/preferences.jsonl"]
+    for ranks in (1, 2):
+        size = f"training.global_batch_size={2 * ranks}"
+        plain, stepped = (
+            curve(
+                Gang.start(
+                    zygote, place / f"{name}-{ranks}", path, *overrides, size, switch, f"run.name={name}-{ranks}",
+                    ranks=ranks, recipe=recipe,
+                )
+            )
+            for name, switch in (
+                ("plain", "training.max_grad_norm=1e9"), ("stepped", "training.optimizer_in_backward=true"),
+            )
+        )  # fmt: skip
+        assert list(plain) == [1, 2, 3, 4]
+        assert {step: loss for step, (loss, _) in stepped.items()} == {step: loss for step, (loss, _) in plain.items()}
+        for step, (_, norm) in stepped.items():
+            assert norm == pytest.approx(plain[step][1], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.optimizer_in_backward=true", "training.max_grad_norm=1"], "max_grad_norm must not be set with"),
+        (["training.optimizer_in_backward=true"], "training.global_batch_size must be ranks x"),
+        (["training.stochastic_rounding=true"], "precision must be BF16 with stochastic_rounding, got FP32"),
+        (["training.compile=Blocks", "training.parallelism.tensor=2"], "parallelism.tensor must be 1 with compile"),
+    ],
+)
+def test_switches_that_do_not_go_together_are_refused(
+    zygote: Zygote, place: Path, overrides: list[str], words: str
+) -> None:
+    gang = Gang.start(zygote, place / "ranks", config(place), *overrides)
+    assert gang.wait() == [64], gang.stderr()
+    assert words in gang.message()["message"]

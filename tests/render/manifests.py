@@ -51,6 +51,9 @@ spec:
     profile: {startStep: 5, numSteps: 3, memory: true}
     activationCheckpointing: Selective
     compile: Blocks
+    optimizer: AdamW8bit
+    precision: BF16
+    stochasticRounding: true
     parallelism: {replicate: 2}
   compute:
     nodes: 2

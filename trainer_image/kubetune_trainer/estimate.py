@@ -14,12 +14,14 @@ from pydantic.alias_generators import to_camel
 from torch import nn
 
 from kubetune_trainer import distillation
+from kubetune_trainer.compact_adamw import BLOCKS
 from kubetune_trainer.config import FineTuneConfig
 from kubetune_trainer.lora import apply_lora, packed_layers
 from kubetune_trainer.loss import CHUNK_TOKENS
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.decoder import NORMS, Decoder
 from kubetune_trainer.model.weights import build_model
+from kubetune_trainer.optim import BITS
 from kubetune_trainer.parallel import held_bytes, stays_whole
 
 FP32: Final = 4
@@ -101,10 +103,11 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
     root = _count(model) - sum(blocks)
     frozen = sum(held_bytes(weight, _compute_type(config)) for weight in model.parameters() if not weight.requires_grad)
     gradients = trained * kept_trained // ranks
+    left = 0 if config.training.optimizer_in_backward else gradients
     earlier = gradients if config.accumulation_steps(ranks) > 1 else 0
     always = {
         "weights": gradients + (frozen if whole else frozen // ranks),
-        "optimizer": 2 * gradients,
+        "optimizer": int(2 * trained * _moment_bytes(config)) // ranks,
     }
     in_blocks = [_bytes(block, config) for block in model.model.layers]
     flying = _bytes(model, config) - sum(in_blocks) + GATHERED_BLOCKS * max(in_blocks)
@@ -130,10 +133,10 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
             "activations": tokens * (kept + again + temporary),
         },
         {
-            "gradients": earlier or gradients - in_root,
+            "gradients": earlier or max(0, left - in_root),
             "gathered": (root if is_full or not whole else 0) * compute + reduced,
         },
-        {"gradients": gradients, "gathered": largest * FP64 // ranks},
+        {"gradients": left, "gathered": largest * FP64 // ranks},
     ]
     names = ("weights", "gradients", "optimizer", "gathered", "activations", "logits", *rounded)
     return [{name: (always | each).get(name, 0) for name in names} | {"kernels": KERNEL_BYTES} for each in varying]
@@ -213,6 +216,14 @@ def _activations(config: FineTuneConfig, shape: ModelConfig) -> tuple[int, int, 
     again = 0 if config.training.activation_checkpointing == "None" else block
     sequences = config.training.micro_batch_size * (2 if config.rows == "Pairs" else 1)
     return sequences * length, shape.num_layers * each + 2 * norm, again
+
+
+def _moment_bytes(config: FineTuneConfig) -> float:
+    """Returns the bytes of a number of one of the optimizer's moments, its share of a scale included."""
+    bits = BITS[config.training.optimizer]
+    if bits is None:
+        return BF16 if config.training.precision == "BF16" else FP32
+    return bits / 8 + FP32 / BLOCKS[bits]
 
 
 def _compute_bytes(config: FineTuneConfig) -> int:

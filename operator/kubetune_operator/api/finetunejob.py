@@ -210,7 +210,37 @@ class Kto(ApiModel):
 class Training(ApiModel):
     """How the weights are trained: exactly one of epochs, maxSteps says for how long."""
 
-    rules = (exactly_one_of("epochs", "maxSteps"),)
+    rules = (
+        exactly_one_of("epochs", "maxSteps"),
+        Rule(
+            cel="!self.optimizerInBackward || !has(self.maxGradNorm)",
+            message="maxGradNorm is not allowed with optimizerInBackward, which cannot clip",
+            check=lambda value: not value.optimizer_in_backward or value.max_grad_norm is None,
+        ),
+        Rule(
+            cel="!self.stochasticRounding || self.precision == 'BF16'",
+            message="stochasticRounding needs precision: BF16",
+            check=lambda value: not value.stochastic_rounding or value.precision == "BF16",
+        ),
+        Rule(
+            cel=(
+                "!has(self.parallelism) || self.parallelism.tensor == 1 || (self.compile == 'None' "
+                "&& self.optimizer == 'AdamW' && !self.optimizerInBackward && !self.stochasticRounding)"
+            ),
+            message=(
+                "parallelism.tensor must be 1 with compile, optimizerInBackward, stochasticRounding "
+                "and optimizers other than AdamW"
+            ),
+            check=lambda value: (
+                value.parallelism is None
+                or value.parallelism.tensor == 1
+                or (
+                    (value.compile, value.optimizer) == ("None", "AdamW")
+                    and not (value.optimizer_in_backward or value.stochastic_rounding)
+                )
+            ),
+        ),
+    )
 
     epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Passes over the data."""
@@ -221,8 +251,11 @@ class Training(ApiModel):
     Must be divisible by processes x microBatchSize."""
     micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] = 1
     """Rows that one process computes at a time; the rest of its share is accumulated."""
-    optimizer: Literal["AdamW"] = "AdamW"
-    """The optimizer."""
+    optimizer: Literal["AdamW", "AdamW8bit", "AdamW4bit"] = "AdamW"
+    """The optimizer. AdamW8bit and AdamW4bit keep its state in 8 and 4 bits, a quarter and an eighth of the memory."""
+    optimizer_in_backward: bool = False
+    """Take each weight's step as soon as its gradient is there, and free the gradient. Nothing is accumulated or
+    clipped: globalBatchSize has to be processes x microBatchSize, and maxGradNorm unset."""
     learning_rate: PositiveNumber = "2e-4"
     """Highest learning rate, after the warm-up."""
     scheduler: Literal["Cosine", "Linear", "Constant"] = "Cosine"
@@ -231,10 +264,12 @@ class Training(ApiModel):
     """Steps over which the learning rate rises from 0."""
     weight_decay: Number = "0.0"
     """Decoupled weight decay."""
-    max_grad_norm: PositiveNumber = "1.0"
-    """Gradients are scaled down to this norm."""
+    max_grad_norm: PositiveNumber | None = None
+    """Gradients are scaled down to this norm. Unset: 1.0; with optimizerInBackward they stay as they are."""
     precision: Literal["BF16Mixed", "BF16", "FP32"] = "BF16Mixed"
     """BF16Mixed: trained weights and optimizer in fp32, computation in bf16. BF16: all in bf16. FP32: all in fp32."""
+    stochastic_rounding: bool = False
+    """Round trained weights up or down by chance, so that small steps are not lost; needs precision: BF16."""
     activation_checkpointing: Literal["None", "Selective", "Full"] = "None"
     """Full computes activations again in the backward pass, which saves memory and costs time. Selective keeps those
     that cost most time to compute, of matrix products and attention: less memory than None, faster than Full."""
@@ -739,6 +774,11 @@ def batch_problem(spec: FineTuneJobSpec, *, ranks: int) -> str | None:
     readers = ranks // shared.tensor
     unit = readers * training.micro_batch_size
     size = training.global_batch_size
+    if training.optimizer_in_backward and size != unit:
+        return (
+            f"spec.training.globalBatchSize: Invalid value: {size}: must be {unit} ({readers} processes x "
+            f"microBatchSize {training.micro_batch_size}) with optimizerInBackward, which accumulates nothing"
+        )
     if size % unit == 0:
         return None
     below, above = size // unit * unit, (size // unit + 1) * unit
@@ -750,9 +790,17 @@ def batch_problem(spec: FineTuneJobSpec, *, ranks: int) -> str | None:
     )
 
 
-def smaller_micro_batch(size: int) -> int | None:
+def accumulates(job: Job) -> bool:
+    """Whether a process may compute its rows of a step one after the other."""
+    return not (isinstance(job, FineTuneJob) and job.spec.training.optimizer_in_backward)
+
+
+def smaller_micro_batch(size: int, *, accumulates: bool = True) -> int | None:
     """The next smaller size of a micro batch for want of memory: half of it, or of odd ones the nearest divisor below.
 
-    What a size divides its divisors divide too, so the ranks can still share the global batch. None for 1.
+    What a size divides its divisors divide too, so the ranks can still share the global batch. None for 1, and
+    where the rest of a rank's share cannot be accumulated (training.optimizerInBackward).
     """
+    if not accumulates:
+        return None
     return next((part for part in range(size // 2, 0, -1) if size % part == 0), None)

@@ -19,7 +19,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from kubetune_operator.api.common import Compute, JobRef
-from kubetune_operator.api.finetunejob import FineTuneJob, batch_problem, smaller_micro_batch
+from kubetune_operator.api.finetunejob import FineTuneJob, accumulates, batch_problem, smaller_micro_batch
 from kubetune_operator.api.jobs import Job
 from kubetune_operator.api.quantizejob import QuantizeJob
 from kubetune_operator.api.references import JobKey, compared_with, model_sources, resumed_from
@@ -315,7 +315,7 @@ def _work(
         kills = _out_of_memory_kills()
         outcome: Outcome = stage(script, [*arguments, *overrides])
         killed = outcome.code == 128 + signal.SIGKILL and _out_of_memory_kills() > kills
-        smaller = smaller_micro_batch(size)
+        smaller = smaller_micro_batch(size, accumulates=accumulates(job))
         if smaller is None or not (killed or outcome.code == ExitCode.OUT_OF_MEMORY):
             return outcome
         said = outcome.record.get("message") or "the kernel killed a process for its memory"

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any, Final
 
-from kubetune_operator.api.finetunejob import smaller_micro_batch
+from kubetune_operator.api.finetunejob import accumulates, smaller_micro_batch
 from kubetune_operator.api.jobs import AttemptPod, LastFailure
 from kubetune_operator.lifecycle.draft import Draft, micro_batch_size
 from kubetune_operator.lifecycle.moves import delete_attempt, fail, read_log
@@ -82,10 +82,11 @@ def failed_again(draft: Draft, failure: LastFailure | None) -> str:
 def answer_out_of_memory(draft: Draft, *, work: Json, cause: Ending) -> bool:
     """Go to an attempt that computes fewer rows at a time, or fail where one row is too much."""
     size = micro_batch_size(draft.job, draft.status)
-    smaller = smaller_micro_batch(size)
+    smaller = smaller_micro_batch(size, accumulates=accumulates(draft.job))
     if smaller is None:
         read_log(draft)
-        hint = f"Even one row at a time needs too much. {NEED_LESS}"
+        why = "Even one row at a time needs too much." if size == 1 else "With optimizerInBackward nothing accumulates."
+        hint = f"{why} {NEED_LESS}"
         failure = cause.failure.model_copy(update={"hint": hint})
         return fail(draft, reason=failure.reason or "OutOfMemory", message=failure.message or "", failure=failure)
     hint = (

@@ -137,6 +137,9 @@ def _filled(job: Job) -> Any:
     if block := BLOCKS.get(job.spec.recipe):
         filled[block] = getattr(job.spec, block) or {"dpo": Dpo, "orpo": Orpo, "simpo": Simpo, "kto": Kto}[block]()
     filled["dataset"] = _packed(job.spec.dataset, default="BestFit" if learns_from_examples(job.spec) else "None")
+    training = job.spec.training
+    if training.max_grad_norm is None and not training.optimizer_in_backward:
+        filled["training"] = training.model_copy(update={"max_grad_norm": "1.0"})
     if job.spec.checkpoint is None:
         filled["checkpoint"] = Checkpoint()
     return job.spec.model_copy(update=filled)

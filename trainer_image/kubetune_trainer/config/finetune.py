@@ -123,8 +123,11 @@ class Training(Block):
     """Rows per optimizer step, over all ranks; divisible by ranks x micro_batch_size."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Rows per forward pass of one rank."""
-    optimizer: Literal["AdamW"] = "AdamW"
-    """The optimizer."""
+    optimizer: Literal["AdamW", "AdamW8bit", "AdamW4bit"] = "AdamW"
+    """AdamW8bit and AdamW4bit keep the moments of large matrices in 8 and 4 bits."""
+    optimizer_in_backward: bool = False
+    """Take each weight's step as soon as backward has its gradient, which is freed then; nothing is accumulated or
+    clipped."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """The highest learning rate of the schedule."""
     scheduler: Literal["Cosine", "Linear", "Constant"] = "Cosine"
@@ -133,10 +136,12 @@ class Training(Block):
     """Steps over which the learning rate rises from zero."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this global norm."""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Gradients are scaled down to this global norm; unset means 1, and none with optimizer_in_backward."""
     precision: Literal["BF16Mixed", "BF16", "FP32"] = "BF16Mixed"
     """BF16Mixed keeps trained weights and optimizer in fp32 and computes in bf16."""
+    stochastic_rounding: bool = False
+    """Round trained weights up or down by chance, so that the mean is right; for precision BF16."""
     activation_checkpointing: Literal["None", "Selective", "Full"] = "None"
     """Full recomputes every block in the backward pass, Selective all but products of matrices and attention."""
     compile: Literal["None", "Blocks"] = "None"
@@ -150,9 +155,38 @@ class Training(Block):
     profile: Profile | None = None
     """Steps of which a trace is written into the run's folder; unset means none."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_max_grad_norm(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("optimizer_in_backward") and values.get("max_grad_norm") is None:
+            return {**values, "max_grad_norm": 1.0}
+        return values
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         check_one_of(self, "epochs", "max_steps")
+        return self
+
+    @model_validator(mode="after")
+    def _switches_fit_together(self) -> Self:
+        if self.optimizer_in_backward and self.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm must not be set with optimizer_in_backward, which cannot clip, got {self.max_grad_norm}"
+            )
+        if self.stochastic_rounding and self.precision != "BF16":
+            raise ValueError(f"precision must be BF16 with stochastic_rounding, got {self.precision}")
+        switched = [
+            name
+            for name, on in (
+                ("compile Blocks", self.compile != "None"),
+                (f"optimizer {self.optimizer}", self.optimizer != "AdamW"),
+                ("optimizer_in_backward", self.optimizer_in_backward),
+                ("stochastic_rounding", self.stochastic_rounding),
+            )
+            if on
+        ]
+        if switched and self.parallelism.tensor > 1:
+            raise ValueError(f"parallelism.tensor must be 1 with {switched[0]}, got {self.parallelism.tensor}")
         return self
 
 
@@ -363,6 +397,11 @@ class FineTuneConfig(JobConfig):
         readers = world_size // shared.tensor
         unit = readers * self.training.micro_batch_size
         size = self.training.global_batch_size
+        if self.training.optimizer_in_backward and size != unit:
+            raise ConfigError(
+                f"{self.title}: training.global_batch_size must be ranks x training.micro_batch_size = {unit} with "
+                f"training.optimizer_in_backward, which accumulates nothing, got {size}"
+            )
         if size % unit == 0:
             return size // unit
         nearest = [str(valid) for valid in (size // unit * unit, (size // unit + 1) * unit) if valid]

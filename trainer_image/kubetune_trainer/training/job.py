@@ -25,7 +25,7 @@ from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import build_model, load_weights
 from kubetune_trainer.names import CHECKPOINTS_DIR
-from kubetune_trainer.optim import build_optimizer
+from kubetune_trainer.optim import BITS, StepInBackward, build_optimizer
 from kubetune_trainer.parallel import build_mesh, parallelize
 from kubetune_trainer.push import outputs_to_push, push_again
 from kubetune_trainer.report import attempt, end_with, open_log, report, serve_metrics
@@ -45,6 +45,8 @@ class Job:
     local: Local
     model: Decoder
     optimizer: torch.optim.Optimizer
+    in_backward: StepInBackward | None
+    """With training.optimizer_in_backward, who takes the optimizer's steps."""
     checkpointer: Checkpointer
     pad_id: int
     total_steps: int
@@ -117,6 +119,13 @@ def set_up(
     report("phase", phase="Loading")
     training = config.training
     model = build(config, local.model_dir, world, first_adapters=local.first_adapters_dir)
+    optimizer = build_optimizer(
+        model,
+        training,
+        learning_rate_ratio=config.lora.learning_rate_ratio if config.lora else 1.0,
+        bits=BITS[training.optimizer],
+        rounding_seed=training.seed if training.stochastic_rounding else None,
+    )
     return Job(
         config=config,
         world=world,
@@ -124,9 +133,8 @@ def set_up(
         prepared=prepared,
         local=local,
         model=model,
-        optimizer=build_optimizer(
-            model, training, learning_rate_ratio=config.lora.learning_rate_ratio if config.lora else 1.0
-        ),
+        optimizer=optimizer,
+        in_backward=StepInBackward(optimizer) if training.optimizer_in_backward else None,
         checkpointer=Checkpointer(
             open_store(f"{config.run.directory}/{CHECKPOINTS_DIR}", s3=config.storage.s3),
             settings=config.checkpoint,

@@ -7,7 +7,7 @@ import torch
 
 from kubetune_trainer.data.sampler import rows_for_step
 from kubetune_trainer.errors import NonFiniteLossError
-from kubetune_trainer.optim import learning_rate_factor
+from kubetune_trainer.optim import clip_grad_norm, learning_rate_factor
 from kubetune_trainer.training.job import Job
 
 ROWS_IN_MESSAGE = 16
@@ -51,6 +51,17 @@ def set_learning_rate(job: Job, step: int) -> None:
     )
     for group in job.optimizer.param_groups:
         group["lr"] = training.learning_rate * group["learning_rate_ratio"] * factor
+
+
+def clipped_grad_norm(job: Job) -> float:
+    """Clips the gradient to training.max_grad_norm and tells its norm before that.
+
+    With training.optimizer_in_backward its parts are gone already, unclipped, and only the norm is told.
+    """
+    if job.in_backward is not None:
+        return job.in_backward.grad_norm()
+    assert job.config.training.max_grad_norm is not None, "filled in unless optimizer_in_backward"
+    return clip_grad_norm(job.weights, job.config.training.max_grad_norm).item()
 
 
 def check_finite(job: Job, step: int, *, loss: float, grad_norm: float) -> None:
