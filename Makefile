@@ -59,7 +59,7 @@ test: $(VENV)/.engines ## Every test tier: unit, control plane, a real node
 	$(PY) -m pytest tests -m cluster --durations=15
 
 # Sides take turns, each in a process of its own; peers that cannot share our environment get one beside it, once.
-TABLE ?= lora sft full mfu packing loss load checkpoint decode start
+TABLE ?= lora sft full ladder mfu packing loss load checkpoint decode start
 bench: env ## Measure beside peers into benchmarks/RESULTS.md (TABLE=lora for one table)
 	@for table in $(TABLE); do $(PY) benchmarks/$$table.py; done
 

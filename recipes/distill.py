@@ -19,13 +19,13 @@ from kubetune_trainer.distillation import Distilled, Distilling, Scored, distill
 from kubetune_trainer.distributed import exchange, gather_vector
 from kubetune_trainer.errors import PreemptedError
 from kubetune_trainer.model.decoder import Decoder
-from kubetune_trainer.optim import clip_grad_norm
 from kubetune_trainer.report import report, run
 from kubetune_trainer.training.job import Job, begin, build_frozen, resume
 from kubetune_trainer.training.outputs import export, finish
 from kubetune_trainer.training.progress import Progress
 from kubetune_trainer.training.step import (
     check_finite,
+    clipped_grad_norm,
     micro_batch_rows,
     seed_dropout,
     set_learning_rate,

@@ -89,7 +89,7 @@ def test_optimizers_with_less_state_learn_as_adamw_does_and_go_on_bit_for_bit(
     assert [loss for loss, _ in whole.values()] == pytest.approx([loss for loss, _ in wanted.values()], rel=near)
     if "optimizer_in_backward" not in switches:  # which accumulates nothing, and so needs as many ranks
         alone = course(path, "alone", *unclipped, begin, ranks=1)
-        assert alone[STEPS][0] == pytest.approx(whole[STEPS][0], rel=1e-3 if "precision" in switches else 1e-5)
+        assert alone[STEPS][0] == pytest.approx(whole[STEPS][0], rel=1e-2 if "precision" in switches else 1e-5)
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "dpo"])
