@@ -26,6 +26,8 @@ from kubetune_trainer.training.progress import Progress
 from kubetune_trainer.training.step import (
     check_finite,
     clipped_grad_norm,
+    count_trained_tokens,
+    divide_gradients,
     micro_batch_rows,
     seed_dropout,
     set_learning_rate,
@@ -53,6 +55,7 @@ def train(job: Job, teacher: Decoder, first_step: int) -> None:
         model.train()
         sums = torch.zeros(3, dtype=torch.float64)
         batches = micro_batches(job, step)
+        count_trained_tokens(job, batches)
         for number, batch in enumerate(batches):
             # With adapters the gradients are small enough to be kept whole until the last micro batch.
             model.set_requires_gradient_sync(number == len(batches) - 1 or job.config.tuning == "Full")
@@ -70,11 +73,10 @@ def train(job: Job, teacher: Decoder, first_step: int) -> None:
             uploaded_step=checkpointer.uploaded_step,
             measures=sums[1:].tolist(),
         )
-        for weight in job.weights:
-            weight.grad.to_local().div_(max(1, totals.trained_tokens))
-        grad_norm = clip_grad_norm(job.weights, training.max_grad_norm).item()
+        divide_gradients(job, totals.trained_tokens)
+        grad_norm = clipped_grad_norm(job)
         check_finite(job, step, loss=totals.loss, grad_norm=grad_norm)
-        optimizer.step()
+        optimizer.step()  # with training.optimizer_in_backward no gradient is left, and nothing happens here
         optimizer.zero_grad()
 
         told = means(totals.measures, num_tokens=totals.trained_tokens)

@@ -26,6 +26,8 @@ from kubetune_trainer.training.progress import Progress
 from kubetune_trainer.training.step import (
     check_finite,
     clipped_grad_norm,
+    count_trained_tokens,
+    divide_gradients,
     micro_batch_rows,
     seed_dropout,
     set_learning_rate,
@@ -52,8 +54,7 @@ def train(job: Job, first_step: int) -> None:
         model.train()
         loss_sum = torch.zeros((), dtype=torch.float64)
         batches = micro_batches(job, step)
-        if job.in_backward is not None:
-            job.in_backward.divisor = trained_tokens_of_all(batches)
+        count_trained_tokens(job, batches)
         for number, batch in enumerate(batches):
             # With adapters the gradients are small enough to be kept whole until the last micro batch.
             model.set_requires_gradient_sync(number == len(batches) - 1 or job.config.tuning == "Full")
@@ -70,9 +71,7 @@ def train(job: Job, first_step: int) -> None:
             save=checkpointer.due(step),
             uploaded_step=checkpointer.uploaded_step,
         )
-        if job.in_backward is None:
-            for weight in job.weights:
-                weight.grad.to_local().div_(max(1, totals.trained_tokens))
+        divide_gradients(job, totals.trained_tokens)
         grad_norm = clipped_grad_norm(job)
         check_finite(job, step, loss=totals.loss, grad_norm=grad_norm)
         optimizer.step()  # with training.optimizer_in_backward no gradient is left, and nothing happens here
@@ -94,11 +93,6 @@ def micro_batches(job: Job, step: int) -> list[Batch]:
     """This rank's rows of a step, side by side."""
     data = job.local.train_data
     return [collate([data[row] for row in rows], pad_id=job.pad_id) for rows in micro_batch_rows(job, step)]
-
-
-def trained_tokens_of_all(batches: Sequence[Batch]) -> float:
-    """The trained tokens of a step over all ranks, for those who cannot wait for the exchange after backward."""
-    return max(1.0, gather_vector([float(sum(batch.trained_tokens for batch in batches))]).sum().item())
 
 
 def summed_loss(job: Job, batch: Batch) -> torch.Tensor:

@@ -94,7 +94,7 @@ def train(job: Job, reference: Decoder | None, first_step: int) -> None:
         )
         grad_norm = clipped_grad_norm(job)
         check_finite(job, step, loss=totals.loss_sum, grad_norm=grad_norm)
-        optimizer.step()
+        optimizer.step()  # with training.optimizer_in_backward no gradient is left, and nothing happens here
         optimizer.zero_grad()
 
         told = {"divergence": divergence, **rewards(totals.measures)}

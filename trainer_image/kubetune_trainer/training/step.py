@@ -2,10 +2,12 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 
-from kubetune_trainer.data.sampler import rows_for_step
+from kubetune_trainer.data.sampler import Batch, rows_for_step
+from kubetune_trainer.distributed import gather_vector
 from kubetune_trainer.errors import NonFiniteLossError
 from kubetune_trainer.optim import clip_grad_norm, learning_rate_factor
 from kubetune_trainer.training.job import Job
@@ -51,6 +53,23 @@ def set_learning_rate(job: Job, step: int) -> None:
     )
     for group in job.optimizer.param_groups:
         group["lr"] = training.learning_rate * group["learning_rate_ratio"] * factor
+
+
+def count_trained_tokens(job: Job, batches: Sequence[Batch]) -> None:
+    """Tells who steps in backward the trained tokens of a step over all ranks; elsewhere the exchange is soon enough.
+
+    Belongs before the first backward pass of losses that are summed over tokens.
+    """
+    if job.in_backward is not None:
+        trained_tokens = gather_vector([sum(batch.trained_tokens for batch in batches)]).sum().item()
+        job.in_backward.divisor = max(1, trained_tokens)
+
+
+def divide_gradients(job: Job, trained_tokens: float) -> None:
+    """Makes gradients of sums those of means; with training.optimizer_in_backward they were that at their step."""
+    if job.in_backward is None:
+        for weight in job.weights:
+            weight.grad.to_local().div_(max(1, trained_tokens))
 
 
 def clipped_grad_norm(job: Job) -> float:
