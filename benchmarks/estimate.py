@@ -54,6 +54,11 @@ ROWS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("wide", {"tuning": "Full", "micro": 2, "length": 512, "accumulate": 2, "precision": "BF16Mixed"}),
     ("wide", {"tuning": "LoRA", "micro": 2, "length": 512}),
     ("wide", {"tuning": "LoRA", "micro": 4, "length": 512, "recompute": "Full", "precision": "BF16Mixed"}),
+    ("narrow", {"tuning": "Full", "micro": 4, "length": 512, "optimizer": "AdamW8bit"}),
+    ("wide", {"tuning": "Full", "micro": 1, "length": 512, "optimizer": "AdamW8bit"}),
+    ("wide", {"tuning": "Full", "micro": 1, "length": 512, "optimizer": "AdamW4bit"}),
+    ("wide", {"tuning": "Full", "micro": 1, "length": 512, "in backward": True}),
+    ("wide", {"tuning": "Full", "micro": 1, "length": 512, "optimizer": "AdamW8bit", "in backward": True}),
     ("SmolLM2-135M", {"tuning": "LoRA", "micro": 1, "length": 512}),
     ("SmolLM2-135M", {"tuning": "LoRA", "micro": 2, "length": 512, "precision": "BF16Mixed"}),
     ("SmolLM2-135M", {"tuning": "Full", "micro": 1, "length": 512, "recompute": "Full", "precision": "BF16Mixed"}),
@@ -82,9 +87,15 @@ def told(settings: dict[str, Any]) -> str:
     names = {"micro": "rows", "length": "tokens", "accumulate": "micro batches"}
     recompute = "recomputing" if settings.get("recompute") == "Full" else ""
     packed = "packed" if settings.get("packing") == "BestFit" else ""
+    optimizer = settings.get("optimizer", "")
+    stepping = "steps in backward" if settings.get("in backward") else ""
     sizes = [f"{settings[name]} {word}" for name, word in names.items() if name in settings]
     return ", ".join(
-        part for part in (settings["tuning"], settings.get("precision", "FP32"), *sizes, recompute, packed) if part
+        part
+        for part in (
+            settings["tuning"], settings.get("precision", "FP32"), *sizes, recompute, packed, optimizer, stepping,
+        )
+        if part
     )
 
 
@@ -128,6 +139,8 @@ def write_run(folder: Path, shape: dict[str, Any], settings: dict[str, Any]) -> 
             "max_steps": 2, "global_batch_size": micro * accumulate, "micro_batch_size": micro,
             "precision": settings.get("precision", "FP32"),
             "activation_checkpointing": settings.get("recompute", "None"),
+            "optimizer": settings.get("optimizer", "AdamW"),
+            "optimizer_in_backward": settings.get("in backward", False),
         },
         "workspace": {"uri": f"file://{folder}/runs"},
     }  # fmt: skip

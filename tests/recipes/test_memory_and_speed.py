@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.recipes.gang import Gang, Zygote
-from tests.recipes.tiny import write_config
+from tests.recipes.tiny import write_answers, write_config
 
 STEPS = 6
 
@@ -92,14 +92,18 @@ def test_optimizers_with_less_state_learn_as_adamw_does_and_go_on_bit_for_bit(
         assert alone[STEPS][0] == pytest.approx(whole[STEPS][0], rel=1e-2 if "precision" in switches else 1e-5)
 
 
-@pytest.mark.parametrize("recipe", ["finetune", "dpo"])
+@pytest.mark.parametrize("recipe", ["finetune", "dpo", "kto", "distill"])
 def test_steps_in_backward_are_those_of_an_ordinary_run_bit_for_bit(zygote: Zygote, place: Path, recipe: str) -> None:
     blocks: dict[str, Any] = {"tuning": "Full", "lora": None, "training": {"max_steps": 4}}
     path = config(place, **blocks)
-    overrides = []
-    if recipe == "dpo":
-        overrides = ["recipe=ORPO", f"dataset.sources.0.uri.location=file://{place}/preferences.jsonl"]
-    for ranks in (1, 2):
+    answers = write_answers(place / "answers.jsonl", pairs=place / "preferences.jsonl")
+    overrides = {
+        "finetune": [],
+        "dpo": ["recipe=ORPO", f"dataset.sources.0.uri.location=file://{place}/preferences.jsonl"],
+        "kto": ["recipe=KTO", f"dataset.sources.0.uri.location=file://{answers}"],
+        "distill": ["recipe=Distillation", f"distillation.teacher.uri.location=file://{place}/model"],
+    }[recipe]
+    for ranks in (1, 2) if recipe == "finetune" else (2,):
         size = f"training.global_batch_size={2 * ranks}"
         plain, stepped = (
             curve(
