@@ -93,7 +93,13 @@ def told(settings: dict[str, Any]) -> str:
     return ", ".join(
         part
         for part in (
-            settings["tuning"], settings.get("precision", "FP32"), *sizes, recompute, packed, optimizer, stepping,
+            settings["tuning"],
+            settings.get("precision", "FP32"),
+            *sizes,
+            recompute,
+            packed,
+            optimizer,
+            stepping,
         )
         if part
     )
