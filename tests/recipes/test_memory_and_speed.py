@@ -28,6 +28,7 @@ def curve(gang: Gang) -> dict[int, tuple[float, float]]:
     return {event["step"]: (event["loss"], event["gradNorm"]) for event in gang.succeed().events("step")}
 
 
+@pytest.mark.timeout(900)  # compiles for a minute on a machine that does nothing else
 def test_compiled_blocks_train_as_plain_ones_do_within_1e_5_and_go_on_bit_for_bit(zygote: Zygote, place: Path) -> None:
     shared = {"TORCHINDUCTOR_CACHE_DIR": str(place / "compiled"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     switches = {"compile": "Blocks", "activation_checkpointing": "Selective"}
