@@ -178,6 +178,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "an optimizer with less state, in backward": {
         "spec__training__optimizer": "AdamW8bit",
         "spec__training__optimizerInBackward": True,
+        "spec__training__globalBatchSize": 1,
         "spec__training__precision": "BF16",
         "spec__training__stochasticRounding": True,
     },
