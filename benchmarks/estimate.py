@@ -63,6 +63,7 @@ ROWS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("SmolLM2-135M", {"tuning": "LoRA", "micro": 2, "length": 512, "precision": "BF16Mixed"}),
     ("SmolLM2-135M", {"tuning": "Full", "micro": 1, "length": 512, "recompute": "Full", "precision": "BF16Mixed"}),
     ("SmolLM2-135M", {"tuning": "Full", "micro": 2, "length": 256, "accumulate": 2}),
+    ("SmolLM2-135M", {"tuning": "LoRA", "micro": 1, "length": 512, "recompute": "Full", "tokens": 2}),
 )
 """A model and the settings of its run; what is not said is as in `settings_of`."""
 
@@ -89,6 +90,7 @@ def told(settings: dict[str, Any]) -> str:
     packed = "packed" if settings.get("packing") == "BestFit" else ""
     optimizer = settings.get("optimizer", "")
     stepping = "steps in backward" if settings.get("in backward") else ""
+    tokens = f"{settings['tokens']} trained tokens" if "tokens" in settings else ""
     sizes = [f"{settings[name]} {word}" for name, word in names.items() if name in settings]
     return ", ".join(
         part
@@ -100,6 +102,7 @@ def told(settings: dict[str, Any]) -> str:
             packed,
             optimizer,
             stepping,
+            tokens,
         )
         if part
     )
@@ -149,6 +152,8 @@ def write_run(folder: Path, shape: dict[str, Any], settings: dict[str, Any]) -> 
             "optimizer_in_backward": settings.get("in backward", False),
         },
         "workspace": {"uri": f"file://{folder}/runs"},
+        **({"lora": {"train_tokens": [f"<|{number}|>" for number in range(settings["tokens"])]}}
+           if "tokens" in settings else {}),
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 

@@ -105,7 +105,7 @@ def set_up(config: EvalConfig, world: World, stop: StopSignal) -> tuple[Local, C
     prepared = broadcast_object(prepare(config, report=report) if world.is_first else None)
     if not world.is_first_of_node:
         barrier()  # the first rank of the node downloads for all of them
-    model_dir, adapter_dir = fetch(prepared, config)
+    base_dir, adapter_dir, model_dir = fetch(prepared, config)
     if world.is_first_of_node:
         barrier()
 
@@ -122,7 +122,7 @@ def set_up(config: EvalConfig, world: World, stop: StopSignal) -> tuple[Local, C
         world=world,
         stop=stop,
     )
-    return Local(prepared=prepared, model_dir=model_dir, adapter_dir=adapter_dir), crew
+    return Local(prepared=prepared, model_dir=base_dir, adapter_dir=adapter_dir), crew
 
 
 def finish(config: EvalConfig, local: Local, crew: Crew) -> None:

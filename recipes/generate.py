@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,6 +35,7 @@ from kubetune_trainer.model import Decoder
 from kubetune_trainer.model.weights import PROGRAM_FILE
 from kubetune_trainer.parallel import compute_dtype
 from kubetune_trainer.tokenizer import Tokenizer
+from kubetune_trainer.vocabulary import grown, growth_by_adapter
 
 Record = dict[str, Any]
 Model = Decoder | ExecuTorchModel
@@ -43,8 +45,17 @@ HALF_A_CHARACTER = "\ufffd"
 
 
 def main() -> None:
-    """Reads the questions, asks them in batches and writes the answers in the questions' order."""
+    """Finds the model with all tokens that an adapter brings, and asks it."""
     arguments = parse_arguments()
+    with tempfile.TemporaryDirectory(prefix="kubetune-generate-") as place:
+        if arguments.adapter is not None:
+            growth = growth_by_adapter(arguments.model, arguments.adapter)
+            arguments.model = grown(arguments.model, growth, below=Path(place))
+        ask(arguments)
+
+
+def ask(arguments: argparse.Namespace) -> None:
+    """Reads the questions, asks them in batches and writes the answers in the questions' order."""
     tokenizer = load_tokenizer(arguments.model)
     if arguments.chat:
         chat(arguments, tokenizer)

@@ -36,6 +36,7 @@ LONGEST_FIRST: Final = (
     "controller/test_rest.py",
     "recipes/test_quantize.py",
     "trainer/test_export_executorch.py",
+    "recipes/test_train_tokens.py",
     "recipes/test_resume.py",
     "recipes/test_tracking.py",
     "recipes/test_push.py",

@@ -206,6 +206,11 @@ GOOD: dict[str, dict[str, Any]] = {
         "spec__lora": {"mergeBase": "Original"},
         "spec__outputs": [{"name": "adapter", "type": "PEFT"}],
     },
+    "tokens that are added and trained": {"spec__lora": {"trainTokens": ["<|tool|>", "<|answer|>"]}},
+    "tokens that are trained beside packed weights": {
+        "spec__tuning": "QLoRA",
+        "spec__lora": {"trainTokens": ["<think>"]},
+    },
     "an adapter of one's own": {"spec__lora": {"rank": 8, "dropout": "0.1", "targetModules": ["q_proj", "v_proj"]}},
     "a learning rate in exponent form": {"spec__training__learningRate": "1.5e-05"},
     "quantities as numbers and strings": {
@@ -542,6 +547,22 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
             ]
         },
         'spec.dataset.sources[1]: Duplicate value: {"name":"a"}',
+    ),
+    "a token twice": (
+        {"spec__lora": {"trainTokens": ["<|tool|>", "<|tool|>"]}},
+        'spec.lora.trainTokens[1]: Duplicate value: "<|tool|>"',
+    ),
+    "the empty token": (
+        {"spec__lora": {"trainTokens": [""]}},
+        "spec.lora.trainTokens[0]",
+    ),
+    "no token at all": (
+        {"spec__lora": {"trainTokens": []}},
+        "spec.lora.trainTokens: Invalid value",
+    ),
+    "trained tokens without adapters": (
+        {"spec__tuning": "Full", "spec__lora": {"trainTokens": ["<|tool|>"]}},
+        "spec.lora is not allowed with tuning: Full",
     ),
     "a module twice": (
         {"spec__lora": {"targetModules": ["q_proj", "q_proj"]}},

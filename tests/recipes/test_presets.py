@@ -25,6 +25,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "smollm2_qlora": {"intermediate_size": 128},
     "smollm2_qat": {},
+    "smollm2_tokens": {},
     "llama3_8b_qlora": {"intermediate_size": 128},
     "gemma3_1b_lora": {
         "architectures": ["Gemma3ForCausalLM"],
@@ -39,11 +40,12 @@ TINY: dict[str, dict[str, Any]] = {
 """A model of a preset's family that runs in seconds."""
 
 
-@pytest.mark.parametrize("preset", [*LORA, "smollm2_qlora", "llama3_8b_qlora", "smollm2_qat"])
+@pytest.mark.parametrize("preset", [*LORA, "smollm2_qlora", "llama3_8b_qlora", "smollm2_qat", "smollm2_tokens"])
 def test_a_preset_is_a_complete_config(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     config = load_config(CONFIGS / f"{preset}.yaml")
-    assert config.tuning == {"lora": "LoRA", "qlora": "QLoRA", "qat": "Full"}[preset.rpartition("_")[2]]
+    tunings = {"lora": "LoRA", "qlora": "QLoRA", "qat": "Full", "tokens": "LoRA"}
+    assert config.tuning == tunings[preset.rpartition("_")[2]]
     text = (CONFIGS / f"{preset}.yaml").read_text()
     assert f"recipes/finetune.py --config recipes/configs/{preset}.yaml" in text
 

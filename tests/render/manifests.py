@@ -40,7 +40,13 @@ spec:
     packing: None
     trainOn: LastAssistant
   lora:
-    {rank: 8, alpha: 16, dropout: "0.1", targetModules: [q_proj, v_proj], rankStabilized: true, learningRateRatio: "16"}
+    rank: 8
+    alpha: 16
+    dropout: "0.1"
+    targetModules: [q_proj, v_proj]
+    rankStabilized: true
+    learningRateRatio: "16"
+    trainTokens: ["<|tool|>"]
   training:
     maxSteps: 100
     globalBatchSize: 64

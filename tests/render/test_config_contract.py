@@ -92,6 +92,7 @@ def test_the_trainer_reads_every_field_with_its_value(tmp_path: Path) -> None:
     assert config.lora is not None
     assert config.lora.dropout == 0.1
     assert (config.lora.rank_stabilized, config.lora.learning_rate_ratio) == (True, 16)
+    assert config.lora.train_tokens == ("<|tool|>",)
     assert (config.training.learning_rate, config.training.weight_decay) == (2e-4, 1e-5)
     assert (config.training.optimizer, config.training.stochastic_rounding) == ("AdamW8bit", True)
     assert (config.training.max_grad_norm, config.training.optimizer_in_backward) == (1, False)

@@ -1,7 +1,7 @@
 """What each rank of test_parallel.py does; a module of its own, so that a spawned process can import it."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from kubetune_trainer.lora import apply_lora, init_lora, lora_state_dict, whole_
 from kubetune_trainer.model import Decoder, build_model, load_weights, read_config
 from kubetune_trainer.optim import build_optimizer, clip_grad_norm
 from kubetune_trainer.parallel import build_mesh, parallelize
+from kubetune_trainer.trained_tokens import IDS_SUFFIX
 from tests.trainer.tiny import random_tokens
 
 NUM_STEPS = 3
@@ -27,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora bf16 mixed": {"precision": "BF16Mixed", "lora": True, "checkpointing": "Full"},
     "lora bf16": {"precision": "BF16", "lora": True, "checkpointing": "None"},
     "dora fp32": {"precision": "FP32", "lora": True, "checkpointing": "None", "has_magnitude": True},
+    "lora and tokens fp32": {"precision": "FP32", "lora": True, "checkpointing": "None", "trained_ids": (96, 5, 40)},
 }
 
 
@@ -69,10 +71,12 @@ def _train(
     lora: bool,
     checkpointing: str,
     has_magnitude: bool = False,
+    trained_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
     model = build_model(read_config(model_folder))
     if lora:
-        apply_lora(model, rank=2, alpha=4, has_magnitude=has_magnitude)  # two rows over three ranks: one rank has none
+        # Two rows over three ranks: one rank has none.
+        apply_lora(model, rank=2, alpha=4, has_magnitude=has_magnitude, trained_ids=trained_ids)
     parallelize(model, precision=precision, activation_checkpointing=checkpointing, mesh=build_mesh("cpu", **mesh))
     model.to_empty(device="cpu")
     load_weights(model, model_folder)
@@ -87,8 +91,8 @@ def _train(
         "loaded": loaded,
         "losses": losses,
         "norms": norms,
-        "trained": dict(trained_weights(model)),
-        "adapters": lora_state_dict(model),
+        "trained": {name: tensor for name, tensor in trained_weights(model) if not name.endswith(IDS_SUFFIX)},
+        "adapters": {name: tensor for name, tensor in lora_state_dict(model).items() if not name.endswith(IDS_SUFFIX)},
     }
 
 

@@ -74,6 +74,14 @@ def test_weights_gradients_and_optimizer_are_spread_over_ranks(
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=0.02)
 
 
+def test_trained_tokens_need_a_copy_of_the_output_head_and_its_gradient_at_the_loss(tmp_path: Path) -> None:
+    plain = parts(estimate_memory(config(tmp_path), SHAPE).message)
+    trained = parts(estimate_memory(config(tmp_path, "lora.train_tokens=[a, b]"), SHAPE).message)
+    assert trained["gathered"] - plain["gathered"] == pytest.approx(2 * 2 * 128256 * 4096, rel=0.06)
+    assert trained["weights"] == plain["weights"], "a few rows are nothing beside it"
+    assert trained["logits"] > plain.get("logits", 0) == 0, "the peak is at the loss now"
+
+
 @pytest.mark.parametrize(
     ("overrides", "others", "expected"),
     [

@@ -55,7 +55,8 @@ def single(folder: Path, case: str) -> Decoder:
     """The same model on one device, without FSDP, in fp32."""
     model = load_model(folder / "model", dtype=torch.float32)
     if CASES[case]["lora"]:
-        apply_lora(model, rank=2, alpha=4, has_magnitude=CASES[case].get("has_magnitude", False))
+        settings = {name: CASES[case][name] for name in ("has_magnitude", "trained_ids") if name in CASES[case]}
+        apply_lora(model, rank=2, alpha=4, **settings)
         init_lora(model, seed=5)
     return model
 

@@ -72,7 +72,7 @@ def estimate_parts(
     """
     model = build_model(shape)
     if config.lora is not None:
-        apply_lora(model, **config.adapter_settings())
+        apply_lora(model, **config.adapter_settings(), trained_ids=range(len(config.lora.train_tokens)))
     asked = dict(others or {})
     for block, settings in (("dpo", config.dpo), ("kto", config.kto)):
         if settings is not None and settings.reference is None and config.lora is None:
@@ -122,10 +122,17 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
     temporary = 3 * shape.token_width * compute
     logits = _logits(config, shape, tokens)
     rows = tokens * shape.hidden_size * compute
+    # With trained tokens the output head as it is with their rows, and its gradient.
+    replaced = 2 * shape.vocab_size * shape.hidden_size * compute if config.lora and config.lora.train_tokens else 0
     rounded = {"rounded weights": _rounded(model, config)} if config.qat is not None else {}
     varying = [
         rounded
-        | {"gradients": earlier, "gathered": held + of_head, "activations": tokens * kept + rows, "logits": logits},
+        | {
+            "gradients": earlier,
+            "gathered": held + of_head + replaced,
+            "activations": tokens * kept + rows,
+            "logits": logits,
+        },
         rounded
         | {
             "gradients": earlier,

@@ -3,7 +3,8 @@
 The base keeps Hugging Face's names, `q_proj.weight`; beside it come `q_proj.lora_A.weight` (rank, in) and
 `q_proj.lora_B.weight` (out, rank), and with DoRA (arXiv 2402.09353) `q_proj.lora_magnitude_vector` (out), the length
 that each row of the adapted weight has. With QLoRA (arXiv 2305.14314) the base's weight is packed in NF4:
-`q_proj.weight_codes` and `q_proj.weight_scales` stand in its place.
+`q_proj.weight_codes` and `q_proj.weight_scales` stand in its place. Rows of the embedding that are trained beside all
+that are `trained_tokens`; they count as adapters, too.
 """
 
 import math
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from kubetune_trainer.errors import ConfigError
 from kubetune_trainer.quantize import nf4
+from kubetune_trainer.trained_tokens import IDS_SUFFIX, ROWS_SUFFIX, TokenAdapter, token_ids, train_tokens, with_rows
 
 ALL_LINEAR = "all-linear"
 OUTPUT_HEAD = "lm_head"
@@ -146,6 +148,7 @@ def apply_lora(
     rank_stabilized: bool = False,
     has_magnitude: bool = False,
     packs_base: bool = False,
+    trained_ids: Sequence[int] = (),
 ) -> list[str]:
     """Freeze a model and put fp32 adapters beside its linear layers, in place.
 
@@ -159,6 +162,7 @@ def apply_lora(
         rank_stabilized: Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
         has_magnitude: Train the rows' lengths by themselves (DoRA).
         packs_base: Keep the weights of the layers that get an adapter in NF4 (QLoRA); not with has_magnitude.
+        trained_ids: Tokens whose rows of the embedding, and of an output head of its own, are trained.
 
     Returns:
         The names of the layers that have an adapter now.
@@ -179,6 +183,8 @@ def apply_lora(
         else:
             layer = LoRALinear(base, rank=rank, scale=scale, dropout=dropout, has_magnitude=has_magnitude)
         setattr(model.get_submodule(parent), child, layer)
+    if trained_ids:
+        train_tokens(model, trained_ids)
     if not any(parameter.is_meta for parameter in model.parameters()):
         init_lora(model, seed=0)
     return names
@@ -202,7 +208,7 @@ def update_scale(*, rank: int, alpha: float, rank_stabilized: bool) -> float:
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """While the block runs, the model computes what it would without its adapters."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear | TokenAdapter)]
     for layer in layers:
         layer.enabled = False
     try:
@@ -215,7 +221,8 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 def init_lora(model: nn.Module, *, seed: int) -> None:
     """Give adapters their first values: A uniform as peft's, B zero, the same on any number of ranks.
 
-    Magnitudes begin as the lengths of the base's rows; the weights must be loaded.
+    Magnitudes begin as the lengths of the base's rows; the weights must be loaded. Trained rows of tokens are left as
+    they are.
     """
     from kubetune_trainer.model.weights import (  # noqa: PLC0415 - weights asks this module what an adapter is
         local_place,
@@ -255,7 +262,7 @@ def set_lora(model: nn.Module, adapters: Mapping[str, Tensor]) -> None:
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter belongs to an adapter."""
-    return name.endswith((A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX))
+    return name.endswith((A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX, ROWS_SUFFIX, IDS_SUFFIX))
 
 
 def is_packed(name: str) -> bool:
@@ -272,9 +279,11 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Gather the adapters whole, on CPU; every rank must call this at the same time.
 
     Returns:
-        `….lora_A.weight`, `….lora_B.weight` and `….lora_magnitude_vector` under the model's own names.
+        `….lora_A.weight`, `….lora_B.weight` and `….lora_magnitude_vector` under the model's own names; trained rows of
+        tokens with whose they are.
     """
-    return {name: whole_tensor(parameter) for name, parameter in model.named_parameters() if is_adapter(name)}
+    adapters = {name: whole_tensor(parameter) for name, parameter in model.named_parameters() if is_adapter(name)}
+    return adapters | dict(token_ids(model))
 
 
 def whole_tensor(parameter: Tensor) -> Tensor:
@@ -295,6 +304,8 @@ def merge_adapters(
 ) -> Tensor:
     """Merge into a weight the adapters of its layer, in fp32; one without adapters is returned as it is.
 
+    Of the embedding these are the trained rows of tokens.
+
     Args:
         name: Name of the weight.
         weight: The base's.
@@ -304,7 +315,7 @@ def merge_adapters(
     """
     layer = name.removesuffix(".weight")
     if layer + A_SUFFIX not in adapters:
-        return weight
+        return with_rows(name, weight, adapters)
     if packed:
         weight = nf4.rounded_to_nf4(weight)
     merged = merge_update(weight, adapters[layer + A_SUFFIX], adapters[layer + B_SUFFIX], scale=scale)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from kubetune_trainer.config import FirstAdapters, JobConfig, Model, S3Storage
 from kubetune_trainer.errors import ConfigError, DataError
-from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, TRAINED_IDS
 from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.hub import HubRepo, find_repo
 from kubetune_trainer.model.adapter import save_merged
@@ -20,7 +20,8 @@ from kubetune_trainer.model.weights import GGUF_FILE, INDEX_FILE, WEIGHTS_FILE, 
 from kubetune_trainer.names import COMPLETE_MARKER
 from kubetune_trainer.report import Report
 from kubetune_trainer.storage import ObjectInfo, Store, open_store, scratch_dir
-from kubetune_trainer.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from kubetune_trainer.tokenizer import TOKENIZER_FILE, TOKENIZER_FILES, Tokenizer, load_tokenizer
+from kubetune_trainer.vocabulary import grown, growth_by_adapter
 
 WEIGHT_SUFFIXES = frozenset(
     {
@@ -166,7 +167,10 @@ def find_adapter(location: str, *, s3: S3Storage | None) -> FoundModel:
                 hint="It must be a PEFT folder: adapter_config.json and adapter_model.safetensors.",
             )
     _check_weights(store, files[ADAPTER_WEIGHTS_FILE])
-    used = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)
+    used = [ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE]
+    told = _parse(store.read_bytes(ADAPTER_CONFIG_FILE), what=f"Adapter folder {location}: {ADAPTER_CONFIG_FILE}")
+    if told.get(TRAINED_IDS):
+        used += [name for name in TOKENIZER_FILES if name in files]
     return FoundModel(location=store.uri(), etags={path: files[path].etag for path in used})
 
 
@@ -199,6 +203,8 @@ def fetch_model(model: FoundModel, *, s3: S3Storage | None, only_small: bool = F
 def fetch_merged(model: FoundModel, adapter: FoundModel | None, *, config: JobConfig) -> tuple[Path, Path | None, Path]:
     """Brings a model and its adapter to this machine and merges them, once per node.
 
+    Tokens that the adapter was trained with become the model's first.
+
     Returns:
         The folders of the model, of the adapter, and of the two as one; the first and the last are the same without an
         adapter.
@@ -213,9 +219,28 @@ def fetch_merged(model: FoundModel, adapter: FoundModel | None, *, config: JobCo
     merged_dir = scratch_dir() / "models" / f"{model.digest}-{adapter.digest}"
     if not (merged_dir / COMPLETE_MARKER).exists():
         shutil.rmtree(merged_dir, ignore_errors=True)
-        save_merged(base_dir, adapter_dir, merged_dir)
+        save_merged(with_adapters_tokens(base_dir, adapter_dir, key=model.digest), adapter_dir, merged_dir)
         (merged_dir / COMPLETE_MARKER).touch()
     return base_dir, adapter_dir, merged_dir
+
+
+def with_adapters_tokens(base_dir: Path, adapter_dir: Path, *, key: str, with_weights: bool = True) -> Path:
+    """Returns a model's folder with the tokens that an adapter was trained with; the model's own if it has them."""
+    growth = growth_by_adapter(base_dir, adapter_dir)
+    return grown(base_dir, growth, below=scratch_dir() / "models", key=key, with_weights=with_weights)
+
+
+def fetch_small(model: FoundModel, adapter: FoundModel | None, *, config: JobConfig) -> Path:
+    """Returns a local folder with all of a model but its weights, and the tokens of the adapter that is merged into it.
+
+    Raises:
+        DataError: A file has changed since the model was found.
+    """
+    folder = fetch_model(model, s3=model_s3(config), only_small=True)
+    if adapter is None or config.model.adapter is None:
+        return folder
+    adapter_dir = fetch_model(adapter, s3=config.model.adapter.s3 or config.storage.s3)
+    return with_adapters_tokens(folder, adapter_dir, key=model.digest, with_weights=False)
 
 
 class FoundOther(BaseModel):
@@ -264,14 +289,14 @@ def locate_others(config: JobConfig, *, tokenizer: Tokenizer, report: Report) ->
     found = {}
     for field, named in config.other_models.items():
         alone = config.model_copy(update={"model": named})
-        model = locate_model(alone, report=report)
-        folder = fetch_model(model, s3=model_s3(alone), only_small=True)
+        model, adapter = locate_model(alone, report=report), locate_adapter(alone)
+        folder = fetch_small(model, adapter, config=alone)
         if problem := tokenizer.differs_from(load_tokenizer(folder)):
             raise ConfigError(
                 f"{config.title}: {field} must have the tokenizer of the model, got {problem}",
                 hint=f"The model is {_place(config.model)}, {field} is {_place(named)}.",
             )
-        found[field] = FoundOther(model=model, adapter=locate_adapter(alone)), folder
+        found[field] = FoundOther(model=model, adapter=adapter), folder
     return found
 
 

@@ -14,6 +14,12 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+ADDED_TOKENS_FILE = "added_tokens.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+TOKENIZER_FILES = (
+    TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE
+)  # fmt: skip
+"""What a model folder says about its tokenizer alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +78,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     backend = _load_backend(folder)
     config = _read_if_there(folder / TOKENIZER_CONFIG_FILE)
     ids = _read_if_there(folder / CONFIG_FILE) | _read_if_there(folder / GENERATION_CONFIG_FILE)
-    special_tokens = _special_tokens(_read_if_there(folder / "special_tokens_map.json") | config)
+    special_tokens = _special_tokens(_read_if_there(folder / SPECIAL_TOKENS_FILE) | config)
     stop_ids = _as_ids(ids.get("eos_token_id"))
     eos_id = _id_of(backend, special_tokens.get("eos_token"), default=stop_ids[0] if stop_ids else None)
     if eos_id is None:
@@ -92,7 +98,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
 
 
-def _load_backend(folder: Path) -> tokenizers.Tokenizer:
+def read_backend(folder: Path) -> tokenizers.Tokenizer:
+    """Read `tokenizer.json` of a folder with all that it says.
+
+    Raises:
+        DataError: It is missing or damaged.
+    """
     file = folder / TOKENIZER_FILE
     if not file.is_file():
         raise DataError(
@@ -100,9 +111,13 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
             hint="Other tokenizer formats are converted by transformers' AutoTokenizer.save_pretrained.",
         )
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
         raise DataError(f"Model folder {folder}: {TOKENIZER_FILE} cannot be read: {error}") from error
+
+
+def _load_backend(folder: Path) -> tokenizers.Tokenizer:
+    backend = read_backend(folder)
     # The file may carry settings of the run that saved it; rows are cut and filled by the data store alone.
     backend.no_truncation()
     backend.no_padding()

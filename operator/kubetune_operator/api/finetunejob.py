@@ -65,6 +65,15 @@ class Lora(ApiModel):
     adapter: ModelSource | None = None
     """Adapters to begin with, in a folder of peft: they are trained on, while model.jobRef to an output of type PEFT
     merges them. All settings but dropout and learningRateRatio must be theirs. Unset: new ones."""
+    train_tokens: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=128)]], Field(min_length=1, max_length=256), Unique()
+        ]
+        | None
+    ) = None
+    """Tokens whose rows of the embedding are trained beside the adapters, and those of an output head that is not the
+    embedding. Tokens that the model does not have are added to its tokenizer, each read as one wherever it stands.
+    Unset: the embedding is frozen."""
 
 
 class Dpo(ApiModel):

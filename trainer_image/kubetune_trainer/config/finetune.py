@@ -1,7 +1,7 @@
 """The config of a FineTuneJob."""
 
 from collections.abc import Sequence
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -56,6 +56,9 @@ def _given_formats(dataset: dict[str, Any]) -> list[str]:
     return [str(source.get("format")) for source in sources or () if isinstance(source, dict)]
 
 
+Token = Annotated[str, Field(min_length=1, max_length=128)]
+
+
 class FirstAdapters(Block):
     """A PEFT folder whose adapters are trained on: exactly one of hub, uri."""
 
@@ -90,6 +93,15 @@ class Lora(Block):
     of the model's files; unset means Quantized, refused with other tunings."""
     adapter: FirstAdapters | None = None
     """Adapters to begin with; unset begins with new ones."""
+    train_tokens: tuple[Token, ...] = ()
+    """Tokens whose rows of the embedding, and of an output head of its own, are trained; those that the model does not
+    have are added to its tokenizer."""
+
+    @model_validator(mode="after")
+    def _each_token_once(self) -> Self:
+        if twice := [token for token in self.train_tokens if self.train_tokens.count(token) > 1]:
+            raise ValueError(f"must have train_tokens once each, got {twice[0]!r} {len(twice)} times")
+        return self
 
 
 class Parallelism(Block):
@@ -439,9 +451,11 @@ class FineTuneConfig(JobConfig):
         Nor does the size of a micro batch: an attempt that ran out of memory is followed by one with a smaller one.
         """
         decisive = {"model", "dataset", "recipe", "tuning", "lora", "training", *BLOCKS.values()}
+        unset = set() if self.lora is not None and self.lora.train_tokens else {"train_tokens"}
+        passed_over = {"lora": {"merge_base", *unset}}
         decides = {
             key: value
-            for key, value in self.model_dump(mode="json", include=decisive, exclude={"lora": {"merge_base"}}).items()
+            for key, value in self.model_dump(mode="json", include=decisive, exclude=passed_over).items()
             if value is not None or key == "lora"
         }
         for name in ("parallelism", "profile", "micro_batch_size"):

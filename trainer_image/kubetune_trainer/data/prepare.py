@@ -34,7 +34,7 @@ from kubetune_trainer.estimate import Estimate, count_parameters, estimate_memor
 from kubetune_trainer.export.convert import check_outputs
 from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.model.adapter import read_first_adapters
-from kubetune_trainer.model.config import ModelConfig, read_config
+from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model_files import (
     FoundModel,
     FoundOther,
@@ -42,19 +42,20 @@ from kubetune_trainer.model_files import (
     fetch_merged,
     fetch_model,
     fetch_others,
+    fetch_small,
     first_adapters_s3,
     is_small,
     locate_adapter,
     locate_first_adapters,
     locate_model,
     locate_others,
-    model_s3,
 )
 from kubetune_trainer.names import COMPLETE_MARKER, REPORT_FILE, TERMINATION_MESSAGE_BYTES
 from kubetune_trainer.prepared import read_prepared, write_prepared
 from kubetune_trainer.report import Report
 from kubetune_trainer.storage import Store, download_tree, open_store, scratch_dir, upload_tree
-from kubetune_trainer.tokenizer import Tokenizer, load_tokenizer
+from kubetune_trainer.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from kubetune_trainer.vocabulary import grown, growth_by_adapter, growth_by_tokens, ids_of
 
 TRAIN_DIR = "train"
 VALIDATION_DIR = "validation"
@@ -156,7 +157,7 @@ class Local:
     """What a run trains on, on this machine."""
 
     model_dir: Path
-    """Folder of the model, with its adapter merged."""
+    """Folder of the model, with its adapter merged and the tokens that are trained."""
     base_dir: Path
     """Folder of the model as it was found."""
     adapter_dir: Path | None
@@ -186,20 +187,23 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
     if (known := read_prepared(directory, Prepared)) is not None:
         return _checked(known, config, directory)
     report("prepare", stage="Checking the model")
-    model = locate_model(config, report=report)
-    folder = fetch_model(model, s3=model_s3(config), only_small=True)
+    model, adapter = locate_model(config, report=report), locate_adapter(config)
+    first_adapters = _locate_first_adapters(config, report=report)
+    folder = _grown(fetch_small(model, adapter, config=config), config, model, first_adapters, with_weights=False)
     shape, tokenizer = read_config(folder), load_tokenizer(folder)
     check_outputs(config.outputs, folder, title=config.title)
+    _check_first_adapters(first_adapters, config, folder)
     others = locate_others(config, tokenizer=tokenizer, report=report)
     sources = [open_source(source, config=config) for source in config.dataset.sources]
-    data = _prepare_data(config, sources, model=model, tokenizer=tokenizer, report=report)
+    bring_tokens = [found for found in (adapter, first_adapters) if found and TOKENIZER_FILE in found.etags]
+    data = _prepare_data(config, sources, model=model, bring_tokens=bring_tokens, tokenizer=tokenizer, report=report)
     prepared = Prepared(
         **dict(data),
         report=directory.uri(REPORT_FILE),
         asked=_asked(config),
         model=model,
-        adapter=locate_adapter(config),
-        first_adapters=_first_adapters(config, shape, report=report),
+        adapter=adapter,
+        first_adapters=first_adapters,
         others={field: found for field, (found, _) in others.items()},
         sources=tuple(opened.found for opened in sources),
         estimate=estimate_memory(
@@ -228,7 +232,7 @@ def fetch(prepared: Prepared, config: FineTuneConfig) -> Local:
     """
     base_dir, adapter_dir, model_dir = fetch_merged(prepared.model, prepared.adapter, config=config)
     return Local(
-        model_dir=model_dir,
+        model_dir=_grown(model_dir, config, prepared.model, prepared.first_adapters),
         base_dir=base_dir,
         adapter_dir=adapter_dir,
         first_adapters_dir=_fetch_first_adapters(prepared.first_adapters, config),
@@ -238,15 +242,37 @@ def fetch(prepared: Prepared, config: FineTuneConfig) -> Local:
     )
 
 
-def _first_adapters(config: FineTuneConfig, shape: ModelConfig, *, report: Report) -> FoundModel | None:
-    """Finds the adapters that are trained on, and looks whether they are what the config says."""
+def _grown(
+    folder: Path,
+    config: FineTuneConfig,
+    model: FoundModel,
+    first_adapters: FoundModel | None,
+    *,
+    with_weights: bool = True,
+) -> Path:
+    """The model's folder with all tokens that are trained: first those of the adapters that are trained on."""
+    place: dict[str, Any] = {"below": scratch_dir() / "models", "key": model.digest, "with_weights": with_weights}
+    adapters_dir = _fetch_first_adapters(first_adapters, config)
+    if adapters_dir is not None:
+        folder = grown(folder, growth_by_adapter(folder, adapters_dir), **place)
+    if config.lora is not None and config.lora.train_tokens:
+        folder = grown(folder, growth_by_tokens(folder, config.lora.train_tokens), **place)
+    return folder
+
+
+def _locate_first_adapters(config: FineTuneConfig, *, report: Report) -> FoundModel | None:
+    """Finds the adapters that are trained on."""
     if config.lora is None or config.lora.adapter is None:
         return None
-    found = locate_first_adapters(config.lora.adapter, config, report=report)
-    folder = _fetch_first_adapters(found, config)
-    assert folder is not None
-    read_first_adapters(folder, config=config, shape=shape)
-    return found
+    return locate_first_adapters(config.lora.adapter, config, report=report)
+
+
+def _check_first_adapters(found: FoundModel | None, config: FineTuneConfig, folder: Path) -> None:
+    """Looks whether the adapters that are trained on are what the config says."""
+    adapters_dir = _fetch_first_adapters(found, config)
+    if adapters_dir is not None and config.lora is not None:
+        ids = ids_of(folder, config.lora.train_tokens)
+        read_first_adapters(adapters_dir, config=config, shape=read_config(folder), trained_ids=ids)
 
 
 def _fetch_first_adapters(found: FoundModel | None, config: FineTuneConfig) -> Path | None:
@@ -271,6 +297,8 @@ def _asked(config: FineTuneConfig) -> str:
         asked.append(config.rows)
     if config.lora is not None and config.lora.adapter is not None:
         asked.append({"lora.adapter": config.lora.adapter.model_dump(mode="json")})
+    if config.lora is not None and config.lora.train_tokens:
+        asked.append({"lora.train_tokens": config.lora.train_tokens})
     asked += [{field: model.model_dump(mode="json")} for field, model in config.other_models.items()]
     return fingerprint(asked, length=16)
 
@@ -290,12 +318,18 @@ def fetch_rows(rows: StoredRows, config: JobConfig) -> DataStore:
 
 
 def _prepare_data(
-    config: FineTuneConfig, sources: Sequence[OpenSource], *, model: FoundModel, tokenizer: Tokenizer, report: Report
+    config: FineTuneConfig,
+    sources: Sequence[OpenSource],
+    *,
+    model: FoundModel,
+    bring_tokens: Sequence[FoundModel],
+    tokenizer: Tokenizer,
+    report: Report,
 ) -> PreparedData:
     """Takes tokenized data from the cache, or makes it and puts it there."""
     validation = config.dataset.validation
     held_out = [open_source(source, config=config) for source in (validation and validation.sources) or ()]
-    key = _data_key(config, [*sources, *held_out], model)
+    key = _data_key(config, [*sources, *held_out], [model, *bring_tokens])
     cache = open_store(f"{config.run.cache}/data/{key}", s3=config.storage.s3)
     if cache.exists(COMPLETE_MARKER):
         report("prepare", stage="Using tokenized data of an earlier run")
@@ -316,16 +350,21 @@ def _prepare_data(
     return stored
 
 
-def _data_key(config: FineTuneConfig, sources: Sequence[OpenSource], model: FoundModel) -> str:
-    """Returns a name for all that decides the rows."""
+def _data_key(config: FineTuneConfig, sources: Sequence[OpenSource], tokenizers: Sequence[FoundModel]) -> str:
+    """Returns a name for all that decides the rows; the model comes first, then adapters that bring tokens."""
+    etags = [{path: etag for path, etag in found.etags.items() if is_small(path)} for found in tokenizers]
     decides = {
         "format": ROWS_FORMAT,
         "dataset": config.dataset.model_dump(mode="json"),
         "seed": config.training.seed,
         "rows": config.rows,
         "sources": [opened.found.model_dump() for opened in sources],
-        "tokenizer": {path: etag for path, etag in model.etags.items() if is_small(path)},
+        "tokenizer": etags[0],
     }
+    if etags[1:]:
+        decides["adapters"] = etags[1:]
+    if config.lora is not None and config.lora.train_tokens:
+        decides["train_tokens"] = config.lora.train_tokens
     return fingerprint(decides, length=16)
 
 

@@ -17,7 +17,15 @@ from kubetune_trainer.evaluate.mirror import FoundDataset, fetch_dataset, find_d
 from kubetune_trainer.evaluate.tasks import LoadedTasks, load_tasks
 from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.model.config import read_config
-from kubetune_trainer.model_files import FoundModel, fetch_model, locate_adapter, locate_model, model_s3
+from kubetune_trainer.model_files import (
+    FoundModel,
+    fetch_model,
+    fetch_small,
+    locate_adapter,
+    locate_model,
+    model_s3,
+    with_adapters_tokens,
+)
 from kubetune_trainer.prepared import read_prepared, write_prepared
 from kubetune_trainer.report import Report
 from kubetune_trainer.storage import open_store
@@ -64,7 +72,7 @@ def prepare(config: EvalConfig, *, report: Report) -> PreparedEval:
     report("prepare", stage="Checking the model")
     model = locate_model(config, report=report, takes_gguf=True)
     adapter = locate_adapter(config)
-    folder = fetch_model(model, s3=model_s3(config), only_small=True)
+    folder = fetch_small(model, adapter, config=config)
     shape, tokenizer = read_config(folder, allow_quantized=True), load_tokenizer(folder)
     if config.max_sequence_length is not None and config.max_sequence_length > shape.max_positions:
         raise ConfigError(
@@ -96,17 +104,20 @@ def prepare(config: EvalConfig, *, report: Report) -> PreparedEval:
     return prepared
 
 
-def fetch(prepared: PreparedEval, config: EvalConfig) -> tuple[Path, Path | None]:
+def fetch(prepared: PreparedEval, config: EvalConfig) -> tuple[Path, Path | None, Path]:
     """Bring the model, and the adapter where there is one, to this machine.
+
+    Returns:
+        The folders of the model as it was found, of the adapter, and of the model with the adapter's tokens.
 
     Raises:
         DataError: A file has changed since the run was prepared.
     """
-    adapter = config.model.adapter
+    adapter, base_dir = config.model.adapter, fetch_model(prepared.model, s3=model_s3(config))
     if prepared.adapter is None or adapter is None:
-        return fetch_model(prepared.model, s3=model_s3(config)), None
+        return base_dir, None, base_dir
     adapter_dir = fetch_model(prepared.adapter, s3=adapter.s3 or config.storage.s3)
-    return fetch_model(prepared.model, s3=model_s3(config)), adapter_dir
+    return base_dir, adapter_dir, with_adapters_tokens(base_dir, adapter_dir, key=prepared.model.digest)
 
 
 def dataset_finder(prepared: PreparedEval, config: EvalConfig) -> Callable[[str, str | None], Path]:

@@ -22,6 +22,7 @@ from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model.decoder import Block
 from kubetune_trainer.model.weights import WeightFiles
 from kubetune_trainer.names import PADDING_DOCUMENT
+from kubetune_trainer.trained_tokens import rows_by_token
 
 NUM_ROWS: Final = 4
 NUM_TOKENS: Final = 128
@@ -67,7 +68,7 @@ class MergeCheck:
                     adapted = _beside(layer, full, adapters, scale=scale, packed=packed)
                     setattr(block.get_submodule(parent), last, adapted)
 
-        self._wanted = BlockwiseLogits(source, batches, visit=adapt)
+        self._wanted = BlockwiseLogits(source, batches, visit=adapt, rows=rows_by_token(adapters))
 
     def difference(self, merged: Path) -> Difference:
         """Return how far a folder is from the model with adapters.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kubetune_trainer.lora import is_adapter, merge_adapters, whole_tensor
 from kubetune_trainer.model.config import CONFIG_FILE, read_config, read_json
 from kubetune_trainer.model.weights import INDEX_FILE, WEIGHTS_FILE, WeightFiles
+from kubetune_trainer.trained_tokens import token_ids
 
 OutputDtype = Literal["Source", "BF16", "FP32"]
 
@@ -27,10 +28,14 @@ COMPANION_FILES = re.compile(
 
 
 def trained_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each trained weight whole, on CPU, one at a time; every rank must run through it at the same time."""
+    """Yield each trained weight whole, on CPU, one at a time; every rank must run through it at the same time.
+
+    Whose trained rows of tokens are comes last.
+    """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, whole_tensor(parameter)
+    yield from token_ids(model)
 
 
 def complete_weights(

@@ -1,6 +1,10 @@
-"""Write adapters as a peft folder: adapter_config.json and adapter_model.safetensors."""
+"""Write adapters as a peft folder: adapter_config.json and adapter_model.safetensors.
+
+Adapters with trained tokens have the tokenizer beside them that knows these tokens.
+"""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kubetune_trainer.lora import A_SUFFIX, ALL_LINEAR, MAGNITUDE_SUFFIX
+from kubetune_trainer.tokenizer import TOKENIZER_FILES
+from kubetune_trainer.trained_tokens import IDS_SUFFIX
 
 if TYPE_CHECKING:
     from kubetune_trainer.config import Lora
@@ -19,10 +25,17 @@ PREFIX = "base_model.model."
 BASE_FORM = "base_form"
 """In the weights file's metadata: what the base's weights are to be made before adapters are merged into them."""
 NF4 = "NF4"
+TRAINED_IDS = "trainable_token_indices"
 
 
 def save_peft(
-    adapters: Mapping[str, Tensor], *, target_dir: Path, lora: "Lora", base_model: str, packed: bool = False
+    adapters: Mapping[str, Tensor],
+    *,
+    target_dir: Path,
+    lora: "Lora",
+    base_model: str,
+    packed: bool = False,
+    model_dir: Path | None = None,
 ) -> None:
     """Write a folder that `peft.PeftModel.from_pretrained` and vLLM load.
 
@@ -32,17 +45,22 @@ def save_peft(
         lora: The settings that the adapters were made with.
         base_model: Where the base model is: a Hub repository or a path; peft looks there unless it is given the base.
         packed: Record, for whoever merges them, that they belong to the base in NF4; peft does not look at it.
+        model_dir: Where the tokenizer comes from that adapters with trained tokens have beside them.
     """
     target_dir.mkdir(parents=True, exist_ok=True)
     weights_file = target_dir / ADAPTER_WEIGHTS_FILE
     save_file(
-        {PREFIX + name: tensor.contiguous() for name, tensor in adapters.items()},
+        {PREFIX + name: tensor.contiguous() for name, tensor in adapters.items() if not name.endswith(IDS_SUFFIX)},
         weights_file,
         metadata={"format": "pt", **({BASE_FORM: NF4} if packed else {})},
     )
     weights_file.chmod(0o644)  # safetensors lets the owner alone read it
     config = _adapter_config(adapters, lora=lora, base_model=base_model)
     (target_dir / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    if TRAINED_IDS in config and model_dir is not None:
+        for file in (model_dir / name for name in TOKENIZER_FILES):
+            if file.is_file():
+                shutil.copyfile(file, target_dir / file.name)
 
 
 def _adapter_config(adapters: Mapping[str, Tensor], *, lora: "Lora", base_model: str) -> dict[str, Any]:
@@ -59,7 +77,17 @@ def _adapter_config(adapters: Mapping[str, Tensor], *, lora: "Lora", base_model:
         "inference_mode": True,
         "use_rslora": lora.rank_stabilized,
         "use_dora": any(name.endswith(MAGNITUDE_SUFFIX) for name in adapters),
+        **_trained_ids(adapters),
     }
+
+
+def _trained_ids(adapters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Say whose rows are trained: one list for the embedding alone, or one for each table by its name."""
+    gathered = ((name.removesuffix(IDS_SUFFIX), ids) for name, ids in adapters.items() if name.endswith(IDS_SUFFIX))
+    named = {table.rpartition(".")[2]: ids.tolist() for table, ids in gathered}
+    if not named:
+        return {}
+    return {TRAINED_IDS: named if len(named) > 1 else next(iter(named.values()))}
 
 
 def _target_modules(adapters: Mapping[str, Tensor], *, lora: "Lora") -> list[str]:

@@ -1,6 +1,6 @@
 """Merge a PEFT folder's adapters into the model that they belong to, in memory or as a new folder."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,20 @@ from torch import Tensor
 from kubetune_trainer.config import FineTuneConfig
 from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.export.huggingface import complete_weights, save_huggingface
-from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, BASE_FORM, NF4, PREFIX
+from kubetune_trainer.export.peft import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    BASE_FORM,
+    NF4,
+    PREFIX,
+    TRAINED_IDS,
+)
 from kubetune_trainer.lora import A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX, apply_lora, merge_adapters, update_scale
 from kubetune_trainer.model.config import ModelConfig, read_config, read_json
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import WeightFiles, build_model
+from kubetune_trainer.tokenizer import TOKENIZER_FILE, read_backend
+from kubetune_trainer.trained_tokens import IDS_SUFFIX, ROWS_SUFFIX, TABLES, token_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +47,7 @@ def merge_adapter(model: Decoder, folder: Path, *, source: Path) -> None:
 
     Args:
         model: The base model, with its weights loaded and not quantized.
-        folder: A PEFT folder.
+        folder: A PEFT folder; the model has the tokens that its adapters were trained with, see `vocabulary`.
         source: The base model's folder.
 
     Raises:
@@ -55,7 +64,7 @@ def save_merged(source: Path, adapter: Path, target: Path) -> None:
     """Write the complete model that a base and an adapter are together, as a run's HuggingFace output would be.
 
     Args:
-        source: The base model's folder.
+        source: The base model's folder, with the tokens that the adapters were trained with.
         adapter: A PEFT folder.
         target: Made if it is not there.
 
@@ -70,20 +79,23 @@ def save_merged(source: Path, adapter: Path, target: Path) -> None:
 def merged_weights(adapters: Mapping[str, Tensor], files: WeightFiles, *, how: Merging) -> Iterator[tuple[str, Tensor]]:
     """Yield each weight that has an adapter, merged in fp32 and rounded to the type that it has in its file."""
     for name in adapters:
-        if name.endswith(A_SUFFIX):
-            weight = f"{name.removesuffix(A_SUFFIX)}.weight"
+        if name.endswith((A_SUFFIX, ROWS_SUFFIX)):
+            weight = f"{name.removesuffix(A_SUFFIX).removesuffix(ROWS_SUFFIX)}.weight"
             base = files.read(weight, rows=slice(None))
             merged = merge_adapters(weight, base, adapters, scale=how.scale, packed=how.packed)
             yield weight, merged.to(files.dtype(weight))
 
 
-def read_first_adapters(folder: Path, *, config: FineTuneConfig, shape: ModelConfig) -> dict[str, Tensor]:
+def read_first_adapters(
+    folder: Path, *, config: FineTuneConfig, shape: ModelConfig, trained_ids: Sequence[int] = ()
+) -> dict[str, Tensor]:
     """Read the adapters that a run begins with.
 
     Args:
         folder: A PEFT folder.
         config: The run, whose settings have to be theirs.
         shape: The model's.
+        trained_ids: The tokens that the run trains, of which they have to have the rows.
 
     Returns:
         The adapters under the model's own names.
@@ -96,7 +108,7 @@ def read_first_adapters(folder: Path, *, config: FineTuneConfig, shape: ModelCon
     given, lora = read_json(folder / ADAPTER_CONFIG_FILE), config.lora
     adapters, _ = read_adapter(folder, config=shape)
     model = build_model(shape)
-    wanted = set(apply_lora(model, **(config.adapter_settings() | {"packs_base": False})))
+    wanted = set(apply_lora(model, **(config.adapter_settings() | {"packs_base": False}), trained_ids=trained_ids))
     found = {name.removesuffix(A_SUFFIX) for name in adapters if name.endswith(A_SUFFIX)}
     is_dora = any(name.endswith(MAGNITUDE_SUFFIX) for name in adapters)
     rules: tuple[tuple[str, Any, Any], ...] = (
@@ -114,7 +126,29 @@ def read_first_adapters(folder: Path, *, config: FineTuneConfig, shape: ModelCon
             f"{config.title}: lora.target_modules must be the layers of lora.adapter, got "
             f"{', '.join(lora.target_modules)}: {side} {different[0]}"
         )
-    return adapters
+    return adapters | _rows_in_order(adapters, folder, config=config, tables=token_adapters(model), ids=trained_ids)
+
+
+def _rows_in_order(
+    adapters: Mapping[str, Tensor], folder: Path, *, config: FineTuneConfig, tables: Collection[str], ids: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return the trained rows of each table in the order of these tokens, which have to be theirs."""
+    assert config.lora is not None, "tuning Full has no adapters"
+    theirs = {name.removesuffix(IDS_SUFFIX): of.tolist() for name, of in adapters.items() if name.endswith(IDS_SUFFIX)}
+    given = next(iter(theirs.values()), [])
+    if set(given) != set(ids):
+        known = read_backend(folder).id_to_token if (folder / TOKENIZER_FILE).is_file() else str
+        raise ConfigError(
+            f"{config.title}: lora.train_tokens must be those of lora.adapter, "
+            f"{', '.join(str(known(number)) for number in given) or 'none'}, "
+            f"got {', '.join(config.lora.train_tokens) or 'none'}"
+        )
+    if theirs.keys() != set(tables):
+        raise ConfigError(
+            f"{config.title}: lora.adapter must have trained rows of {' and '.join(tables)}, got {' and '.join(theirs)}"
+        )
+    order = [given.index(number) for number in ids]
+    return {table + ROWS_SUFFIX: adapters[table + ROWS_SUFFIX][order] for table in tables}
 
 
 def read_adapter(folder: Path, *, config: ModelConfig) -> tuple[dict[str, Tensor], Merging]:
@@ -130,14 +164,17 @@ def read_adapter(folder: Path, *, config: ModelConfig) -> tuple[dict[str, Tensor
     Raises:
         DataError: A file is missing or damaged, or the adapter does not fit the model.
     """
-    scale = _scale(folder)
+    scale, config_ids = _scale(folder), read_json(folder / ADAPTER_CONFIG_FILE).get(TRAINED_IDS)
     try:
         tensors = load_file(folder / ADAPTER_WEIGHTS_FILE)
     except (FileNotFoundError, SafetensorError) as error:
         raise DataError(f"Adapter folder {folder}: {ADAPTER_WEIGHTS_FILE} cannot be read: {error}") from error
     shapes = {name: tuple(parameter.shape) for name, parameter in build_model(config).named_parameters()}
     adapters = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    rows = {name: tensor for name, tensor in adapters.items() if name.endswith(ROWS_SUFFIX)}
     for name, tensor in adapters.items():
+        if name in rows:
+            continue
         layer = name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX).removesuffix(MAGNITUDE_SUFFIX)
         shape = shapes.get(f"{layer}.weight")
         if layer == name or shape is None or not {layer + A_SUFFIX, layer + B_SUFFIX} <= adapters.keys():
@@ -147,7 +184,31 @@ def read_adapter(folder: Path, *, config: ModelConfig) -> tuple[dict[str, Tensor
             raise DataError(
                 f"Adapter folder {folder}: {PREFIX}{name} must fit a weight of the shape {shape}, got {found}"
             )
+    adapters |= _ids_of_rows(rows, config_ids, shapes=shapes, folder=folder)
     return adapters, Merging(scale=scale, packed=_base_form(folder) == NF4)
+
+
+def _ids_of_rows(
+    rows: Mapping[str, Tensor], told: Any, *, shapes: Mapping[str, tuple[int, ...]], folder: Path
+) -> dict[str, Tensor]:
+    """Return whose the trained rows of tokens are, as adapter_config.json tells: one list, or one for each table."""
+    lists = told if isinstance(told, dict) else {"embed_tokens": told or ()}
+    found = {table: ids for table in TABLES for end, ids in lists.items() if f".{table}".endswith(f".{end}") and ids}
+    if {table + ROWS_SUFFIX for table in found} != rows.keys():
+        raise DataError(
+            f"Adapter folder {folder}: {TRAINED_IDS} must tell whose the trained rows are that {ADAPTER_WEIGHTS_FILE} "
+            f"has, of {' and '.join(rows) or 'none'}, got {told!r}"
+        )
+    for table, ids in found.items():
+        vocab_size, width = shapes.get(f"{table}.weight", (0, 0))
+        shape = tuple(rows[table + ROWS_SUFFIX].shape)
+        if shape != (len(ids), width) or max(ids) >= vocab_size:
+            raise DataError(
+                f"Adapter folder {folder}: {PREFIX}{table}{ROWS_SUFFIX} must fit {len(ids)} of the model's "
+                f"{vocab_size} rows of {width}, got {shape} up to row {max(ids)}",
+                hint="Tokens that were added for the adapters are in tokenizer.json, which belongs into the folder.",
+            )
+    return {table + IDS_SUFFIX: torch.tensor(ids) for table, ids in found.items()}
 
 
 def _shape(name: str, *, weight: tuple[int, ...], rank: int) -> tuple[int, ...]:

@@ -7,8 +7,9 @@ look at.
 Shapes: B batch, T tokens, D hidden_size, V vocab_size.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -25,6 +26,8 @@ from kubetune_trainer.model.weights import WeightFiles, build_model
 Module = TypeVar("Module", bound=nn.Module)
 BlockVisitor = Callable[[str, Block, Iterable[Batch]], None]
 """Called with a block's name, the block with its weights, and what sends each batch through it and yields it then."""
+Rows = Mapping[str, Mapping[int, Tensor]]
+"""Rows of tables by the table's name and the token."""
 
 
 class BlockwiseLogits:
@@ -35,6 +38,7 @@ class BlockwiseLogits:
         batches: What it will be asked for, these very objects.
         device: Where it computes, in fp32.
         visit: As in `pass_blocks`.
+        rows: As in `pass_blocks`, and of the output head.
 
     Raises:
         DataError: The folder is incomplete or damaged.
@@ -47,15 +51,18 @@ class BlockwiseLogits:
         *,
         device: torch.device | str = "cpu",
         visit: BlockVisitor = lambda *_: None,
+        rows: Rows = MappingProxyType({}),
     ) -> None:
         config = read_config(source)
-        streams = pass_blocks(source, batches, device=device, visit=visit)
+        streams = pass_blocks(source, batches, device=device, visit=visit, rows=rows)
         model = build_model(config)
         with WeightFiles(source, tied_embeddings=config.tied_embeddings) as files, torch.inference_mode():
             norm = _load(model.model.norm, "model.norm", files, device=device)
             self._streams = {id(batch): norm(x_BTD) for batch, x_BTD in zip(batches, streams, strict=True)}
             head = "model.embed_tokens" if config.tied_embeddings else "lm_head"
             self._head = _load(model.get_submodule(head), head, files, device=device).weight
+            for token, row in rows.get(head, {}).items():
+                self._head[token].copy_(row)
         self._softcap = config.logit_softcap
         self._batches = batches  # kept, so that no other object can get the id of one of them
 
@@ -72,6 +79,7 @@ def pass_blocks(
     *,
     device: torch.device | str = "cpu",
     visit: BlockVisitor = lambda *_: None,
+    rows: Rows = MappingProxyType({}),
 ) -> list[Tensor]:
     """Send batches through the embedding and all blocks, one block after the other.
 
@@ -80,6 +88,7 @@ def pass_blocks(
         batches: The data.
         device: Where it computes, in fp32.
         visit: May look at each block's activations and change its weights before the batches pass through it.
+        rows: Rows of the embedding, by its name and token, in the place of those in the files.
 
     Returns:
         The residual stream of each batch behind the last block, (B, T, D).
@@ -91,7 +100,8 @@ def pass_blocks(
     model = build_model(config)
     with WeightFiles(source, tied_embeddings=config.tied_embeddings) as files:
         files.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
-        streams = [model.model.embed_tokens.scaled(x_BTD).to(device) for x_BTD in _embed(files, batches)]
+        given = rows.get("model.embed_tokens", {})
+        streams = [model.model.embed_tokens.scaled(x_BTD).to(device) for x_BTD in _embed(files, batches, given)]
         for number, block in enumerate(model.model.layers):
             name = f"model.layers.{number}"
             _load(block, name, files, device=device)
@@ -102,11 +112,14 @@ def pass_blocks(
     return streams
 
 
-def _embed(files: WeightFiles, batches: Sequence[Batch]) -> list[Tensor]:
+def _embed(files: WeightFiles, batches: Sequence[Batch], given: Mapping[int, Tensor]) -> list[Tensor]:
     """Look tokens up, reading only the rows that are asked for: the whole embedding may be larger than a block."""
     ids = torch.cat([batch.tokens.flatten() for batch in batches]).unique()
-    rows = [files.read("model.embed_tokens.weight", rows=slice(token, token + 1)) for token in ids.tolist()]
-    table = torch.cat(rows).float()
+    rows = [
+        given[token] if token in given else files.read("model.embed_tokens.weight", rows=slice(token, token + 1))[0]
+        for token in ids.tolist()
+    ]
+    table = torch.stack([row.float() for row in rows])
     return [table[torch.searchsorted(ids, batch.tokens)] for batch in batches]
 
 

@@ -164,5 +164,7 @@ class Decoder(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The output head's weight, which may be the embedding's."""
-        return self.model.embed_tokens.weight if self.config.tied_embeddings else self.lm_head.weight
+        """The output head's weight, which may be the embedding's, with the rows that are trained beside it."""
+        layer = self.model.embed_tokens if self.config.tied_embeddings else self.lm_head
+        adapter = getattr(layer, "token_adapter", None)
+        return layer.weight if adapter is None else adapter.replaced(layer.weight)

@@ -6,18 +6,26 @@ import torch
 from torch import Tensor, nn
 
 from kubetune_trainer.model.config import NormStyle
+from kubetune_trainer.trained_tokens import TokenAdapter
 
 
 class Embedding(nn.Embedding):
     """A table of embeddings, multiplied with a number that is rounded to their type first, as Gemma is trained."""
 
+    token_adapter: TokenAdapter | None
+    """Rows that are trained beside it; see `trained_tokens`."""
+
     def __init__(self, num_embeddings: int, embedding_dim: int, *, scale: float) -> None:
         super().__init__(num_embeddings, embedding_dim)
         self.scale = scale
+        self.register_module("token_adapter", None)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Look tokens up."""
-        return self.scaled(super().forward(tokens_BT))
+        x_BTD = super().forward(tokens_BT)
+        if self.token_adapter is not None:
+            x_BTD = self.token_adapter.looked_up(x_BTD, tokens_BT)
+        return self.scaled(x_BTD)
 
     def scaled(self, x_BTD: Tensor) -> Tensor:
         """Multiply what was looked up elsewhere."""

@@ -24,6 +24,7 @@ from kubetune_trainer.model.config import (
     read_json,
 )
 from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.trained_tokens import token_adapters
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -120,7 +121,9 @@ class _NoFirstValues(TorchFunctionMode):
 
 
 def load_weights(model: Decoder, path: str | Path) -> None:
-    """Fill a model's weights from a folder; adapters are left as they are, and weights in NF4 are packed one by one.
+    """Fill a model's weights from a folder; weights in NF4 are packed one by one.
+
+    Adapters are left as they are, but for trained rows of tokens, which begin as the folder's.
 
     Args:
         model: Its parameters have memory already, and may be shards over any mesh of ours.
@@ -139,6 +142,10 @@ def load_weights(model: Decoder, path: str | Path) -> None:
             local.copy_(files.read_part(name, place))
         for name, layer in packed.items():
             layer.load(files.read(name, rows=slice(None)))
+        for name, adapter in token_adapters(model).items():
+            local, held = local_rows(adapter.trainable_tokens_delta)
+            for row, token in zip(local, adapter.ids[held], strict=True):
+                row.copy_(files.read(f"{name}.weight", rows=slice(token, token + 1))[0])
 
 
 def _take_weights(model: Decoder, path: Path, *, dtype: torch.dtype, device: str | torch.device) -> None:

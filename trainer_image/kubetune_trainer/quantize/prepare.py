@@ -29,10 +29,9 @@ from kubetune_trainer.model.weights import build_model
 from kubetune_trainer.model_files import (
     FoundModel,
     fetch_merged,
-    fetch_model,
+    fetch_small,
     locate_adapter,
     locate_model,
-    model_s3,
 )
 from kubetune_trainer.prepared import read_prepared, write_prepared
 from kubetune_trainer.report import Report
@@ -101,8 +100,8 @@ def prepare(config: QuantizeConfig, *, report: Report) -> PreparedQuantization:
     if known is not None and known.asked == _asked(config):
         return known
     report("prepare", stage="Checking the model")
-    model = locate_model(config, report=report)
-    folder = fetch_model(model, s3=model_s3(config), only_small=True)
+    model, adapter = locate_model(config, report=report), locate_adapter(config)
+    folder = fetch_small(model, adapter, config=config)
     shape, tokenizer = read_config(folder), load_tokenizer(folder)
     check_outputs(config.outputs, folder, title=config.title)
     _check_lengths(config)
@@ -114,7 +113,7 @@ def prepare(config: QuantizeConfig, *, report: Report) -> PreparedQuantization:
     prepared = PreparedQuantization(
         asked=_asked(config),
         model=model,
-        adapter=locate_adapter(config),
+        adapter=adapter,
         **rows,
         sources=tuple(sources.values()),
         parameters=count_parameters(shape),

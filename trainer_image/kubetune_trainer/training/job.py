@@ -32,6 +32,7 @@ from kubetune_trainer.report import attempt, end_with, open_log, report, serve_m
 from kubetune_trainer.storage import open_store, scratch_dir
 from kubetune_trainer.tokenizer import load_tokenizer
 from kubetune_trainer.tracking import tracked
+from kubetune_trainer.vocabulary import ids_of
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,10 @@ def set_up(
 
 def build(config: FineTuneConfig, model_dir: Path, world: World, *, first_adapters: Path | None = None) -> Decoder:
     """The model, sharded over all ranks; every rank reads only its own rows of the weights."""
-    model = build_model(read_config(model_dir))
+    model, trained_ids = build_model(read_config(model_dir)), ()
     if config.lora is not None:
-        apply_lora(model, **config.adapter_settings())
+        trained_ids = ids_of(model_dir, config.lora.train_tokens)
+        apply_lora(model, **config.adapter_settings(), trained_ids=trained_ids)
     if config.qat is not None:
         from kubetune_trainer.quantize.qat import prepare_qat  # noqa: PLC0415 (slow, and only where it is asked for)
 
@@ -173,7 +175,7 @@ def build(config: FineTuneConfig, model_dir: Path, world: World, *, first_adapte
     load_weights(model, model_dir)
     init_lora(model, seed=config.training.seed)
     if first_adapters is not None:
-        set_lora(model, read_first_adapters(first_adapters, config=config, shape=model.config))
+        set_lora(model, read_first_adapters(first_adapters, config=config, shape=model.config, trained_ids=trained_ids))
     return model
 
 

@@ -128,4 +128,11 @@ def gather_adapters(job: Job, folder: Path) -> None:
     adapters, model, lora = lora_state_dict(job.model), job.config.model, job.config.lora
     if job.world.is_first and lora is not None:
         base = model.hub.repo if model.hub else model.uri.location
-        save_peft(adapters, target_dir=folder, lora=lora, base_model=base, packed=job.config.merges_packed)
+        save_peft(
+            adapters,
+            target_dir=folder,
+            lora=lora,
+            base_model=base,
+            packed=job.config.merges_packed,
+            model_dir=job.local.model_dir,
+        )
