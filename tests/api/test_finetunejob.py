@@ -342,7 +342,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
                 {"name": "b", "uri": {"location": "s3://data/b"}, "format": "Text"},
             ],
         },
-        "neither with SFT, and all or none of them with Custom",
+        "neither with SFT, QAT or Distillation, and all or none of them with Custom",
     ),
     "labels that are as often wrong as right": (
         {"spec__recipe": "DPO", "spec__dpo": {"labelSmoothing": "0.5"}},

@@ -1,5 +1,6 @@
 """A script of one's own in place of a recipe: the example's loss, stopped by the launcher and gone on with."""
 
+import hashlib
 import json
 import os
 import signal
@@ -68,6 +69,8 @@ def test_a_changed_loss_is_launched_stopped_and_gone_on_with_bit_for_bit(
     assert second.events("resume")[0]["step"] == max(found) < STEPS
     assert found | second.losses() == whole.losses()
     assert second.message()["result"] == "Complete"
+    lineage = json.loads((tiny / "runs" / "focal" / "lineage.json").read_text())
+    assert lineage["scriptDigest"] == f"sha256:{hashlib.sha256(focal.read_bytes()).hexdigest()}"
 
 
 def test_a_copied_recipe_is_accepted_and_without_gamma_the_focal_loss_is_its_cross_entropy(

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from kubetune_trainer import load_model
 from tests.recipes.gang import Gang, Zygote
-from tests.recipes.tiny import write_config
+from tests.recipes.tiny import write_config, write_messages, write_model
 
 TOLERANCE = 1e-4
 OUTPUTS = [{"name": "merged", "type": "HuggingFace"}, {"name": "adapter", "type": "PEFT"}]
@@ -53,6 +53,20 @@ def test_adapters_are_trained_on_from_where_they_are(zygote: Zygote, tiny: Path,
     )
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_adapters_of_packed_weights_are_gone_on_with_beside_others_only_with_a_warning(
+    zygote: Zygote, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "model", intermediate_size=128)
+    write_messages(tmp_path / "pairs.jsonl", samples=8, seed=1)
+    run(zygote, tmp_path, "packed", "training.max_steps=1", tuning="QLoRA", outputs=OUTPUTS[1:]).succeed()
+    for tuning, warned in (("QLoRA", False), ("LoRA", True)):
+        gang = run(
+            zygote, tmp_path, tuning.lower(), "training.max_steps=1", tuning=tuning, **begun_with(tmp_path, "packed")
+        ).succeed()
+        told = [event["message"] for event in gang.events("warning")]
+        assert any("lora.adapter was trained beside weights in NF4" in message for message in told) == warned
 
 
 def test_settings_have_to_be_those_of_the_adapters(zygote: Zygote, tiny: Path) -> None:

@@ -157,6 +157,7 @@ def _lineage(lineage: Lineage, output: StoredOutput) -> Iterable[Sequence[Any]]:
     job = f"{lineage['kind']} {lineage['namespace']}/{lineage['name']}"
     yield "Job", f"{job} ({lineage['uid']})"
     yield "Settings", _code(lineage["configDigest"])
+    yield "Script", _code(lineage.get("scriptDigest"))
     for name in ("model", "adapter"):
         if found := lineage.get(name):
             yield f"Base {name}", _code(found["location"])

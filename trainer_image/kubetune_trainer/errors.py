@@ -11,9 +11,16 @@ TrainerError
 └── PeerLostError       78  another rank went away
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from kubetune_trainer.names import ExitCode
+
+
+def listed(items: Sequence[object], *, most: int) -> str:
+    """Return the first of some items for a message, and how many there are beyond."""
+    shown = ", ".join(str(item) for item in items[:most])
+    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
 
 
 class TrainerError(Exception):

@@ -76,6 +76,7 @@ def make_lineage(
     adapter_dir: Path | None = None,
     others: Mapping[str, tuple[FoundOther, LocalModel]] | None = None,
     first_adapters: tuple[FoundModel, Path] | None = None,
+    script: Path | None = None,
     sources: Sequence[Mapping[str, Any]] = (),
     outputs: Sequence[StoredOutput] = (),
     parents: Sequence[Lineage] = (),
@@ -84,7 +85,7 @@ def make_lineage(
     """Return a finished run's lineage.
 
     The arguments are those of `record_lineage`, and `others`: the models that it used beside its own, by field, as they
-    were found and where they are here. `first_adapters` are those that it trained on.
+    were found and where they are here. `first_adapters` are those that it trained on, and `script` is somebody's own.
     """
     inputs = [_input(model, model_dir)]
     if adapter is not None and adapter_dir is not None:
@@ -104,6 +105,7 @@ def make_lineage(
         "uid": config.run.uid,
         "image": os.environ.get(ENV_IMAGE),
         "configDigest": f"sha256:{config.digest()}",
+        "scriptDigest": f"sha256:{hashlib.sha256(script.read_bytes()).hexdigest()}" if script is not None else None,
         "model": inputs[0],
         "adapter": inputs[1] if len(inputs) > 1 else None,
         "otherModels": asked or None,

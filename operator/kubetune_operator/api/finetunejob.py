@@ -511,7 +511,8 @@ class FineTuneJobSpec(JobSpec):
             ),
             message=(
                 "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, this or "
-                "UnpairedPreference with KTO, neither with SFT, and all or none of them with Custom"
+                "UnpairedPreference with KTO, neither with SFT, QAT or Distillation, and all or none of them with "
+                "Custom"
             ),
             check=_formats_fit,
         ),

@@ -92,6 +92,8 @@ def recorded(lineage: Json) -> Node:
     node.facts += _tasks(lineage.get("tasks"))
     if digest := lineage.get("configDigest"):
         node.facts.append(f"config {digest}")
+    if digest := lineage.get("scriptDigest"):
+        node.facts.append(f"script {digest}")
     if image := lineage.get("image"):
         node.facts.append(f"image {image}")
     node.facts += _outputs(lineage.get("outputs"))

@@ -33,7 +33,7 @@ from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.estimate import Estimate, count_parameters, estimate_memory
 from kubetune_trainer.export.convert import check_outputs
 from kubetune_trainer.fingerprint import fingerprint
-from kubetune_trainer.model.adapter import read_first_adapters
+from kubetune_trainer.model.adapter import read_first_adapters, trained_beside_nf4
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model_files import (
     FoundModel,
@@ -192,7 +192,7 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
     folder = _grown(fetch_small(model, adapter, config=config), config, model, first_adapters, with_weights=False)
     shape, tokenizer = read_config(folder), load_tokenizer(folder)
     check_outputs(config.outputs, folder, title=config.title)
-    _check_first_adapters(first_adapters, config, folder)
+    _check_first_adapters(first_adapters, config, folder, report=report)
     others = locate_others(config, tokenizer=tokenizer, report=report)
     sources = [open_source(source, config=config) for source in config.dataset.sources]
     bring_tokens = [found for found in (adapter, first_adapters) if found and TOKENIZER_FILE in found.etags]
@@ -267,12 +267,18 @@ def _locate_first_adapters(config: FineTuneConfig, *, report: Report) -> FoundMo
     return locate_first_adapters(config.lora.adapter, config, report=report)
 
 
-def _check_first_adapters(found: FoundModel | None, config: FineTuneConfig, folder: Path) -> None:
+def _check_first_adapters(found: FoundModel | None, config: FineTuneConfig, folder: Path, *, report: Report) -> None:
     """Looks whether the adapters that are trained on are what the config says."""
     adapters_dir = _fetch_first_adapters(found, config)
     if adapters_dir is not None and config.lora is not None:
         ids = ids_of(folder, config.lora.train_tokens)
         read_first_adapters(adapters_dir, config=config, shape=read_config(folder), trained_ids=ids)
+        if trained_beside_nf4(adapters_dir) and config.tuning != "QLoRA":
+            message = (
+                f"{config.title}: lora.adapter was trained beside weights in NF4 and makes up for their errors, which "
+                f"tuning {config.tuning} does not have: the first losses may be higher than its last"
+            )
+            report("warning", message=message)
 
 
 def _fetch_first_adapters(found: FoundModel | None, config: FineTuneConfig) -> Path | None:

@@ -185,7 +185,7 @@ def read_adapter(folder: Path, *, config: ModelConfig) -> tuple[dict[str, Tensor
                 f"Adapter folder {folder}: {PREFIX}{name} must fit a weight of the shape {shape}, got {found}"
             )
     adapters |= _ids_of_rows(rows, config_ids, shapes=shapes, folder=folder)
-    return adapters, Merging(scale=scale, packed=_base_form(folder) == NF4)
+    return adapters, Merging(scale=scale, packed=trained_beside_nf4(folder))
 
 
 def _ids_of_rows(
@@ -209,6 +209,11 @@ def _ids_of_rows(
                 hint="Tokens that were added for the adapters are in tokenizer.json, which belongs into the folder.",
             )
     return {table + IDS_SUFFIX: torch.tensor(ids) for table, ids in found.items()}
+
+
+def trained_beside_nf4(folder: Path) -> bool:
+    """Whether a PEFT folder's adapters say that the base beside them was in NF4 (QLoRA)."""
+    return _base_form(folder) == NF4
 
 
 def _shape(name: str, *, weight: tuple[int, ...], rank: int) -> tuple[int, ...]:

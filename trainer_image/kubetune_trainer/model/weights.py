@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.overrides import TorchFunctionMode
 
-from kubetune_trainer.errors import DataError
+from kubetune_trainer.errors import DataError, listed
 from kubetune_trainer.lora import is_adapter, is_packed, packed_layers
 from kubetune_trainer.model.config import (
     QUANTIZATION_METHODS,
@@ -232,9 +232,8 @@ class WeightFiles:
             ("has unexpected", [name for name in self.names if name not in shapes]),
         ):
             if names:
-                shown = ", ".join(names[:NAMES_IN_MESSAGE])
-                more = f" and {len(names) - NAMES_IN_MESSAGE} more" if len(names) > NAMES_IN_MESSAGE else ""
-                raise DataError(f"Model folder {self.folder} {what} tensors: {shown}{more}")
+                told = listed(names, most=NAMES_IN_MESSAGE)
+                raise DataError(f"Model folder {self.folder} {what} tensors: {told}")
         for name, shape in shapes.items():
             found = self.shape(name)
             if found != shape:

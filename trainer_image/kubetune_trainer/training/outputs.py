@@ -1,6 +1,7 @@
 """The end of a training run: its outputs, where they come from, and the final message."""
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,7 @@ def describe(job: Job, outputs: Sequence[StoredOutput]) -> None:
             if prepared.first_adapters is not None and local.first_adapters_dir is not None
             else None
         ),
+        script=Path(sys.argv[0]) if config.recipe == "Custom" else None,
         others={field: (found, local.others[field]) for field, found in prepared.others.items()},
         sources=lineage_sources(config.dataset.sources, prepared.sources),
         outputs=outputs,

@@ -8,7 +8,7 @@ import torch
 
 from kubetune_trainer.data.sampler import Batch, rows_for_step
 from kubetune_trainer.distributed import gather_vector
-from kubetune_trainer.errors import NonFiniteLossError
+from kubetune_trainer.errors import NonFiniteLossError, listed
 from kubetune_trainer.optim import clip_grad_norm, learning_rate_factor
 from kubetune_trainer.training.job import Job
 
@@ -90,10 +90,8 @@ def check_finite(job: Job, step: int, *, loss: float, grad_norm: float) -> None:
         NonFiniteLossError: The loss or the gradient norm is NaN or infinite; names the rows of the batch.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        rows = sorted(global_rows(job, step))
-        shown = ", ".join(str(row) for row in rows[:ROWS_IN_MESSAGE])
-        more = f" and {len(rows) - ROWS_IN_MESSAGE} more" if len(rows) > ROWS_IN_MESSAGE else ""
+        rows = listed(sorted(global_rows(job, step)), most=ROWS_IN_MESSAGE)
         raise NonFiniteLossError(
-            f"{job.config.title}: step {step} has loss {loss} and gradient norm {grad_norm}, over rows {shown}{more}",
+            f"{job.config.title}: step {step} has loss {loss} and gradient norm {grad_norm}, over rows {rows}",
             hint="Lower training.learning_rate or look for broken samples; the last checkpoint is sound.",
         )
