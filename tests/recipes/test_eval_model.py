@@ -19,7 +19,8 @@ from lm_eval.loggers import EvaluationTracker
 from moto.server import ThreadedMotoServer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from kubetune_trainer.export.compressed_tensors import save_compressed_tensors
 from kubetune_trainer.export.digest import folder_digest
@@ -324,17 +325,24 @@ def test_a_broken_task_names_the_task_and_the_file(zygote: Zygote, place: Path) 
     )
 
 
-def test_an_adapter_is_merged_into_its_base(zygote: Zygote, place: Path) -> None:
-    base = LlamaForCausalLM.from_pretrained(place / "model")
+def test_an_adapter_with_a_token_of_its_own_is_merged_into_its_base(zygote: Zygote, place: Path) -> None:
+    base, tokenizer = LlamaForCausalLM.from_pretrained(place / "model"), AutoTokenizer.from_pretrained(place / "model")
+    tokenizer.add_tokens([AddedToken("cat", normalized=False)])  # which stands in the tasks
+    base.resize_token_embeddings(len(tokenizer))
     torch.manual_seed(1)
-    tuned = get_peft_model(base, LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"]))
+    settings = LoraConfig(
+        r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], trainable_token_indices=[len(tokenizer) - 1]
+    )
+    tuned = get_peft_model(base, settings)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "trainable_tokens" in name:
                 parameter.normal_(std=0.2)
-    tuned.save_pretrained(place / "adapter")
+    tuned.save_pretrained(place / "adapter", save_embedding_layers=False)
+    tokenizer.save_pretrained(place / "adapter")
     shutil.copytree(place / "model", place / "merged")
     tuned.merge_and_unload().save_pretrained(place / "merged")
+    tokenizer.save_pretrained(place / "merged")
     tasks = [{"name": "choice"}, {"name": "pages"}]
     adapted = write_eval_config(
         place / "adapted.yaml", tasks=tasks,
