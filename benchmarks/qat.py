@@ -1,12 +1,14 @@
 """What quantization-aware training saves: a small model, trained on with rounded weights and without, both quantized.
 
-    python benchmarks/qat.py
+    python benchmarks/qat.py                   # all weights, and LoRA
+    python benchmarks/qat.py --tuning LoRA
 
-A model of bytes is trained on this tree's pages. Then it is trained on for as many steps again, from the same weights,
-with the same rows and learning rates: once plainly, once with recipe QAT's layers. Both are written as quantized
-outputs, loaded from these files, and measured on pages that neither has seen. Some minutes of one core.
+A model of bytes is trained on this tree's pages. Then it is trained on for some steps, from the same weights, with the
+same rows and learning rates: once plainly, once with recipe QAT's layers. Both are written as quantized outputs, loaded
+from these files, and measured on pages that neither has seen. Some minutes of one core.
 """
 
+import argparse
 import copy
 import json
 import tempfile
@@ -20,6 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from kubetune_trainer.export.compressed_tensors import save_compressed_tensors
 from kubetune_trainer.export.torchao import save_torchao
+from kubetune_trainer.lora import apply_lora, is_adapter, lora_scale, lora_state_dict, merge_adapters
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import load_model
@@ -35,11 +38,17 @@ SHAPE: Final[dict[str, Any]] = {
 }  # fmt: skip
 ROWS, TOKENS, GROUP_SIZE = 8, 128, 128
 FIRST_STEPS, MORE_STEPS = 600, 200
+RANK = 16
+RATES: Final = {"Full": 1e-3, "LoRA": 2e-3}
+"""The highest learning rate with which each tuning goes on."""
 SAVE: Final = {"Int4WeightOnly": save_compressed_tensors, "Int8DynamicActivationInt4Weight": save_torchao}
 
 
 def main() -> None:
-    """Print a row for each scheme."""
+    """Print a row for each tuning and scheme."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tuning", choices=RATES, help="only this one")
+    options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     pages = sorted(DOCS.glob("*.md"))
@@ -49,19 +58,26 @@ def main() -> None:
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.05)
     train(begun, seen, steps=FIRST_STEPS, rate=2e-3, seed=1)
-    plain = copy.deepcopy(begun)
-    train(plain, seen, steps=MORE_STEPS, rate=1e-3, seed=2)
-    with tempfile.TemporaryDirectory() as scratch:
-        told = {"loss of the model": loss_of(plain, unseen)}
+    for tuning in [options.tuning] if options.tuning else RATES:
+        plain = trained_on(begun, seen, tuning=tuning)
+        print(f"{tuning}: loss of the model: {loss_of(plain, unseen):.4f}", flush=True)
         for scheme in SAVE:
-            rounded = copy.deepcopy(begun)
-            prepare_qat(rounded, scheme=scheme, group_size=GROUP_SIZE)
-            train(rounded, seen, steps=MORE_STEPS, rate=1e-3, seed=2)
+            rounded = trained_on(begun, seen, tuning=tuning, scheme=scheme)
             for name, model in (("after training", plain), ("QAT", rounded)):
-                folder = Path(scratch) / f"{scheme}-{name}"
-                told[f"{scheme}, {name}"] = loss_of(quantized(model, folder, scheme=scheme), unseen)
-    for name, loss in told.items():
-        print(f"{name}: {loss:.4f}")
+                with tempfile.TemporaryDirectory() as scratch:
+                    loss = loss_of(quantized(model, Path(scratch), scheme=scheme), unseen)
+                print(f"{tuning}: {scheme}, {name}: {loss:.4f}", flush=True)
+
+
+def trained_on(begun: Decoder, data: Tensor, *, tuning: str, scheme: Any = None) -> Decoder:
+    """Return a copy that is trained on, with rounded weights where a scheme says how."""
+    model = copy.deepcopy(begun)
+    if tuning == "LoRA":
+        apply_lora(model, rank=RANK, alpha=2 * RANK)
+    if scheme is not None:
+        prepare_qat(model, scheme=scheme, group_size=GROUP_SIZE)
+    train(model, data, steps=MORE_STEPS, rate=RATES[tuning], seed=2)
+    return model
 
 
 def read(pages: list[Path]) -> Tensor:
@@ -70,9 +86,10 @@ def read(pages: list[Path]) -> Tensor:
 
 
 def train(model: Decoder, data: Tensor, *, steps: int, rate: float, seed: int) -> None:
-    """Train all weights with AdamW; which rows are seen follows from the seed."""
+    """Train all weights that are not frozen with AdamW; which rows are seen follows from the seed."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
     model.train()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
@@ -80,7 +97,7 @@ def train(model: Decoder, data: Tensor, *, steps: int, rate: float, seed: int) -
         rows = torch.stack([data[begin : begin + TOKENS + 1] for begin in begins])
         loss = model(rows[:, :-1], labels_BT=rows[:, 1:]) / rows[:, 1:].numel()
         loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
+        clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -98,10 +115,16 @@ def loss_of(model: Decoder, data: Tensor) -> float:
 
 
 def quantized(model: Decoder, folder: Path, *, scheme: str) -> Decoder:
-    """Write a model, quantize it, and load what was written."""
+    """Write a model with its adapters merged, quantize it, and load what was written."""
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").write_text(json.dumps(SHAPE))
-    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    adapters = lora_state_dict(model)
+    scale = lora_scale(model) if adapters else 1.0
+    weights = {
+        name: merge_adapters(name, weight.detach().clone(), adapters, scale=scale)
+        for name, weight in model.named_parameters()
+        if not is_adapter(name)
+    }
     save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
     SAVE[scheme](folder / "model", folder / "quantized", scheme=scheme, group_size=GROUP_SIZE)
     return load_model(folder / "quantized", dtype=torch.float32)

@@ -192,6 +192,11 @@ GOOD: dict[str, dict[str, Any]] = {
         "spec__outputs": [{"name": "adapter", "type": "PEFT"}],
     },
     "adapters beside weights of 4 bits": {"spec__tuning": "QLoRA"},
+    "adapters for weights of 4 bits": {
+        "spec__recipe": "QAT",
+        "spec__qat": {"scheme": "Int4WeightOnly"},
+        "spec__lora": {"rank": 8, "dropout": "0"},
+    },
     "training for weights of 4 bits": {
         "spec__recipe": "QAT",
         "spec__tuning": "Full",
@@ -623,9 +628,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"spec__recipe": "QAT", "spec__tuning": "Full"},
         "spec.qat is required with recipe: QAT",
     ),
-    "adapters of rounded weights": (
-        {"spec__recipe": "QAT", "spec__qat": {"scheme": "Int4WeightOnly"}},
-        "spec.tuning must be Full with spec.qat: what is rounded is the whole weight",
+    "magnitudes of rounded weights": (
+        {"spec__recipe": "QAT", "spec__tuning": "DoRA", "spec__qat": {"scheme": "Int4WeightOnly"}},
+        "spec.tuning must be Full or LoRA with spec.qat",
+    ),
+    "rounded weights that are packed": (
+        {"spec__recipe": "QAT", "spec__tuning": "QLoRA", "spec__qat": {"scheme": "Int4WeightOnly"}},
+        "spec.tuning must be Full or LoRA with spec.qat",
+    ),
+    "dropout before an adapter that is merged": (
+        {"spec__recipe": "QAT", "spec__qat": {"scheme": "Int4WeightOnly"}, "spec__lora": {"dropout": "0.05"}},
+        "spec.lora.dropout must be 0 with spec.qat: what is rounded is the merged weight",
     ),
     "compiled layers with rounded weights": (
         {

@@ -179,7 +179,9 @@ QAT = ["recipe=QAT", "qat.scheme=Int4WeightOnly"]
     [
         (["lora.merge_base=Original"], "lora.merge_base must be set only with tuning QLoRA, got tuning LoRA"),
         (["tuning=QLoRA", "training.compile=Blocks"], "training.compile must be None with tuning QLoRA, got Blocks"),
-        (QAT, "tuning must be Full with qat, got LoRA"),
+        ([*QAT, "tuning=DoRA"], "tuning must be Full or LoRA with qat, got DoRA"),
+        ([*QAT, "tuning=QLoRA"], "tuning must be Full or LoRA with qat, got QLoRA"),
+        ([*QAT, "lora.dropout=0.1"], "lora.dropout must be 0 with qat, got 0.1: what is rounded is the merged weight"),
         (["recipe=QAT", "tuning=Full"], "qat.scheme"),
         ([*QAT, "tuning=Full", "training.compile=Blocks"], "training.compile must be None with qat, got Blocks"),
         ([*QAT, "tuning=Full", "training.parallelism.tensor=2"], "tensor must be 1 with qat, got 2"),

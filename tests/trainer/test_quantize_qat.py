@@ -10,8 +10,10 @@ from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
 
 from kubetune_trainer.errors import ConfigError
+from kubetune_trainer.export import complete_weights, save_huggingface, trained_weights
 from kubetune_trainer.export.compressed_tensors import save_compressed_tensors
 from kubetune_trainer.export.torchao import save_torchao, torchao_config
+from kubetune_trainer.lora import LoRALinear, apply_lora, lora_scale, without_adapters
 from kubetune_trainer.model import Decoder, load_model
 from kubetune_trainer.quantize.layers import linear_layers
 from kubetune_trainer.quantize.qat import prepare_qat
@@ -96,6 +98,66 @@ def test_gradients_pass_the_rounding(folder: Path, scheme: str) -> None:
         assert weight.grad is not None, name
         if scheme == WEIGHTS:
             torch.testing.assert_close(weight.grad, plain.get_parameter(name).grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def adapted(folder: Path, scheme: str) -> Decoder:
+    """A prepared model with adapters that have random values, as if trained."""
+    model = load_model(folder, dtype=torch.float32)
+    apply_lora(model, rank=4, alpha=8, target_modules=["q_proj", "o_proj", "down_proj"])
+    torch.manual_seed(2)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.1)
+    prepare_qat(model, scheme=scheme, group_size=32)
+    return model
+
+
+def merged(model: Decoder, source: Path, target: Path) -> Path:
+    """The folder that a run with these adapters leaves."""
+    complete = complete_weights(trained_weights(model), source_dir=source, lora_scale=lora_scale(model))
+    save_huggingface(complete, source_dir=source, target_dir=target)
+    return target
+
+
+@pytest.mark.parametrize("scheme", [WEIGHTS])
+def test_adapters_compute_what_their_merged_and_quantized_output_does(
+    adapted: Decoder, folder: Path, tmp_path: Path
+) -> None:
+    whole = merged(adapted, folder, tmp_path / "merged")
+    save_compressed_tensors(whole, tmp_path / "out", scheme=WEIGHTS, group_size=32)
+    assert relative(logits(adapted), logits(load_model(tmp_path / "out", dtype=torch.float32))) < 1e-5
+    save_compressed_tensors(folder, tmp_path / "base", scheme=WEIGHTS, group_size=32)
+    with without_adapters(adapted):
+        assert relative(logits(adapted), logits(load_model(tmp_path / "base", dtype=torch.float32))) < 1e-5
+    assert relative(logits(adapted), logits(load_model(whole, dtype=torch.float32))) > 0.01, "rounding is to be seen"
+
+
+@pytest.mark.parametrize("scheme", [ACTIVATIONS])
+def test_adapters_compute_what_a_torchao_output_of_theirs_does(adapted: Decoder, folder: Path, tmp_path: Path) -> None:
+    save_torchao(merged(adapted, folder, tmp_path / "merged"), tmp_path / "out", scheme=ACTIVATIONS, group_size=32)
+    assert relative(logits(adapted), logits(load_model(tmp_path / "out", dtype=torch.float32))) < 1e-3
+
+
+@pytest.mark.parametrize("scheme", [ACTIVATIONS, WEIGHTS])
+def test_only_adapters_get_gradients_which_are_those_of_the_merged_weight(
+    adapted: Decoder, folder: Path, tmp_path: Path, scheme: str
+) -> None:
+    whole = prepared(merged(adapted, folder, tmp_path / "merged"), scheme)
+    tokens, labels = random_tokens(2, 16), random_tokens(2, 16, seed=3)
+    for each in (adapted.train(), whole.train()):
+        each(tokens, labels_BT=labels).backward()
+    scale, seen = lora_scale(adapted), 0
+    for name, layer in adapted.named_modules():
+        if isinstance(layer, LoRALinear):
+            gradient, seen = whole.get_submodule(name).weight.grad, seen + 1
+            wanted_a, wanted_b = scale * layer.lora_B.weight.T @ gradient, scale * gradient @ layer.lora_A.weight.T
+            torch.testing.assert_close(layer.lora_A.weight.grad, wanted_a, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(layer.lora_B.weight.grad, wanted_b, atol=1e-4, rtol=1e-4)
+    assert seen == 9
+    assert {name.rpartition(".lora_")[2] for name, weight in adapted.named_parameters() if weight.grad is not None} == {
+        "A.weight", "B.weight",
+    }  # fmt: skip
 
 
 def test_rows_that_groups_do_not_divide_are_refused(tmp_path: Path) -> None:

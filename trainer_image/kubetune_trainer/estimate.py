@@ -173,13 +173,17 @@ def _unpacked(model: Decoder, config: FineTuneConfig) -> int:
 
 
 def _rounded(model: Decoder, config: FineTuneConfig) -> int:
-    """Returns the bytes of the rounded weights that backward needs, and of which of them lay out of range."""
+    """Returns the bytes of the rounded weights that backward needs, and of which of them lay out of range.
+
+    With adapters also those of the layer whose weight, update and sum, or their gradients, are there in fp32.
+    """
     blocks = [
         sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
         for block in model.model.layers
     ]
     kept = sum(blocks) if config.training.activation_checkpointing == "None" else max(blocks)
-    return kept * (_compute_bytes(config) + 1)
+    largest = max(layer.weight.numel() for layer in model.model.layers.modules() if isinstance(layer, nn.Linear))
+    return kept * (_compute_bytes(config) + 1) + (3 * largest * FP32 if config.lora is not None else 0)
 
 
 def _whole(model: Decoder, config: FineTuneConfig) -> bool:

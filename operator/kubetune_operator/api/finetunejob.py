@@ -102,7 +102,10 @@ class Orpo(ApiModel):
 
 
 class Qat(ApiModel):
-    """Quantization-aware training: the loss is that of SFT, and layers compute with weights as they will be."""
+    """Quantization-aware training: the loss is that of SFT, and layers compute with weights as they will be.
+
+    With adapters the weights that are rounded are those with the adapters merged into them.
+    """
 
     scheme: Literal["Int8DynamicActivationInt4Weight", "Int4WeightOnly"]
     """How the outputs will be quantized: the first for ExecuTorch, the second for CompressedTensors."""
@@ -479,9 +482,14 @@ class FineTuneJobSpec(JobSpec):
             check=lambda value: value.qat is None or value.training.compile == "None",
         ),
         Rule(
-            cel="!has(self.qat) || self.tuning == 'Full'",
-            message="spec.tuning must be Full with spec.qat: what is rounded is the whole weight",
-            check=lambda value: value.qat is None or value.tuning == "Full",
+            cel="!has(self.qat) || self.tuning in ['Full', 'LoRA']",
+            message="spec.tuning must be Full or LoRA with spec.qat",
+            check=lambda value: value.qat is None or value.tuning in {"Full", "LoRA"},
+        ),
+        Rule(
+            cel="!has(self.qat) || !has(self.lora) || double(self.lora.dropout) == 0.0",
+            message="spec.lora.dropout must be 0 with spec.qat: what is rounded is the merged weight",
+            check=lambda value: value.qat is None or value.lora is None or float(value.lora.dropout) == 0,
         ),
         Rule(
             cel="!has(self.qat) || !has(self.training.parallelism) || self.training.parallelism.tensor == 1",

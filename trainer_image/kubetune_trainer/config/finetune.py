@@ -368,8 +368,12 @@ class FineTuneConfig(JobConfig):
     def _check_qat(self) -> None:
         if self.qat is None:
             return
-        if self.tuning != "Full":
-            raise ValueError(f"tuning must be Full with qat, got {self.tuning}: what is rounded is the whole weight")
+        if self.tuning not in {"Full", "LoRA"}:
+            raise ValueError(f"tuning must be Full or LoRA with qat, got {self.tuning}")
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout must be 0 with qat, got {self.lora.dropout}: what is rounded is the merged weight"
+            )
         if self.training.parallelism.tensor > 1:
             raise ValueError(f"training.parallelism.tensor must be 1 with qat, got {self.training.parallelism.tensor}")
         if self.training.compile != "None":
