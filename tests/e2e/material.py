@@ -1,5 +1,6 @@
 """What the end-to-end jobs read: a small model with random weights and SmolLM2's tokenizer, and two little datasets."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -61,7 +62,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_data(folder: Path) -> None:
-    """Write sums.jsonl (prompt and completion) and capitals.jsonl (messages)."""
+    """Write sums.jsonl (prompt, completion), capitals.jsonl (messages), pairs.jsonl, feedback.jsonl (preferences)."""
     sums = [
         {"prompt": f"What is {a} plus {b}?", "completion": f"{a} plus {b} is {a + b}."}
         for a in range(1, 21)
@@ -76,7 +77,15 @@ def make_data(folder: Path) -> None:
         }
         for country, capital in CAPITALS.items()
     ]
-    for name, records in (("sums", sums), ("capitals", capitals)):
+    pairs = [
+        {"prompt": each["prompt"], "chosen": each["completion"], "rejected": "I do not know that."} for each in sums
+    ]
+    feedback = [
+        {"prompt": each["prompt"], "completion": each["completion" if good else "prompt"], "label": good}
+        for each, good in zip(sums, itertools.cycle([True, False]), strict=False)
+    ]
+    made = {"sums": sums, "capitals": capitals, "pairs": pairs, "feedback": feedback}
+    for name, records in made.items():
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
