@@ -79,9 +79,18 @@ class Gang:
         return gang
 
     def wait(self) -> list[int]:
-        """The ranks' exit codes."""
-        if not self.codes:
-            self.codes = [self.zygote.ask(do="wait", pid=pid)["code"] for pid in self.pids]
+        """The ranks' exit codes. A test that runs into its limit here takes its ranks with it."""
+        try:
+            while len(self.codes) < len(self.pids):
+                code = self.zygote.ask(do="look", pid=self.pids[len(self.codes)])["code"]
+                if code is None:
+                    time.sleep(0.01)
+                else:
+                    self.codes.append(code)
+        except BaseException:
+            for rank in range(len(self.codes), len(self.pids)):
+                self.kill(rank)
+            raise
         return self.codes
 
     def succeed(self) -> "Gang":

@@ -33,8 +33,8 @@ def main() -> None:
         if order["do"] == "start":
             answer({"pid": start(order)})
         else:
-            _, status = os.waitpid(order["pid"], 0)
-            answer({"code": os.waitstatus_to_exitcode(status)})
+            ended, status = os.waitpid(order["pid"], os.WNOHANG)
+            answer({"code": os.waitstatus_to_exitcode(status) if ended else None})
 
 
 def start(order: dict[str, Any]) -> int:
