@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch.nn import functional
 
 from kubetune_trainer import load_model
 from kubetune_trainer.data.sampler import collate
 from kubetune_trainer.data.store import DataStore
-from tests.cluster.paths import ROOT
 from tests.recipes.gang import Gang, Zygote
 from tests.recipes.tiny import write_config, write_messages, write_model
 
@@ -121,24 +119,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(zygote: Zygote, folder: Path, tuning:
     second = run(zygote, folder, f"{name}-again", "run.name=" + name, **blocks).succeed()
     assert second.events("resume")[0]["step"] == max(first.losses())
     assert first.losses() | second.losses() == whole
-
-
-def test_the_preset_trains_two_steps_and_validates(zygote: Zygote, folder: Path) -> None:
-    values = yaml.safe_load((ROOT / "recipes" / "configs" / "smollm2_distill.yaml").read_text())
-    write_messages(folder / "more.jsonl", samples=20, seed=8)
-    values["model"] = {"uri": {"location": f"file://{folder}/model"}}
-    values["distillation"]["teacher"] = {"uri": {"location": f"file://{folder}/teacher"}}
-    values["dataset"] |= {"sources": [{"name": "more", "uri": {"location": f"file://{folder}/more.jsonl"}}]}
-    values["dataset"] |= {"max_sequence_length": 64, "validation": {"fraction": 0.3}}
-    values["training"] |= {"epochs": None, "max_steps": 2, "global_batch_size": 4}
-    values["workspace"] = {"uri": f"file://{folder}/runs"}
-    (folder / "preset.yaml").write_text(yaml.safe_dump(values))
-    gang = Gang.start(zygote, folder / "preset", folder / "preset.yaml", ranks=2, recipe="distill").succeed()
-    assert [event["step"] for event in gang.events("step")] == [1, 2]
-    (told,) = gang.events("validation")
-    mixed = 0.5 * told["divergence"] + 0.5 * told["crossEntropy"]
-    assert told["validationLoss"] == pytest.approx(mixed, rel=1e-6)
-    assert gang.message()["outputs"][0]["name"] == "merged"
 
 
 def test_a_teacher_that_reads_other_tokens_is_refused_before_anything_is_trained(zygote: Zygote, folder: Path) -> None:

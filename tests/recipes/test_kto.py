@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.cluster.paths import ROOT
 from tests.recipes.gang import Gang, Zygote
 from tests.recipes.tiny import write_answers, write_config, write_model
 
@@ -75,17 +73,6 @@ def test_pairs_are_a_good_answer_and_a_bad_one_each(zygote: Zygote, tiny: Path) 
     dataset = {"sources": sources, "max_sequence_length": 64}
     pairs = run(zygote, tiny, "kto-pairs", "training.max_steps=2", dataset=dataset)
     assert curve(pairs) == curve(answers)
-
-
-def test_the_preset_trains_a_tiny_model(zygote: Zygote, tiny: Path) -> None:
-    write_answers(tiny / "answers.jsonl", pairs=tiny / "preferences.jsonl")
-    preset = yaml.safe_load((ROOT / "recipes/configs/smollm2_kto.yaml").read_text())
-    del preset["model"], preset["workspace"], preset["training"]["epochs"]
-    preset["dataset"]["sources"][0]["uri"] = {"location": f"file://{tiny}/answers.jsonl"}
-    del preset["dataset"]["sources"][0]["hub"]
-    preset["training"] |= {"max_steps": 2, "global_batch_size": 2}
-    gang = Gang.start(zygote, tiny / "kto-preset", write_config(tiny / "kto-preset.yaml", **preset), recipe="kto")
-    assert len(gang.succeed().events("step")) == 2
 
 
 def test_answers_are_measured_against_the_model_that_the_reference_names(zygote: Zygote, tiny: Path) -> None:
