@@ -89,8 +89,12 @@ def test_a_job_of_every_recipe_comes_to_its_end(cluster: Cluster, namespace: str
         job.remove()
         return {"status": status, "steps": [line for line in lines if line["event"] == "step"]}
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        ends = dict(zip(RECIPES, pool.map(finish, RECIPES), strict=True))
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        running = {name: pool.submit(finish, name) for name in RECIPES}
+        ends = {name: future.result() for name, future in running.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
     for name, end in ends.items():
         assert end["status"]["progress"]["step"] == STEPS, name
