@@ -93,7 +93,7 @@ def test_a_quantized_program_is_smaller_and_stays_near(tmp_path: Path) -> None:
         ),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
-            {"max_sequence_length": 32}, DataError, "cannot have rope_type dynamic",
+            {"max_sequence_length": 65}, ConfigError, "max_sequence_length must be at most the model's 64, got 65",
         ),
     ],
 )  # fmt: skip

@@ -5,9 +5,13 @@ runner for language models calls programs: `forward(tokens (1, T), start (1,))` 
 ones into the cache and returns the logits (1, V) behind the last of them. What a runner must know are constant methods:
 get_max_seq_len, get_vocab_size, get_bos_id, get_eos_ids and others.
 
+A program takes the same steps whatever it is given, so that in a mixture of experts every token passes all of them, and
+those that its router did not choose count nothing.
+
 Nothing here asks for a device; programs are made and, by this module, run on CPU.
 
-Shapes: T tokens, S max_sequence_length, R rotated part of a head, V vocab_size.
+Shapes: T tokens, S max_sequence_length, R rotated part of a head, V vocab_size, D hidden_size, N tokens, E experts,
+C chosen experts.
 """
 
 import shutil
@@ -24,7 +28,8 @@ from kubetune_trainer.export.huggingface import COMPANION_FILES
 from kubetune_trainer.generation import Stop, choose_tokens, goes_on, seeded
 from kubetune_trainer.loss import soft_capped
 from kubetune_trainer.model.config import read_config
-from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.model.decoder import Block, Decoder
+from kubetune_trainer.model.feed_forward import MixtureOfExperts
 from kubetune_trainer.model.rope import rotary_tables
 from kubetune_trainer.model.weights import PROGRAM_FILE, load_model
 from kubetune_trainer.tokenizer import load_tokenizer
@@ -48,7 +53,6 @@ def save_executorch(
         group_size: Weights that share a scale.
 
     Raises:
-        DataError: The model has something that a program with a cache of fixed length cannot have.
         ConfigError: The model is made for shorter texts, or its rows cannot be cut into groups.
     """
     check_executorch(source, max_sequence_length=max_sequence_length, scheme=scheme, group_size=group_size)
@@ -87,17 +91,11 @@ def check_executorch(
     """Refuse what `save_executorch` cannot write, by the model's small files alone.
 
     Raises:
-        DataError: The model has something that a program with a cache of fixed length cannot have.
         ConfigError: The model is made for shorter texts, or its rows cannot be cut into groups.
     """
     config = read_config(source)
-    if config.rope.kind == "dynamic":
-        raise DataError(f"Model folder {source}: an ExecuTorch program cannot have rope_type dynamic")
-    if config.experts is not None:
-        raise DataError(
-            f"Model folder {source}: an ExecuTorch program cannot choose experts, as the family {config.family} does"
-        )
-    stretches = config.rope.kind == "longrope"  # with other frequencies beyond the original context
+    # A program has one table of angles: it ends where a text's length would begin to decide about them.
+    stretches = config.rope.kind in {"dynamic", "longrope"}
     longest = config.rope.original_max_positions if stretches else config.max_positions
     if max_sequence_length > longest:
         raise ConfigError(
@@ -105,7 +103,11 @@ def check_executorch(
         )
     if scheme not in {None, QUANTIZED}:
         raise ConfigError(f"scheme must be {QUANTIZED} or none for an ExecuTorch program, got {scheme}")
-    widths = {config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim}
+    widths = {config.hidden_size, config.num_heads * config.head_dim}
+    if config.experts is None or not all(config.experts.layers):
+        widths.add(config.intermediate_size)
+    if config.experts is not None:
+        widths.add(config.experts.intermediate_size)
     if scheme is not None and any(width % group_size for width in widths):
         told = ", ".join(map(str, sorted(widths)))
         raise ConfigError(f"group_size must divide the widths of the model's layers ({told}), got {group_size}")
@@ -198,6 +200,8 @@ class _CachedDecoder(nn.Module):
         super().__init__()
         config = model.config
         self.trunk = model.model
+        for block in self.trunk.layers:
+            _pass_all_experts(block)
         # A layer of its own even where it shares its weight with the embedding: it is quantized, the embedding is not.
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
         weight = model.model.embed_tokens.weight if config.tied_embeddings else model.lm_head.weight
@@ -250,6 +254,31 @@ class _Cache:
         keys.index_copy_(2, self._slots_T, key)
         values.index_copy_(2, self._slots_T, value)
         return keys, values
+
+
+class _AllExperts(nn.Module):
+    """A mixture of experts without a choice: what the router does not choose is computed, and multiplied with 0."""
+
+    def __init__(self, mixture: MixtureOfExperts) -> None:
+        super().__init__()
+        self.gate, self.experts = mixture.gate, mixture.experts
+
+    def forward(self, x_1TD: Tensor) -> Tensor:
+        """Map each token by itself."""
+        x_ND = x_1TD.flatten(0, 1)
+        weights_NC, chosen_NC = self.gate(x_ND)
+        numbers_E = torch.arange(len(self.experts))
+        weights_NE = ((chosen_NC[..., None] == numbers_E) * weights_NC[..., None]).sum(dim=1)
+        out_ND = torch.zeros_like(x_ND)
+        for number, expert in enumerate(self.experts):
+            out_ND = out_ND + expert(x_ND) * weights_NE[:, number, None]
+        return out_ND.view_as(x_1TD)
+
+
+def _pass_all_experts(block: Block) -> None:
+    feed_forward = getattr(block, block.feed_forward_name)
+    if isinstance(feed_forward, MixtureOfExperts):
+        setattr(block, block.feed_forward_name, _AllExperts(feed_forward))
 
 
 def _quantize(module: _CachedDecoder, *, group_size: int) -> None:
