@@ -1,6 +1,7 @@
 """Tokenizers that were SentencePiece's: llama.cpp makes the same tokens of a text, and answers with the same."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from kubetune_trainer import generate, load_model, load_tokenizer
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.export.gguf import save_gguf
+from kubetune_trainer.export.gguf_tokenizer import tokenizer_limits
 from tests.trainer.test_export_gguf import DIFFICULT, SHAPE, llama
 from tests.trainer.tiny import make_folder
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
+PHI3 = ["<|endoftext|>", "<|assistant|>", "<|user|>", "<|end|>"]
+GEMMA = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+GEMMA_RUNS = [sign * number for sign in ("\n", "▁") for number in (2, 3, 4)] + ["<table>"]
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
 LINES = [
     "the cat and the other cats are there, then they gather", "a thin thing thinks within the thick theatre",
@@ -22,22 +27,18 @@ LINES = [
     "日本語の日本", "she sells sea shells on the sea shore; the shells she sells are sea shells",
 ] * 5  # fmt: skip
 TEXTS = [
-    *LINES[:7], *(text for text in DIFFICULT if "<|" not in text), "banana  ananas abababa", "</s> the cat",
-    "the<s>cat</s>sea", "thethethe", "<unk>", "ba ▁na", "aaaaaaa bbbb", "<0x41> and <0xZZ>",
+    *LINES[:7], *(text for text in DIFFICULT if "<|" not in text), "banana  ananas abababa",
+    "thethethe", "ba ▁na", "aaaaaaa bbbb", "<0x41> and <0xZZ>",
 ]  # fmt: skip
 
 
 def write_tokenizer(folder: Path, *, prepends: bool = True) -> int:
     """As transformers converts one of SentencePiece: pieces by score, and every pair that makes a piece."""
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    trained.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=240, show_progress=False))
-    learned = sorted(trained.get_vocab(), key=lambda piece: trained.get_vocab()[piece])
-    made, signs = [piece for piece in learned if len(piece) > 1], [piece for piece in learned if len(piece) == 1]
+    made, signs = learned_pieces()
     vocab = {piece: number for number, piece in enumerate([*SPECIAL, *BYTES, *made, *signs])}
-    pairs = [(piece[:place], piece[place:]) for piece in made for place in range(1, len(piece))]
-    merges = [pair for pair in pairs if all(part in vocab for part in pair)]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges_of(made, vocab), byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    )
     steps = [normalizers.Prepend("▁")] if prepends else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -51,28 +52,109 @@ def write_tokenizer(folder: Path, *, prepends: bool = True) -> int:
     return len(vocab)
 
 
-def write_model(folder: Path, *, prepends: bool = True) -> Path:
+def write_phi3(folder: Path) -> int:
+    """Llama 2's with special tokens that take the spaces behind them away; `</s>` is no special one there."""
+    num_pieces = write_tokenizer(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, rstrip=token != "<|endoftext|>") for token in PHI3]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    changed(folder, lambda written: written["added_tokens"][2].update(special=False, rstrip=True))
+    return num_pieces + len(PHI3)
+
+
+def write_gemma(folder: Path) -> int:
+    """No space before a text, runs of spaces and lines among added tokens, and the tab itself in place of its byte."""
+    made, signs = learned_pieces()
+    bytes_ = ["\t" if piece == "<0x09>" else piece for piece in BYTES]
+    pieces = [*GEMMA, *GEMMA_RUNS, *bytes_, *made, *signs, *({"\n"} - set(signs))]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    merges = merges_of([*GEMMA_RUNS, *made], vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in GEMMA])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in GEMMA_RUNS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    told = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    return len(vocab)
+
+
+def merges_of(made: list[str], vocab: dict[str, int]) -> list[tuple[str, str]]:
+    pairs = [(piece[:place], piece[place:]) for piece in made for place in range(1, len(piece))]
+    return [pair for pair in pairs if all(part in vocab for part in pair)]
+
+
+def learned_pieces() -> tuple[list[str], list[str]]:
+    """Pieces that are made of others, in their order, and signs."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trained.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=240, show_progress=False))
+    learned = sorted(trained.get_vocab(), key=lambda piece: trained.get_vocab()[piece])
+    return [piece for piece in learned if len(piece) > 1], [piece for piece in learned if len(piece) == 1]
+
+
+def write_model(folder: Path, *, write: Callable[[Path], int] = write_tokenizer) -> Path:
     folder.mkdir()
-    num_pieces = write_tokenizer(folder, prepends=prepends)
+    num_pieces = write(folder)
     make_folder(folder, **(SHAPE | {"vocab_size": num_pieces + 5, "dtype": torch.float16}))
     return folder
 
 
-@pytest.mark.parametrize("prepends", [True, False])
-def test_llama_cpp_makes_the_same_tokens_of_a_text(tmp_path: Path, prepends: bool) -> None:
-    source = write_model(tmp_path / "source", prepends=prepends)
-    save_gguf(source, tmp_path / "target")
+CHATS = {
+    "llama": ["</s> the cat", "the<s>cat</s>sea", "<unk>"],
+    "no prefix": ["</s> the cat", "the<s>cat</s>sea", "<unk>"],
+    "phi3": [
+        "<|user|>\nhi there<|end|>\n<|assistant|>\n", "<|user|>  the<|endoftext|> cat </s>  cat", "<s> a <unk> b",
+        "<|end|> \t\r\n\v\f x",
+    ],
+    "gemma": [
+        "<start_of_turn>user\nhi  there<end_of_turn>\n<start_of_turn>model\n", "a<table> b", "<bos> the  cat",
+        *("x" + "\n" * number + "y" for number in range(1, 10)),
+        *("x" + " " * number + "the" for number in range(1, 10)),
+        "\t", "\t\tcat\t the", "<0x09>", " \n  \n\n the",
+    ],
+}  # fmt: skip
+WRITE: dict[str, Callable[[Path], int]] = {
+    "llama": write_tokenizer,
+    "no prefix": lambda folder: write_tokenizer(folder, prepends=False),
+    "phi3": write_phi3,
+    "gemma": write_gemma,
+}
+
+
+@pytest.mark.parametrize("form", WRITE)
+@pytest.mark.parametrize("name", ["mine", "My-Phi-3-bot"])
+def test_llama_cpp_makes_the_same_tokens_of_a_text(tmp_path: Path, form: str, name: str) -> None:
+    source = write_model(tmp_path / "source", write=WRITE[form])
+    save_gguf(source, tmp_path / "target", name=name)
     tokenizer = load_tokenizer(source)
     assert len(tokenizer.encode("banana ananas")) < 8, "pieces are longer than signs"
     with llama(tmp_path / "target") as loaded:
-        for text in TEXTS:
+        for text in [*TEXTS, *CHATS[form]]:
             assert loaded.tokenize(text.encode(), add_bos=False, special=True) == tokenizer.encode(text), text
             framed = tokenizer.encode(text, add_special_tokens=True)
             assert loaded.tokenize(text.encode(), add_bos=True, special=True) == framed, text
             plain = loaded.tokenize(text.encode(), add_bos=False, special=False)
             written_out = tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False)
-            if not any(token in text for token in SPECIAL):
+            if not any(token in text for token in (*SPECIAL, *PHI3, *GEMMA)):
                 assert loaded.detokenize(plain).decode().lstrip(" ") == written_out.lstrip(" "), text
+
+
+def test_of_spaces_behind_phi3s_tokens_llama_cpp_knows_those_of_ascii(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", write=write_phi3)
+    assert tokenizer_limits(source) == [
+        "llama.cpp takes ASCII's spaces away behind Phi-3's special tokens, not those of all Unicode"
+    ]
+    save_gguf(source, tmp_path / "target")
+    with llama(tmp_path / "target") as loaded:
+        text = "<|end|>\u00a0cat"
+        found = loaded.tokenize(text.encode(), add_bos=False, special=True)
+        assert found != load_tokenizer(source).encode(text)
 
 
 def test_llama_cpp_answers_with_the_same_tokens(tmp_path: Path) -> None:
@@ -110,7 +192,7 @@ def without_a_merge(written: Any) -> Any:
             lambda written: written.update(
                 normalizer=None, pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}
             ),
-            "normalizer must be that of Llama 2 and pre_tokenizer must be null, got None and .*Metaspace",
+            "normalizer must be that of Llama 2 or Gemma and pre_tokenizer must be null or .*got None and .*Metaspace",
         ),
         (
             lambda written: written["added_tokens"][1].update(normalized=True),

@@ -191,7 +191,8 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
     first_adapters = _locate_first_adapters(config, report=report)
     folder = _grown(fetch_small(model, adapter, config=config), config, model, first_adapters, with_weights=False)
     shape, tokenizer = read_config(folder), load_tokenizer(folder)
-    check_outputs(config.outputs, folder, title=config.title)
+    for limit in check_outputs(config.outputs, folder, title=config.title):
+        report("warning", message=limit)
     _check_first_adapters(first_adapters, config, folder, report=report)
     others = locate_others(config, tokenizer=tokenizer, report=report)
     sources = [open_source(source, config=config) for source in config.dataset.sources]

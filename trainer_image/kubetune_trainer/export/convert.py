@@ -3,7 +3,7 @@
 Each format is a module of its own with libraries of its own, which are imported only where they are asked for.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kubetune_trainer.config import OutputBase
@@ -49,7 +49,7 @@ def convert(
         save_compressed_tensors(source, target, scheme=output.scheme, group_size=group_size, rounded=rounded, done=done)
 
 
-def check_outputs(outputs: Iterable[OutputBase], folder: Path, *, title: str) -> None:
+def check_outputs(outputs: Iterable[OutputBase], folder: Path, *, title: str) -> list[str]:
     """Refuse outputs in formats that have no word for a model, long before there is anything to write.
 
     Args:
@@ -57,23 +57,30 @@ def check_outputs(outputs: Iterable[OutputBase], folder: Path, *, title: str) ->
         folder: The model folder; its weights need not be there.
         title: How messages name the run.
 
+    Returns:
+        Sentences about what a format carries in part only, of which its user must know.
+
     Raises:
         DataError: The model or its tokenizer has something that the format cannot carry.
         ConfigError: An option of the output does not fit the model.
     """
+    limits = []
     for output in outputs:
         try:
-            _check(output, folder)
+            limits += [f"{title}: output {output.name}: {limit}" for limit in _check(output, folder)]
         except (ConfigError, DataError) as error:
             raise type(error)(f"{title}: output {output.name}: {error}", hint=error.hint) from error
+    return limits
 
 
-def _check(output: OutputBase, folder: Path) -> None:
+def _check(output: OutputBase, folder: Path) -> Sequence[str]:
     if output.type == "GGUF" and output.gguf is not None:
         from kubetune_trainer.export.gguf import check_gguf  # noqa: PLC0415
+        from kubetune_trainer.export.gguf_tokenizer import tokenizer_limits  # noqa: PLC0415
 
         check_gguf(folder, type=output.gguf.type)
-    elif output.type == "ExecuTorch":
+        return tokenizer_limits(folder)
+    if output.type == "ExecuTorch":
         from kubetune_trainer.export.executorch import check_executorch  # noqa: PLC0415
 
         options = output.execu_torch.model_dump() if output.execu_torch else {}
@@ -86,3 +93,4 @@ def _check(output: OutputBase, folder: Path) -> None:
         from kubetune_trainer.export.torchao import check_torchao  # noqa: PLC0415
 
         check_torchao(folder, scheme=output.scheme, group_size=output.group_size or GROUP_SIZE)
+    return ()

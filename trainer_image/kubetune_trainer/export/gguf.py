@@ -22,11 +22,14 @@ from kubetune_trainer.export.gguf_model import (
     rope_factors,
     stored_tensors,
 )
+from kubetune_trainer.export.gguf_sentencepiece import model_name
 from kubetune_trainer.export.gguf_tokenizer import tokenizer_metadata
 from kubetune_trainer.export.huggingface import COMPANION_FILES
 from kubetune_trainer.model.config import ModelConfig, read_config
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import GGUF_FILE, WeightFiles, build_model
+from kubetune_trainer.model_json import read_json
+from kubetune_trainer.tokenizer import TOKENIZER_FILE
 
 GGUFType = Literal["F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
 Types = Mapping[str, gguf.GGMLQuantizationType]
@@ -46,7 +49,7 @@ def save_gguf(source: Path, target: Path, *, type: GGUFType = "F16", name: str =
         source: Folder of a model in Hugging Face format.
         target: Made if it is not there.
         type: How the weights are stored.
-        name: How the file calls the model; empty takes the folder's name.
+        name: How the file calls the model; empty takes the folder's name. See gguf_sentencepiece for Phi-3's.
 
     Raises:
         DataError: The model or its tokenizer has something that llama.cpp has no word for; nothing is written then.
@@ -60,7 +63,7 @@ def save_gguf(source: Path, target: Path, *, type: GGUFType = "F16", name: str =
         partial = target / f"{GGUF_FILE}.partial"
         writer = gguf.GGUFWriter(partial, ARCHITECTURES[config.family].name)
         try:
-            writer.add_name(name or source.name)
+            writer.add_name(model_name(read_json(source / TOKENIZER_FILE), name=name or source.name))
             writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{type}"])
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             _add_metadata(writer, metadata)

@@ -1,12 +1,17 @@
-"""A SentencePiece tokenizer as GGUF files carry it: pieces with scores, where the ones above have merges.
+"""A SentencePiece tokenizer as GGUF files carry it: pieces with scores, where others have merges.
 
-Llama 2, TinyLlama and Mistral have such tokenizers, which `tokenizer.json` holds as BPE with bytes to fall back on.
+Llama 2, TinyLlama, Mistral, Mixtral, Phi-3 and Gemma have such tokenizers, which `tokenizer.json` holds as BPE with
+bytes to fall back on.
 llama.cpp joins two neighbours wherever that makes a piece, the one with the highest score first, and knows no list of
 merges. Both do the same if the merges are all pairs that make a piece, ordered by what they make. That is what a
 conversion from SentencePiece leaves; a file of which it is not true is refused.
+
+Phi-3's special tokens take the spaces behind them away. A file has no word for that: llama.cpp does it if the model's
+name has phi-3 in it, so the name is made to have it, or not to have it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final
 
@@ -17,6 +22,17 @@ SPACE: Final = "▁"
 BYTES: Final = tuple(f"<0x{value:02X}>" for value in range(256))
 REPLACE: Final = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 PREPEND: Final = {"type": "Prepend", "prepend": SPACE}
+WITHOUT_EFFECT: Final = (
+    None,
+    {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+)
+"""Pre-tokenizers; Gemma's looks for spaces, of which the normalizer has left none."""
+TAB, TAB_BYTE = "\t", BYTES[ord("\t")]
+"""Gemma has the sign itself in the place of its byte."""
+PHI3_KEEPS: Final = ("<unk>", "<s>", "<|endoftext|>")
+"""Of a model whose name has phi-3 in it, llama.cpp strips what is behind all special tokens but these. It ends if one
+of them, or `</s>`, is missing."""
+PHI3_NAME: Final = re.compile(r"(phi)-?(3)", re.IGNORECASE)
 
 Written = Mapping[str, Any]
 
@@ -32,6 +48,13 @@ def problem_of(written: Written) -> str | None:
     return next(_problems(written), None)
 
 
+def model_name(written: Written, *, name: str) -> str:
+    """Return the name that a file may give a model, with which llama.cpp treats spaces as its tokenizer does."""
+    if is_sentencepiece(written) and strips_behind(written):
+        return name if PHI3_NAME.search(name) else f"{name} (phi-3)"
+    return PHI3_NAME.sub(r"\1 \2", name)
+
+
 def sentencepiece_metadata(written: Written, *, pieces: Sequence[str], kinds: Sequence[int]) -> dict[str, Any]:
     """Return what a GGUF file says of the pieces.
 
@@ -41,10 +64,8 @@ def sentencepiece_metadata(written: Written, *, pieces: Sequence[str], kinds: Se
         kinds: What each is, as far as any tokenizer has such.
     """
     unknown, scores = written["model"].get("unk_token"), _scores(written)
-    kinds = [
-        int(gguf.TokenType.BYTE if piece in BYTES else gguf.TokenType.UNKNOWN if piece == unknown else kind)
-        for piece, kind in zip(pieces, kinds, strict=True)
-    ]
+    pieces = [TAB_BYTE if piece == TAB and _has_tab(written["model"]) else piece for piece in pieces]
+    kinds = [_kind(piece, kind, unknown=unknown) for piece, kind in zip(pieces, kinds, strict=True)]
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
@@ -55,26 +76,59 @@ def sentencepiece_metadata(written: Written, *, pieces: Sequence[str], kinds: Se
     }
 
 
+def _kind(piece: str, kind: int, *, unknown: str | None) -> int:
+    if piece in BYTES:
+        return int(gguf.TokenType.BYTE)
+    if piece == unknown:
+        return int(gguf.TokenType.UNKNOWN)
+    # Gemma has runs of spaces among its added tokens. llama.cpp would write those out as they are spelled.
+    is_spaces = kind == gguf.TokenType.USER_DEFINED and not piece.strip(SPACE)
+    return int(gguf.TokenType.NORMAL) if is_spaces else kind
+
+
+def _has_tab(model: Written) -> bool:
+    return TAB in model["vocab"] and TAB_BYTE not in model["vocab"]
+
+
+def strips_behind(written: Written) -> bool:
+    """Whether special tokens take the spaces behind them away just as llama.cpp has it for Phi-3."""
+    added = {token["content"]: token.get("rstrip") for token in written.get("added_tokens") or ()}
+    expected = {token: token not in PHI3_KEEPS for token in added}
+    return added == expected and {*PHI3_KEEPS, "</s>"} <= added.keys()
+
+
 def _problems(written: Written) -> Iterator[str]:
-    if _normalizers(written) not in ([PREPEND, REPLACE], [REPLACE]) or written.get("pre_tokenizer") is not None:
+    if _normalizers(written) not in ([PREPEND, REPLACE], [REPLACE]) or (
+        written.get("pre_tokenizer") not in WITHOUT_EFFECT
+    ):
         told = f"{written.get('normalizer')} and {written.get('pre_tokenizer')}"
-        yield f"with byte_fallback, normalizer must be that of Llama 2 and pre_tokenizer must be null, got {told}"
+        yield (
+            "with byte_fallback, normalizer must be that of Llama 2 or Gemma and pre_tokenizer must be null or Gemma's,"
+            f" got {told}"
+        )
+    as_phi3 = strips_behind(written)
     for token in written.get("added_tokens") or ():
-        if token.get("normalized") or token.get("lstrip") or token.get("rstrip"):
+        strips = token.get("lstrip") or (token.get("rstrip") and not as_phi3)
+        if token.get("normalized") or token.get("single_word") or strips:
             yield f"added token {token['content']!r} must not be normalized, and take no spaces beside it"
-    yield from _problems_of_pieces(written["model"])
+    if written["model"].get("ignore_merges"):
+        yield "model.ignore_merges must be false, got True"
+    found_before = {token["content"] for token in written.get("added_tokens") or () if token["content"].strip(SPACE)}
+    yield from _problems_of_pieces(written["model"], found_before=found_before)
 
 
-def _problems_of_pieces(model: Written) -> Iterator[str]:
+def _problems_of_pieces(model: Written, *, found_before: Collection[str]) -> Iterator[str]:
+    """Yield what is wrong with pieces and merges; pieces that are found in text before any merge need none."""
     vocab, merges = model["vocab"], _merges(model)
     for missing in (piece for piece in BYTES if piece not in vocab):
-        yield f"model.byte_fallback needs a piece for each byte, and {missing} is none"
+        if missing != TAB_BYTE or not _has_tab(model):
+            yield f"model.byte_fallback needs a piece for each byte, and {missing} is none"
     made = ["".join(pair) for pair in merges]
     if len(set(made)) != 1 + sum(first != second for first, second in pairwise(made)) and made:
         yield "model.merges must be ordered by the piece that they make, as those of SentencePiece are"
     known = set(merges)
     for piece in vocab:
-        if piece in BYTES:
+        if piece in BYTES or piece in found_before:
             continue
         for place in range(1, len(piece)):
             pair = piece[:place], piece[place:]

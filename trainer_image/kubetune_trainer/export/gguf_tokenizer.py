@@ -1,30 +1,61 @@
 """A tokenizer as GGUF files carry it: pieces, merges and kinds, and the name of the rule that splits text first.
 
 llama.cpp does not read that rule from the file; it has a list of rules, by name. A `tokenizer.json` whose rule is none
-of those that are known here is refused: with another one, text would silently become other tokens. Tokenizers that were
+of those that are known here is refused: with another one, text would silently become other tokens. Where llama.cpp is
+known to do a little less than the file says, `tokenizer_limits` tells of which text. Tokenizers that were
 SentencePiece's have no such rule; see gguf_sentencepiece.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import gguf
 
 from kubetune_trainer.errors import DataError
-from kubetune_trainer.export.gguf_sentencepiece import is_sentencepiece, problem_of, sentencepiece_metadata
+from kubetune_trainer.export.gguf_sentencepiece import (
+    is_sentencepiece,
+    problem_of,
+    sentencepiece_metadata,
+    strips_behind,
+)
 from kubetune_trainer.model.config import read_json
 from kubetune_trainer.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 Metadata = Mapping[str, Any]
 
-LLAMA3_SPLIT = (
+LLAMA3_SPLIT: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-SPLITS = {LLAMA3_SPLIT: "llama-bpe", QWEN2_SPLIT: "qwen2"}
-"""Regular expressions of `Split` pre-tokenizers, and llama.cpp's names for them."""
+"""GPT-4's, which Llama 3, OLMo 2 and Phi-4 have too."""
+QWEN2_SPLIT: Final = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_LOWER, _UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN_SPLIT: Final = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Mistral Nemo's."""
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O_SPLIT: Final = (
+    TEKKEN_SPLIT.replace(f"{_LOWER}+|", f"{_LOWER}+{_SUFFIX}|")
+    .replace(f"{_LOWER}*|", f"{_LOWER}*{_SUFFIX}|")
+    .replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+)
+"""Phi-4-mini's."""
+RULES: Final = {
+    ("GPT-2", False): "gpt-2",
+    ("SmolLM", False): "smollm",
+    (LLAMA3_SPLIT, True): "llama-bpe",
+    (LLAMA3_SPLIT, False): "dbrx",
+    (QWEN2_SPLIT, False): "qwen2",
+    (TEKKEN_SPLIT, True): "tekken",
+    (GPT4O_SPLIT, False): "gpt-4o",
+}
+"""llama.cpp's names of rules, by how text is split (the last, by a regular expression) and `ignore_merges`: whether
+text that is a piece as a whole becomes that one, even if no merges lead there."""
+ASCII_CASE: Final = ("tekken", "gpt-4o")
+"""Rules that look at the case of ASCII's letters only."""
 
 
 def tokenizer_metadata(folder: Path, *, vocab_size: int) -> Metadata:
@@ -54,6 +85,32 @@ def tokenizer_metadata(folder: Path, *, vocab_size: int) -> Metadata:
     return {**stored, **_special_ids(tokenizer), **template}
 
 
+def tokenizer_limits(folder: Path) -> Sequence[str]:
+    """Say of which text llama.cpp makes other tokens than a tokenizer that `tokenizer_metadata` accepts.
+
+    Args:
+        folder: The model folder.
+    """
+    written = read_json(folder / TOKENIZER_FILE)
+    if is_sentencepiece(written):
+        spaces = "llama.cpp takes ASCII's spaces away behind Phi-3's special tokens, not those of all Unicode"
+        return [spaces] if strips_behind(written) else []
+    limits = []
+    if _is_nfc(written):
+        limits.append("llama.cpp does not bring text into NFC: text that is in another form becomes other tokens there")
+    rule = _rule(written, folder=folder)
+    if rule in ASCII_CASE:
+        limits.append(
+            f"llama.cpp's rule {rule} takes letters beyond ASCII for small and capital at once, and no marks for parts "
+            "of words: words in such capitals, and scripts with vowel signs as Hindi's, become other tokens there"
+        )
+    added = written.get("added_tokens") or ()
+    strips = [token["content"] for token in added if token.get("lstrip") or token.get("rstrip")]
+    if strips:
+        limits.append(f"llama.cpp keeps spaces beside special tokens, which {', '.join(strips)} take away")
+    return limits
+
+
 def _byte_level_metadata(
     written: Mapping[str, Any], *, pieces: Sequence[str], kinds: Sequence[int], folder: Path
 ) -> Metadata:
@@ -74,36 +131,57 @@ def _refused(folder: Path, problem: str) -> DataError:
 
 def _rule(written: Mapping[str, Any], *, folder: Path) -> str:
     """Return llama.cpp's name for how text is split before the merges."""
-    model = written.get("model") or {}
-    problem = next(
-        (
-            f"{what}, got {got!r}"
-            for what, got, is_right in (
-                ("model must be BPE", model.get("type"), model.get("type") == "BPE"),
-                ("normalizer must be null", written.get("normalizer"), written.get("normalizer") is None),
-            )
-            if not is_right
-        ),
-        None,
-    )
-    if problem:
+    if problem := next(_problems(written), None):
         raise _refused(folder, problem)
-    steps = _steps(written.get("pre_tokenizer"))
-    match steps:
+    split = _split(written)
+    assert split is not None, "a way to split that is not known is a problem"
+    return RULES[split, bool(written["model"].get("ignore_merges"))]
+
+
+def _problems(written: Mapping[str, Any]) -> Iterator[str]:
+    model, split = written.get("model") or {}, _split(written)
+    if model.get("type") != "BPE":
+        yield f"model must be BPE, got {model.get('type')!r}"
+    if written.get("normalizer") is not None and not _is_nfc(written):
+        yield f"normalizer must be null or NFC, got {written['normalizer']!r}"
+    if all(split != known for known, _ in RULES):
+        steps = _steps(written.get("pre_tokenizer"))
+        told = ", ".join(f"{step.get('type')} {step.get('pattern', '')}".strip() for step in steps) or "none"
+        yield (
+            "pre_tokenizer must be that of GPT-2, SmolLM, Llama 3, Qwen2, Mistral Nemo, OLMo 2 or Phi-4, with "
+            f"add_prefix_space false, got {told}"
+        )
+    elif (split, bool(model.get("ignore_merges"))) not in RULES:
+        yield f"model.ignore_merges must be {not model.get('ignore_merges')} with this pre_tokenizer"
+    for token in written.get("added_tokens") or ():
+        if token.get("single_word"):
+            yield f"added token {token['content']!r} must not be single_word"
+
+
+def _split(written: Mapping[str, Any]) -> str | None:
+    """Return how text is split, in the words of `RULES`; None for a way that is not known at all."""
+    match _steps(written.get("pre_tokenizer")):
         case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
-            return "gpt-2"
+            return "GPT-2"
         case [
             {"type": "Digits", "individual_digits": True},
             {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False},
         ]:
-            return "smollm"
+            return "SmolLM"
+        # All that is no match would be removed in the second form, and all text is one.
         case [
-            {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated", "invert": False}
+            | {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Removed", "invert": True},
             {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
-        ] if regex in SPLITS:
-            return SPLITS[regex]
-    told = ", ".join(f"{step.get('type')} {step.get('pattern', '')}".strip() for step in steps) or "none"
-    raise _refused(folder, f"pre_tokenizer must be that of GPT-2, SmolLM, Llama 3 or Qwen2, got {told}")
+        ]:
+            return regex
+    return None
+
+
+def _is_nfc(written: Mapping[str, Any]) -> bool:
+    given = written.get("normalizer") or {}
+    steps = given.get("normalizers", []) if given.get("type") == "Sequence" else [given]
+    return [step.get("type") for step in steps] == ["NFC"]
 
 
 def _steps(pre_tokenizer: Any) -> Sequence[Mapping[str, Any]]:

@@ -103,7 +103,8 @@ def prepare(config: QuantizeConfig, *, report: Report) -> PreparedQuantization:
     model, adapter = locate_model(config, report=report), locate_adapter(config)
     folder = fetch_small(model, adapter, config=config)
     shape, tokenizer = read_config(folder), load_tokenizer(folder)
-    check_outputs(config.outputs, folder, title=config.title)
+    for limit in check_outputs(config.outputs, folder, title=config.title):
+        report("warning", message=limit)
     _check_lengths(config)
     blocks = ((CALIBRATION, config.calibration), (VERIFY, config.verify))
     rows, sources = {}, {}
