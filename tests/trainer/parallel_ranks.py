@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from kubetune_trainer.export import trained_weights
 from kubetune_trainer.lora import apply_lora, init_lora, lora_state_dict, whole_tensor
@@ -89,6 +90,7 @@ def _train(
     losses = [loss / tensor for loss in losses]  # each rank of a group has added the same
     return {
         "loaded": loaded,
+        "num_groups": sum(isinstance(module, FSDPModule) for module in model.modules()),
         "losses": losses,
         "norms": norms,
         "trained": {name: tensor for name, tensor in trained_weights(model) if not name.endswith(IDS_SUFFIX)},

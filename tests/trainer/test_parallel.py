@@ -109,6 +109,14 @@ def test_trained_weights_are_gathered_whole(results: Results, case: str) -> None
     assert changed == result["trained"].keys()
 
 
+@pytest.mark.parametrize(("mesh", "case"), runs())
+def test_adapters_of_a_small_model_are_gathered_at_once_and_whole_models_by_block(
+    folder: Path, results: Results, case: str
+) -> None:
+    num_layers = single(folder, case).config.num_layers
+    assert results[case]["num_groups"] == (1 if CASES[case]["lora"] else 1 + num_layers)
+
+
 def test_a_cpu_without_bf16_arithmetic_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     for has_bf16, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has_bf16=has_bf16: has_bf16)

@@ -2,8 +2,8 @@
 
 The order is fixed: weights get the type that they are kept in, layers are split over tensor groups, blocks are told to
 recompute, they are compiled, and every block becomes one group of fully_shard (arXiv 2304.11277), with embedding, final
-norm and output head in the root's. This tree's tests run CPU and gloo only; nothing here asks which device it is but
-`compute_dtype`.
+norm and output head in the root's; the adapters of a small model are all in the root's. This tree's tests run CPU and
+gloo only; nothing here asks which device it is but `compute_dtype`.
 """
 
 from typing import Final, Literal
@@ -85,7 +85,8 @@ def parallelize(
         block.recompute = activation_checkpointing
     if is_compiled:
         compile_blocks(model)
-    for block in model.model.layers:
+    # Adapters beside whole weights are few: ranks wait for each other once per pass and not once per block.
+    for block in () if frozen else model.model.layers:
         fully_shard(block, mesh=shards, mp_policy=policy, reshard_after_forward=not whole, ignored_params=frozen)
     fully_shard(model, mesh=shards, mp_policy=policy, ignored_params=frozen)
     for module in model.modules():
