@@ -23,7 +23,7 @@ from tests.trainer.tiny import random_tokens
 
 LENGTH = 40
 
-CHECKS = ("forward", "gradient", "packed", "cached")
+CHECKS = ("forward", "gradient", "packed", "cached", "beyond")
 
 
 def check_forward(model: Decoder, reference: Any) -> None:
@@ -67,15 +67,21 @@ def _gradients(reference: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_packed(model: Decoder, reference: Any) -> None:
-    samples = [random_tokens(1, n, seed=n) for n in (7, 20, 9)]
+    _check_packed(model, reference, lengths=(7, 20, 9))
+    if _changes_beyond(model, 20):
+        _check_packed(model, reference, lengths=(7, _context(model), 9))
+
+
+def _check_packed(model: Decoder, reference: Any, *, lengths: tuple[int, ...]) -> None:
+    samples = [random_tokens(1, n, seed=n) for n in lengths]
     with torch.no_grad():
         packed = model(
             torch.cat(samples, dim=1),
             documents_BT=torch.cat([torch.full_like(sample, i) for i, sample in enumerate(samples)], dim=1),
             positions_BT=torch.cat([torch.arange(sample.shape[1])[None] for sample in samples], dim=1),
         )
-        for part, sample in zip(packed.split([7, 20, 9], dim=1), samples, strict=True):
-            if _changes_beyond(model, 20) and sample.shape[1] <= _context(model):
+        for part, sample in zip(packed.split(lengths, dim=1), samples, strict=True):
+            if _changes_beyond(model, max(lengths)) and sample.shape[1] <= _context(model):
                 continue  # the longest document of a batch decides for all, as in transformers
             close(part, reference(sample).logits)
 
@@ -83,10 +89,24 @@ def check_packed(model: Decoder, reference: Any) -> None:
 def check_cached(model: Decoder, reference: Any) -> None:
     length = min(LENGTH, _context(model)) if _changes_beyond(model, LENGTH) else LENGTH  # a call by itself decides
     tokens = random_tokens(2, length)
-    cache = KVCache(model.config, batch_size=2, max_length=length, dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():
-        parts = [model(part, cache=cache) for part in tokens.split([9, 1, 1, length - 11], dim=1)]
+        parts = _in_calls(model, tokens, sizes=[9, 1, 1, length - 11])
         close(torch.cat(parts, dim=1), reference(tokens).logits)
+
+
+def check_beyond(model: Decoder, reference: Any) -> None:
+    """Call by call as transformers with a cache, from within the original context to beyond it."""
+    tokens, sizes = random_tokens(2, LENGTH), [9, 3, 1, 5, 1, LENGTH - 19]
+    cache = transformers.DynamicCache(config=reference.config)
+    with torch.no_grad():
+        for part, found in zip(tokens.split(sizes, dim=1), _in_calls(model, tokens, sizes=sizes), strict=True):
+            close(found, reference(part, cache=cache, use_cache=True).logits)
+
+
+def _in_calls(model: Decoder, tokens: Tensor, *, sizes: list[int]) -> list[Tensor]:
+    length = tokens.shape[1]
+    cache = KVCache(model.config, batch_size=2, max_length=length, dtype=torch.float32, device=torch.device("cpu"))
+    return [model(part, cache=cache) for part in tokens.split(sizes, dim=1)]
 
 
 def _context(model: Decoder) -> int:
@@ -119,7 +139,7 @@ def test_a_family_computes_what_transformers_computes(family: str, held: Held) -
         with tempfile.TemporaryDirectory() as folder:
             reference = make_folder(Path(folder), family, config)
             model = load_model(folder, dtype=torch.float32)
-        checks = (check_forward, check_gradient, check_packed, check_cached)
+        checks = (check_forward, check_gradient, check_packed, check_cached, check_beyond)
         for name, each in zip(CHECKS, checks, strict=True):
             each(model, reference)
             held(family, name)
@@ -167,6 +187,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "model_type": "gemma3_text",
         "use_bidirectional_attention": True,
     },
+    "attn_logit_softcapping must be None, got 5.0": {"model_type": "gemma3_text", "attn_logit_softcapping": 5.0},
     "attn_logit_softcapping must be a positive number, got -1": {"model_type": "gemma2", "attn_logit_softcapping": -1},
     "resid_pdrop must be 0, got 0.1": {"model_type": "phi3", "resid_pdrop": 0.1},
     "rope_type must be default or longrope for phi3, got 'linear'": {

@@ -184,11 +184,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma2", GEMMA2 | {"final_logit_softcapping": None}, "final_logit_softcapping .* must be a number .*, got None"),
     (
         "gemma3_text",
-        {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0},
-        "attn_logit_softcapping in config.json must be None .* gemma3 .*, got 5.0",
-    ),
-    (
-        "gemma3_text",
         {
             "query_pre_attn_scalar": 32,
             "rope_parameters": GEMMA3_ROPES | {"sliding_attention": GEMMA3_ROPES["full_attention"]},

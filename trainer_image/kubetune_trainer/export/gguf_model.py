@@ -325,8 +325,6 @@ def _gemma_problems(config: ModelConfig, architecture: Architecture) -> Iterator
         ):
             if bound is None:
                 yield key, "a number", None
-    elif config.attention_softcap is not None:
-        yield "attn_logit_softcapping", None, config.attention_softcap
     if config.family == "gemma3_text":
         for rope, window in zip(config.ropes, config.windows, strict=True):
             if window is not None and rope is not None and rope.kind != "default":

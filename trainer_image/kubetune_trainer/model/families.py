@@ -28,6 +28,31 @@ UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "quantization_config": (None,),
 }
 """What keys must be in every family, if they are there."""
+ELSEWHERE: Final[Mapping[str, tuple[Any, ...]]] = {
+    "alibi": (False, None),
+    "attention_chunk_size": (None,),
+    "attention_multiplier": (None,),
+    "attn_logit_softcapping": (None,),
+    "clip_qkv": (None,),
+    "embedding_multiplier": (1, None),
+    "final_logit_softcapping": (None,),
+    "kv_lora_rank": (None,),
+    "logit_scale": (1, None),
+    "logits_scaling": (1, None),
+    "n_routed_experts": (None, 0),
+    "no_rope_layers": (None, []),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "parallel_attn": (False, None),
+    "qk_layernorm": (False, None),
+    "query_pre_attn_scalar": (None,),
+    "residual_multiplier": (1, None),
+    "rotary_pct": (1, None),
+    "sliding_window": (None,),
+    "use_parallel_residual": (False, None),
+    "use_qk_norm": (False, None),
+}
+"""The same of keys by which other families compute something else; those that a family reads itself are its `reads`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +63,8 @@ class Family:
     """transformers' class for language models of this family."""
     read: Callable[[Config], ModelConfig]
     """Turns the file into fields."""
+    reads: frozenset[str] = frozenset()
+    """Keys of `ELSEWHERE` that it looks at."""
 
 
 def read_family(config: Config) -> ModelConfig:
@@ -61,6 +88,7 @@ def read_family(config: Config) -> ModelConfig:
             f"{CONFIG_FILE}: architectures must be ['{family.architecture}'] with model_type '{model_type}', "
             f"got {architectures!r}"
         )
+    _only(config, {key: values for key, values in ELSEWHERE.items() if key not in family.reads})
     return family.read(config)
 
 
@@ -141,6 +169,8 @@ def _qwen3_moe(config: Config) -> ModelConfig:
     config = {"max_position_embeddings": 32768, "sliding_window": 4096} | config
     plain = _llama(config)
     step, dense = _positive(config, "decoder_sparse_step", default=1), config.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise DataError(f"{CONFIG_FILE}: mlp_only_layers must be a list of layers, got {dense!r}")
     experts = Experts(
         num_experts=_positive(config, count),
         num_chosen=_chosen(config, count),
@@ -184,7 +214,11 @@ def _gemma2(config: Config) -> ModelConfig:
 
 
 def _gemma3(config: Config) -> ModelConfig:
-    """Gemma 3's language models: layers with a sliding window have a rotary position embedding of their own."""
+    """Gemma 3's language models: layers with a sliding window have a rotary position embedding of their own.
+
+    transformers reads a soft bound of attention for them and does not apply it: one that is there is refused.
+    """
+    _only(config, {"attn_logit_softcapping": (None,)})
     pattern = _positive(config, "sliding_window_pattern", default=6)
     num_layers = _positive(config, "num_hidden_layers")
     config = {
@@ -224,7 +258,8 @@ def _smollm3(config: Config) -> ModelConfig:
     plain = _llama(config, theta=2_000_000.0)
     every = _positive(config, "no_rope_layer_interval", default=4)
     turned = config.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(plain.num_layers)]
-    if len(turned) < plain.num_layers or not all(each in (0, 1) for each in turned):
+    is_list = isinstance(turned, list) and len(turned) >= plain.num_layers
+    if not is_list or not all(each in (0, 1) for each in turned):
         raise DataError(
             f"{CONFIG_FILE}: no_rope_layers must be a 0 or 1 for each of {plain.num_layers} layers, got {turned!r}"
         )
@@ -244,18 +279,22 @@ def _olmo2(config: Config) -> ModelConfig:
     return replace(plain, mlp_bias=False, norm_style="OLMo", norm_places="After", query_key_norm="Whole")
 
 
+_WINDOWED: Final = frozenset({"sliding_window"})
+_CAPPED: Final = _WINDOWED | {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"}
 FAMILIES: Final[Mapping[str, Family]] = {
     "llama": Family(architecture="LlamaForCausalLM", read=_llama),
-    "mistral": Family(architecture="MistralForCausalLM", read=_mistral),
-    "mixtral": Family(architecture="MixtralForCausalLM", read=_mixtral),
-    "qwen2": Family(architecture="Qwen2ForCausalLM", read=_qwen2),
-    "qwen3": Family(architecture="Qwen3ForCausalLM", read=_qwen3),
-    "qwen3_moe": Family(architecture="Qwen3MoeForCausalLM", read=_qwen3_moe),
+    "mistral": Family(architecture="MistralForCausalLM", read=_mistral, reads=_WINDOWED),
+    "mixtral": Family(architecture="MixtralForCausalLM", read=_mixtral, reads=_WINDOWED | {"num_local_experts"}),
+    "qwen2": Family(architecture="Qwen2ForCausalLM", read=_qwen2, reads=_WINDOWED),
+    "qwen3": Family(architecture="Qwen3ForCausalLM", read=_qwen3, reads=_WINDOWED),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM", read=_qwen3_moe, reads=_WINDOWED | {"num_experts", "num_local_experts"}
+    ),
     "gemma": Family(architecture="GemmaForCausalLM", read=_gemma),
-    "gemma2": Family(architecture="Gemma2ForCausalLM", read=_gemma2),
-    "gemma3_text": Family(architecture="Gemma3ForCausalLM", read=_gemma3),
-    "phi3": Family(architecture="Phi3ForCausalLM", read=_phi3),
-    "smollm3": Family(architecture="SmolLM3ForCausalLM", read=_smollm3),
+    "gemma2": Family(architecture="Gemma2ForCausalLM", read=_gemma2, reads=_CAPPED),
+    "gemma3_text": Family(architecture="Gemma3ForCausalLM", read=_gemma3, reads=_CAPPED),
+    "phi3": Family(architecture="Phi3ForCausalLM", read=_phi3, reads=_WINDOWED),
+    "smollm3": Family(architecture="SmolLM3ForCausalLM", read=_smollm3, reads=_WINDOWED | {"no_rope_layers"}),
     "olmo2": Family(architecture="Olmo2ForCausalLM", read=_olmo2),
 }
 """By `model_type`."""

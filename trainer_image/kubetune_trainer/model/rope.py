@@ -8,7 +8,7 @@ part of it.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,12 @@ from torch import Tensor
 from kubetune_trainer.errors import DataError
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
+PARAMETERS: Final = {
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
+    "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale",
+    "mscale_all_dim", "short_factor", "long_factor", "finetuned",
+}  # fmt: skip
+"""What a file may say of a rotary position embedding; the last is a note that changes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,9 @@ class Rope:
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in get_args(RopeKind):
             raise DataError(f"config.json: rope_type must be one of {', '.join(get_args(RopeKind))}, got {kind!r}")
+        for key, value in given.items():
+            if key not in PARAMETERS and value not in (None, False):
+                raise DataError(f"config.json: rope parameter {key} is not supported, got {value!r}")
         part = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
         plain = cls(
             theta=_number(given, "rope_theta", default=_number(config, "rope_theta", default=theta)),
