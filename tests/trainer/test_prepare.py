@@ -84,6 +84,16 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
 
 
+def test_what_an_output_carries_in_part_only_is_a_warning(project: Project) -> None:
+    file = project.model / "tokenizer.json"
+    written = json.loads(file.read_text())
+    written["pre_tokenizer"]["use_regex"] = True
+    file.write_text(json.dumps(written | {"normalizer": {"type": "NFC"}}))
+    project.prepare("outputs=[{name: edge, type: GGUF, gguf: {type: F16}}]")
+    [told] = [fields["message"] for event, fields in project.events if event == "warning"]
+    assert "output edge: llama.cpp does not bring text into NFC" in told
+
+
 def test_a_run_trains_on_the_rows_that_were_prepared(project: Project) -> None:
     config = project.config("dataset.packing=None")
     prepared = prepare(config, report=project.report)
