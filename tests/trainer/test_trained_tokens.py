@@ -1,5 +1,6 @@
 """Tokens that are added and trained: the same folders as transformers makes, the same numbers as peft's."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -17,17 +18,20 @@ from kubetune_trainer.data.sampler import Batch
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.export import complete_weights, save_huggingface, save_peft, trained_weights
 from kubetune_trainer.export.check import MergeCheck
+from kubetune_trainer.export.gguf import save_gguf
 from kubetune_trainer.lora import apply_lora, lora_scale, lora_state_dict, without_adapters
 from kubetune_trainer.model import Decoder, load_model
 from kubetune_trainer.model.adapter import read_adapter, save_merged
 from kubetune_trainer.model.config import read_config, read_json
 from kubetune_trainer.tokenizer import load_tokenizer
 from kubetune_trainer.vocabulary import grown, growth_by_adapter, growth_by_tokens, ids_of
+from tests.llama import open_llama
 from tests.recipes.tiny import write_model
 from tests.trainer.test_export import same, stored
 
 TOKENS = ["<|sort|>", "cat", "<|reverse|>"]
 """The one in the middle is a token already."""
+TEXT = "the <|sort|>cat runs<|reverse|> fast<|sort|> and slow cat"
 SPARE = 16
 KINDS: dict[str, dict[str, Any]] = {
     "tied": {},
@@ -64,7 +68,7 @@ def trained(folder: Path, **settings: bool) -> Decoder:
 
 
 def sample(folder: Path) -> torch.Tensor:
-    ids = load_tokenizer(folder).encode("the <|sort|>cat runs<|reverse|> fast<|sort|> and slow cat")
+    ids = load_tokenizer(folder).encode(TEXT)
     assert set(ids_of(folder, TOKENS)) <= set(ids)
     return torch.tensor([ids, ids[::-1]])
 
@@ -213,6 +217,21 @@ def test_a_base_with_its_adapter_is_the_merged_output_bit_for_bit(tmp_path: Path
     with torch.no_grad():
         in_memory = load_model(again, dtype=torch.float32, adapter=adapter)(tokens)
         assert torch.equal(in_memory, load_model(tmp_path / "output", dtype=torch.float32)(tokens))
+
+
+def test_llama_cpp_reads_each_token_as_one_and_computes_with_its_row(tmp_path: Path) -> None:
+    folder = with_tokens(write_model(tmp_path / "base"), below=tmp_path)
+    model, tokens = trained(folder), sample(folder)[0].tolist()
+    complete = complete_weights(trained_weights(model), source_dir=folder, lora_scale=lora_scale(model))
+    save_huggingface(complete, source_dir=folder, target_dir=tmp_path / "merged")
+    save_gguf(tmp_path / "merged", tmp_path / "edge", type="F16", name="edge")
+    with contextlib.closing(open_llama(tmp_path / "edge" / "model.gguf", n_ctx=64)) as loaded:
+        assert loaded.tokenize(TEXT.encode(), add_bos=False, special=True) == tokens
+        loaded.eval(tokens)
+        found = torch.tensor(loaded.scores[: len(tokens)])
+    with torch.no_grad():
+        wanted = model(torch.tensor([tokens]))[0]
+    torch.testing.assert_close(found, wanted, atol=0.02 * wanted.std().item(), rtol=0)
 
 
 def test_the_check_of_a_merged_model_sees_its_rows(base: Path, tmp_path: Path) -> None:
