@@ -182,6 +182,13 @@ GOOD: dict[str, dict[str, Any]] = {
         "spec__training__precision": "BF16",
         "spec__training__stochasticRounding": True,
     },
+    "activations in the host's memory": {
+        "spec__training__activationOffload": True,
+        "spec__training__activationCheckpointing": "Full",
+        "spec__training__optimizerInBackward": True,
+        "spec__training__globalBatchSize": 1,
+        "spec__compute__accelerator": {"resource": "nvidia.com/gpu", "perNode": 1},
+    },
     "compiled blocks that recompute some activations": {
         "spec__training__compile": "Blocks",
         "spec__training__activationCheckpointing": "Selective",
@@ -440,7 +447,31 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an optimizer with less state and split layers": (
         {"spec__training__optimizer": "AdamW4bit", "spec__training__parallelism": {"tensor": 2}},
-        "parallelism.tensor must be 1 with compile, optimizerInBackward, stochasticRounding and optimizers other than",
+        "parallelism.tensor must be 1 with compile, optimizerInBackward, stochasticRounding, activationOffload and",
+    ),
+    "offloading from split layers": (
+        {
+            "spec__training__activationOffload": True,
+            "spec__training__parallelism": {"tensor": 2},
+            "spec__compute__accelerator": {"resource": "nvidia.com/gpu", "perNode": 2},
+        },
+        "parallelism.tensor must be 1 with compile, optimizerInBackward, stochasticRounding, activationOffload and",
+    ),
+    "offloading from compiled blocks": (
+        {
+            "spec__training__activationOffload": True,
+            "spec__training__compile": "Blocks",
+            "spec__compute__accelerator": {"resource": "nvidia.com/gpu", "perNode": 1},
+        },
+        "compile must be None with activationOffload",
+    ),
+    "offloading without an accelerator": (
+        {"spec__training__activationOffload": True, "spec__compute": {"nodes": 2}},
+        "spec.training.activationOffload must be false without spec.compute.accelerator",
+    ),
+    "offloading without compute": (
+        {"spec__training__activationOffload": True},
+        "spec.training.activationOffload must be false without spec.compute.accelerator",
     ),
     "something else to compile": (
         {"spec__training__compile": "Model"},

@@ -94,7 +94,9 @@ def test_optimizers_with_less_state_learn_as_adamw_does_and_go_on_bit_for_bit(
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "dpo", "kto", "distill"])
-def test_steps_in_backward_are_those_of_an_ordinary_run_bit_for_bit(zygote: Zygote, place: Path, recipe: str) -> None:
+def test_steps_in_backward_and_offloaded_activations_are_those_of_an_ordinary_run_bit_for_bit(
+    zygote: Zygote, place: Path, recipe: str
+) -> None:
     blocks: dict[str, Any] = {"tuning": "Full", "lora": None, "training": {"max_steps": 4}}
     path = config(place, **blocks)
     answers = write_answers(place / "answers.jsonl", pairs=place / "preferences.jsonl")
@@ -106,21 +108,31 @@ def test_steps_in_backward_are_those_of_an_ordinary_run_bit_for_bit(zygote: Zygo
     }[recipe]
     for ranks in (1, 2) if recipe == "finetune" else (2,):
         size = f"training.global_batch_size={2 * ranks}"
-        plain, stepped = (
+        plain, stepped, offloaded = (
             curve(
                 Gang.start(
-                    zygote, place / f"{name}-{ranks}", path, *overrides, size, switch, f"run.name={name}-{ranks}",
-                    ranks=ranks, recipe=recipe,
+                    zygote, place / f"{name}-{ranks}", path, *overrides, size, *switches, f"run.name={name}-{ranks}",
+                    ranks=ranks, recipe=recipe, before="tests.recipes.offload_on_cpu",
                 )
             )
-            for name, switch in (
-                ("plain", "training.max_grad_norm=1e9"), ("stepped", "training.optimizer_in_backward=true"),
+            for name, switches in (
+                ("plain", ["training.max_grad_norm=1e9"]),
+                ("stepped", ["training.optimizer_in_backward=true"]),
+                ("offloaded", ["training.max_grad_norm=1e9", "training.activation_offload=true"]),
             )
         )  # fmt: skip
         assert list(plain) == [1, 2, 3, 4]
+        assert offloaded == plain
         assert {step: loss for step, (loss, _) in stepped.items()} == {step: loss for step, (loss, _) in plain.items()}
         for step, (_, norm) in stepped.items():
             assert norm == pytest.approx(plain[step][1], rel=1e-12)
+
+
+def test_a_cpu_leaves_activations_where_they_are_and_says_so(zygote: Zygote, place: Path) -> None:
+    path = config(place, training={"max_steps": 1, "activation_offload": True})
+    gang = Gang.start(zygote, place / "ranks", path).succeed()
+    [warning] = gang.events("warning")
+    assert warning["message"].startswith("training.activation_offload has nothing to do on a CPU")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +142,7 @@ def test_steps_in_backward_are_those_of_an_ordinary_run_bit_for_bit(zygote: Zygo
         (["training.optimizer_in_backward=true"], "training.global_batch_size must be ranks x"),
         (["training.stochastic_rounding=true"], "precision must be BF16 with stochastic_rounding, got FP32"),
         (["training.compile=Blocks", "training.parallelism.tensor=2"], "parallelism.tensor must be 1 with compile"),
+        (["training.compile=Blocks", "training.activation_offload=true"], "compile must be None with activation_off"),
     ],
 )
 def test_switches_that_do_not_go_together_are_refused(

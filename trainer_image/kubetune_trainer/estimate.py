@@ -33,6 +33,8 @@ KERNEL_BYTES: Final = 24 * 2**20
 """What libraries take for themselves once they work: threads, kernels made at run time, buffers between ranks."""
 GATHERED_BLOCKS: Final = 2
 """FSDP gathers the next block while one computes."""
+OFFLOADED_BLOCKS: Final = 2
+"""With training.activation_offload, blocks whose activations are on the device: one computes, one is on its way."""
 
 
 class Estimate(BaseModel):
@@ -181,9 +183,15 @@ def _rounded(model: Decoder, config: FineTuneConfig) -> int:
         sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
         for block in model.model.layers
     ]
-    kept = sum(blocks) if config.training.activation_checkpointing == "None" else max(blocks)
+    num_kept = _blocks_kept(config, len(blocks)) if config.training.activation_checkpointing == "None" else 1
+    kept = sum(blocks) if num_kept == len(blocks) else num_kept * max(blocks)
     largest = max(layer.weight.numel() for layer in model.model.layers.modules() if isinstance(layer, nn.Linear))
     return kept * (_compute_bytes(config) + 1) + (3 * largest * FP32 if config.lora is not None else 0)
+
+
+def _blocks_kept(config: FineTuneConfig, num_blocks: int) -> int:
+    """Returns of how many blocks the device keeps activations at once: of one, and one whose own come or go."""
+    return min(OFFLOADED_BLOCKS, num_blocks) if config.training.activation_offload else num_blocks
 
 
 def _whole(model: Decoder, config: FineTuneConfig) -> bool:
@@ -193,7 +201,8 @@ def _whole(model: Decoder, config: FineTuneConfig) -> bool:
 def activation_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:
     """Returns the bytes that the backward pass of one micro batch needs.
 
-    Recomputation keeps the blocks' inputs, Selective their products too, and has one block whole at a time.
+    Recomputation keeps the blocks' inputs, Selective their products too, and has one block whole at a time. Offloading
+    has two blocks' at a time, of what is kept.
     """
     tokens, kept, again = _activations(config, shape)
     return tokens * (kept + again)
@@ -226,7 +235,7 @@ def _activations(config: FineTuneConfig, shape: ModelConfig) -> tuple[int, int, 
     }[config.training.activation_checkpointing]
     again = 0 if config.training.activation_checkpointing == "None" else block
     sequences = config.training.micro_batch_size * (2 if config.rows == "Pairs" else 1)
-    return sequences * length, shape.num_layers * each + 2 * norm, again
+    return sequences * length, _blocks_kept(config, shape.num_layers) * each + 2 * norm, again
 
 
 def _moment_bytes(config: FineTuneConfig) -> float:

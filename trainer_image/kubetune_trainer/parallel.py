@@ -1,9 +1,9 @@
 """Spread an untouched model over ranks from outside: precision, recomputation, compilation, then FSDP2.
 
 The order is fixed: weights get the type that they are kept in, layers are split over tensor groups, blocks are told to
-recompute, they are compiled, and every block becomes one group of fully_shard (arXiv 2304.11277), with embedding, final
-norm and output head in the root's; the adapters of a small model are all in the root's. This tree's tests run CPU and
-gloo only; nothing here asks which device it is but `compute_dtype`.
+recompute and where activations wait, they are compiled, and every block becomes one group of fully_shard (arXiv
+2304.11277), with embedding, final norm and output head in the root's; the adapters of a small model are all in the
+root's. This tree's tests run CPU and gloo only; nothing here asks which device it is but `compute_dtype`.
 """
 
 from typing import Final, Literal
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from kubetune_trainer.compiled import compile_blocks
 from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.model.offload import ActivationOffload
 from kubetune_trainer.model.recompute import ActivationCheckpointing
 from kubetune_trainer.tensor_parallel import split_layers
 
@@ -47,6 +48,7 @@ def parallelize(
     *,
     precision: Precision,
     activation_checkpointing: ActivationCheckpointing = "None",
+    activation_offload: ActivationOffload | None = None,
     is_compiled: bool = False,
     mesh: DeviceMesh,
 ) -> torch.dtype:
@@ -66,6 +68,7 @@ def parallelize(
             sent as they are, and become the type of what they are multiplied with.
         activation_checkpointing: Full keeps only each block's input and computes the rest again in backward; Selective
             also keeps what products of matrices and attention return.
+        activation_offload: Where activations wait for backward; None is the device.
         is_compiled: Compile each block.
         mesh: What `build_mesh` returns.
 
@@ -82,7 +85,7 @@ def parallelize(
         split_layers(model, mesh[TENSOR])
     frozen = {weight for weight in model.parameters() if not weight.requires_grad} if whole else set()
     for block in model.model.layers:
-        block.recompute = activation_checkpointing
+        block.recompute, block.offload = activation_checkpointing, activation_offload
     if is_compiled:
         compile_blocks(model)
     # Adapters beside whole weights are few: ranks wait for each other once per pass and not once per block.

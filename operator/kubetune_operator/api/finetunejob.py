@@ -235,12 +235,18 @@ class Training(ApiModel):
             check=lambda value: not value.stochastic_rounding or value.precision == "BF16",
         ),
         Rule(
+            cel="!self.activationOffload || self.compile == 'None'",
+            message="compile must be None with activationOffload",
+            check=lambda value: not value.activation_offload or value.compile == "None",
+        ),
+        Rule(
             cel=(
                 "!has(self.parallelism) || self.parallelism.tensor == 1 || (self.compile == 'None' "
-                "&& self.optimizer == 'AdamW' && !self.optimizerInBackward && !self.stochasticRounding)"
+                "&& self.optimizer == 'AdamW' && !self.optimizerInBackward && !self.stochasticRounding "
+                "&& !self.activationOffload)"
             ),
             message=(
-                "parallelism.tensor must be 1 with compile, optimizerInBackward, stochasticRounding "
+                "parallelism.tensor must be 1 with compile, optimizerInBackward, stochasticRounding, activationOffload "
                 "and optimizers other than AdamW"
             ),
             check=lambda value: (
@@ -248,7 +254,7 @@ class Training(ApiModel):
                 or value.parallelism.tensor == 1
                 or (
                     (value.compile, value.optimizer) == ("None", "AdamW")
-                    and not (value.optimizer_in_backward or value.stochastic_rounding)
+                    and not (value.optimizer_in_backward or value.stochastic_rounding or value.activation_offload)
                 )
             ),
         ),
@@ -285,6 +291,9 @@ class Training(ApiModel):
     activation_checkpointing: Literal["None", "Selective", "Full"] = "None"
     """Full computes activations again in the backward pass, which saves memory and costs time. Selective keeps those
     that cost most time to compute, of matrix products and attention: less memory than None, faster than Full."""
+    activation_offload: bool = False
+    """Keep activations in the host's memory until the backward pass needs them; they travel while the device computes.
+    Needs an accelerator."""
     compile: Literal["None", "Blocks"] = "None"
     """Blocks compiles each layer of the model, which takes a minute at the start and saves time in every step.
     The trainer's image needs a compiler."""
@@ -438,6 +447,17 @@ class FineTuneJobSpec(JobSpec):
             cel="self.tuning != 'QLoRA' || self.training.compile == 'None'",
             message="spec.training.compile must be None with tuning: QLoRA",
             check=lambda value: value.tuning != "QLoRA" or value.training.compile == "None",
+        ),
+        Rule(
+            cel="!self.training.activationOffload || (has(self.compute) && has(self.compute.accelerator))",
+            message=(
+                "spec.training.activationOffload must be false without spec.compute.accelerator: "
+                "on a CPU activations are in the host's memory anyway"
+            ),
+            check=lambda value: (
+                not value.training.activation_offload
+                or (value.compute is not None and value.compute.accelerator is not None)
+            ),
         ),
         Rule(
             cel="!has(self.training.validateEverySteps) || has(self.dataset.validation)",

@@ -156,6 +156,8 @@ class Training(Block):
     """Round trained weights up or down by chance, so that the mean is right; for precision BF16."""
     activation_checkpointing: Literal["None", "Selective", "Full"] = "None"
     """Full recomputes every block in the backward pass, Selective all but products of matrices and attention."""
+    activation_offload: bool = False
+    """Keep activations in host memory until the backward pass needs them; on a CPU they are there anyway."""
     compile: Literal["None", "Blocks"] = "None"
     """Blocks compiles every block with torch.compile; needs a compiler where it trains."""
     parallelism: Parallelism = Parallelism()
@@ -187,6 +189,8 @@ class Training(Block):
             )
         if self.stochastic_rounding and self.precision != "BF16":
             raise ValueError(f"precision must be BF16 with stochastic_rounding, got {self.precision}")
+        if self.activation_offload and self.compile != "None":
+            raise ValueError(f"compile must be None with activation_offload, got {self.compile}")
         switched = [
             name
             for name, on in (
@@ -194,6 +198,7 @@ class Training(Block):
                 (f"optimizer {self.optimizer}", self.optimizer != "AdamW"),
                 ("optimizer_in_backward", self.optimizer_in_backward),
                 ("stochastic_rounding", self.stochastic_rounding),
+                ("activation_offload", self.activation_offload),
             )
             if on
         ]
@@ -453,6 +458,7 @@ class FineTuneConfig(JobConfig):
         """A digest of what decides the numbers of the run; where it lies and what it exports do not.
 
         Nor does the size of a micro batch: an attempt that ran out of memory is followed by one with a smaller one.
+        Nor does it matter to them what lies in which memory.
         """
         decisive = {"model", "dataset", "recipe", "tuning", "lora", "training", *BLOCKS.values()}
         unset = set() if self.lora is not None and self.lora.train_tokens else {"train_tokens"}
@@ -462,6 +468,6 @@ class FineTuneConfig(JobConfig):
             for key, value in self.model_dump(mode="json", include=decisive, exclude=passed_over).items()
             if value is not None or key == "lora"
         }
-        for name in ("parallelism", "profile", "micro_batch_size"):
+        for name in ("parallelism", "profile", "micro_batch_size", "activation_offload"):
             del decides["training"][name]
         return fingerprint(decides, length=16)

@@ -15,6 +15,7 @@ from kubetune_trainer.model.attention import Attention, KVCache, LayerInputs, at
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.feed_forward import build_feed_forward
 from kubetune_trainer.model.norm import Embedding, RMSNorm
+from kubetune_trainer.model.offload import ActivationOffload
 from kubetune_trainer.model.recompute import ActivationCheckpointing, recomputed
 
 NORMS = {
@@ -48,13 +49,18 @@ class Block(nn.Module):
             setattr(self, name, RMSNorm(config.hidden_size, eps=config.norm_eps, style=config.norm_style))
         self.recompute: ActivationCheckpointing = "None"
         """Which activations backward computes again instead of keeping them; set by `parallelize`."""
+        self.offload: ActivationOffload | None = None
+        """Where kept activations wait for backward; None is where they are. Set by `parallelize`."""
 
     def forward(
         self, x_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         """Map the residual stream."""
         # Inside the block, so that FSDP's hooks stay outside and do not run again.
-        return recomputed(self._forward, x_BTD, cos, sin, mask, cache, mode=self.recompute)
+        if self.offload is None or not torch.is_grad_enabled():
+            return recomputed(self._forward, x_BTD, cos, sin, mask, cache, mode=self.recompute)
+        with self.offload.block(but=(*self.parameters(), *self.buffers(), cos, sin, mask)):
+            return recomputed(self._forward, x_BTD, cos, sin, mask, cache, mode=self.recompute)
 
     def _forward(
         self, x_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: KVCache | None

@@ -23,6 +23,7 @@ from kubetune_trainer.lora import apply_lora, init_lora, set_lora
 from kubetune_trainer.model.adapter import read_first_adapters
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.model.offload import ActivationOffload
 from kubetune_trainer.model.weights import build_model, load_weights
 from kubetune_trainer.names import CHECKPOINTS_DIR
 from kubetune_trainer.optim import BITS, StepInBackward, build_optimizer
@@ -168,6 +169,7 @@ def build(config: FineTuneConfig, model_dir: Path, world: World, *, first_adapte
         model,
         precision=config.training.precision,
         activation_checkpointing=config.training.activation_checkpointing,
+        activation_offload=activation_offload(config, world),
         is_compiled=config.training.compile == "Blocks",
         mesh=mesh_of(config, world),
     )
@@ -177,6 +179,16 @@ def build(config: FineTuneConfig, model_dir: Path, world: World, *, first_adapte
     if first_adapters is not None:
         set_lora(model, read_first_adapters(first_adapters, config=config, shape=model.config, trained_ids=trained_ids))
     return model
+
+
+def activation_offload(config: FineTuneConfig, world: World) -> ActivationOffload | None:
+    """Where activations wait for backward: with `training.activation_offload` not on the device."""
+    if not config.training.activation_offload:
+        return None
+    if world.device.type == "cpu":
+        report("warning", message="training.activation_offload has nothing to do on a CPU: host memory is all there is")
+        return None
+    return ActivationOffload(world.device)
 
 
 def mesh_of(config: FineTuneConfig, world: World) -> DeviceMesh:
