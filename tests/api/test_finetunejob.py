@@ -189,6 +189,14 @@ GOOD: dict[str, dict[str, Any]] = {
         "spec__training__globalBatchSize": 1,
         "spec__compute__accelerator": {"resource": "nvidia.com/gpu", "perNode": 1},
     },
+    "weights in the host's memory": {
+        "spec__training__cpuOffload": True,
+        "spec__training__activationOffload": True,
+        "spec__training__optimizer": "AdamW8bit",
+        "spec__training__parallelism": {"replicate": 2},
+        "spec__tuning": "Full",
+        "spec__compute__accelerator": {"resource": "nvidia.com/gpu", "perNode": 2},
+    },
     "compiled blocks that recompute some activations": {
         "spec__training__compile": "Blocks",
         "spec__training__activationCheckpointing": "Selective",
@@ -447,7 +455,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an optimizer with less state and split layers": (
         {"spec__training__optimizer": "AdamW4bit", "spec__training__parallelism": {"tensor": 2}},
-        "parallelism.tensor must be 1 with compile, optimizerInBackward, stochasticRounding, activationOffload and",
+        "parallelism.tensor must be 1 with compile, optimizerInBackward, stochasticRounding, activationOffload",
     ),
     "offloading from split layers": (
         {
@@ -455,7 +463,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
             "spec__training__parallelism": {"tensor": 2},
             "spec__compute__accelerator": {"resource": "nvidia.com/gpu", "perNode": 2},
         },
-        "parallelism.tensor must be 1 with compile, optimizerInBackward, stochasticRounding, activationOffload and",
+        "parallelism.tensor must be 1 with compile, optimizerInBackward, stochasticRounding, activationOffload",
     ),
     "offloading from compiled blocks": (
         {
@@ -468,6 +476,26 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "offloading without an accelerator": (
         {"spec__training__activationOffload": True, "spec__compute": {"nodes": 2}},
         "spec.training.activationOffload must be false without spec.compute.accelerator",
+    ),
+    "offloaded weights of split layers": (
+        {
+            "spec__training__cpuOffload": True,
+            "spec__training__parallelism": {"tensor": 2},
+            "spec__compute__accelerator": {"resource": "nvidia.com/gpu", "perNode": 2},
+        },
+        "stochasticRounding, activationOffload, cpuOffload and optimizers other than AdamW",
+    ),
+    "offloaded weights in NF4": (
+        {
+            "spec__training__cpuOffload": True,
+            "spec__tuning": "QLoRA",
+            "spec__compute__accelerator": {"resource": "nvidia.com/gpu", "perNode": 1},
+        },
+        "spec.training.cpuOffload must be false with tuning: QLoRA",
+    ),
+    "offloaded weights without an accelerator": (
+        {"spec__training__cpuOffload": True, "spec__compute": {"nodes": 2}},
+        "spec.training.cpuOffload must be false without spec.compute.accelerator",
     ),
     "offloading without compute": (
         {"spec__training__activationOffload": True},

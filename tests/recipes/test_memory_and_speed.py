@@ -108,7 +108,7 @@ def test_steps_in_backward_and_offloaded_activations_are_those_of_an_ordinary_ru
     }[recipe]
     for ranks in (1, 2) if recipe == "finetune" else (2,):
         size = f"training.global_batch_size={2 * ranks}"
-        plain, stepped, offloaded = (
+        plain, stepped, offloaded, away = (
             curve(
                 Gang.start(
                     zygote, place / f"{name}-{ranks}", path, *overrides, size, *switches, f"run.name={name}-{ranks}",
@@ -119,20 +119,52 @@ def test_steps_in_backward_and_offloaded_activations_are_those_of_an_ordinary_ru
                 ("plain", ["training.max_grad_norm=1e9"]),
                 ("stepped", ["training.optimizer_in_backward=true"]),
                 ("offloaded", ["training.max_grad_norm=1e9", "training.activation_offload=true"]),
+                ("away", ["training.optimizer_in_backward=true", "training.cpu_offload=true"]),
             )
         )  # fmt: skip
         assert list(plain) == [1, 2, 3, 4]
-        assert offloaded == plain
+        assert (offloaded, away) == (plain, stepped)
         assert {step: loss for step, (loss, _) in stepped.items()} == {step: loss for step, (loss, _) in plain.items()}
         for step, (_, norm) in stepped.items():
             assert norm == pytest.approx(plain[step][1], rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        {"tuning": "Full", "lora": None, "training": {"optimizer": "AdamW8bit", "learning_rate": 3e-3}},
+        {"tuning": "DoRA", "training": {"activation_checkpointing": "Selective", "micro_batch_size": 1}},
+    ],
+    ids=["all weights, state in 8 bits", "adapters"],
+)
+def test_weights_in_host_memory_train_go_on_and_are_exported_as_others_bit_for_bit(
+    zygote: Zygote, place: Path, blocks: dict[str, Any]
+) -> None:
+    path = config(
+        place, **blocks, checkpoint={"every_steps": 3, "keep": 2, "mode": "Sync"},
+        outputs=[{"name": "merged", "type": "HuggingFace"}],
+    )  # fmt: skip
+    begin = f"checkpoint.resume_from.uri=file://{place}/runs/away/checkpoints/step-3"
+
+    def course(name: str, *overrides: str) -> dict[int, tuple[float, float]]:
+        return curve(Gang.start(zygote, place / name, path, f"run.name={name}", *overrides, ranks=2))
+
+    plain, away = course("plain"), course("away", "training.cpu_offload=true")
+    assert away == plain
+    assert course("again", "training.cpu_offload=true", begin) == {step: plain[step] for step in range(4, STEPS + 1)}
+    assert course("back", begin) == {step: plain[step] for step in range(4, STEPS + 1)}, "whatever saved it"
+    outputs = [place / "runs" / name / "outputs" / "merged" / "model.safetensors" for name in ("plain", "again")]
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
 def test_a_cpu_leaves_activations_where_they_are_and_says_so(zygote: Zygote, place: Path) -> None:
-    path = config(place, training={"max_steps": 1, "activation_offload": True})
+    path = config(place, training={"max_steps": 1, "activation_offload": True, "cpu_offload": True})
     gang = Gang.start(zygote, place / "ranks", path).succeed()
-    [warning] = gang.events("warning")
-    assert warning["message"].startswith("training.activation_offload has nothing to do on a CPU")
+    words = sorted(warning["message"].partition(":")[0] for warning in gang.events("warning"))
+    assert words == [
+        "training.activation_offload has nothing to do on a CPU",
+        "training.cpu_offload saves nothing on a CPU",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +174,11 @@ def test_a_cpu_leaves_activations_where_they_are_and_says_so(zygote: Zygote, pla
         (["training.optimizer_in_backward=true"], "training.global_batch_size must be ranks x"),
         (["training.stochastic_rounding=true"], "precision must be BF16 with stochastic_rounding, got FP32"),
         (["training.compile=Blocks", "training.parallelism.tensor=2"], "parallelism.tensor must be 1 with compile"),
+        (
+            ["training.parallelism.tensor=2", "training.cpu_offload=true"],
+            "parallelism.tensor must be 1 with cpu_offload",
+        ),
+        (["tuning=QLoRA", "training.cpu_offload=true"], "training.cpu_offload must be false with tuning QLoRA"),
         (["training.compile=Blocks", "training.activation_offload=true"], "compile must be None with activation_off"),
     ],
 )

@@ -61,6 +61,7 @@ spec:
     precision: BF16
     stochasticRounding: true
     parallelism: {replicate: 2}
+    cpuOffload: true
   compute:
     nodes: 2
     accelerator: {resource: nvidia.com/gpu, perNode: 8}

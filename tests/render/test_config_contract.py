@@ -97,6 +97,7 @@ def test_the_trainer_reads_every_field_with_its_value(tmp_path: Path) -> None:
     assert (config.training.optimizer, config.training.stochastic_rounding) == ("AdamW8bit", True)
     assert (config.training.max_grad_norm, config.training.optimizer_in_backward) == (1, False)
     assert (config.training.activation_checkpointing, config.training.compile) == ("Selective", "Blocks")
+    assert (config.training.cpu_offload, config.training.activation_offload) == (True, False)
     assert config.checkpoint.resume_from is not None
     assert config.checkpoint.resume_from.uri == "s3://runs/old/checkpoints"
     assert config.model.uri is not None
@@ -117,6 +118,18 @@ def test_the_trainer_reads_every_field_with_its_value(tmp_path: Path) -> None:
         tracking_uri="https://mlflow:5000", experiment="bots", token_secret=SecretKey(name="mlflow", key="token")
     )
     assert config.tracking.tensorboard == TensorBoard()
+
+
+def test_the_trainer_reads_where_activations_wait_and_takes_it_for_the_same_run(tmp_path: Path) -> None:
+    training: dict[str, Any] = {"epochs": 1}
+    compute = {"accelerator": {"resource": "nvidia.com/gpu", "perNode": 8}}
+    plain = loaded(SMALL, tmp_path=tmp_path, training=training)
+    for field in ("activationOffload", "cpuOffload"):
+        config = loaded(SMALL, tmp_path=tmp_path, training={**training, field: True}, compute=compute)
+        assert (config.training.activation_offload, config.training.cpu_offload) == (
+            field == "activationOffload", field == "cpuOffload",
+        )  # fmt: skip
+        assert config.training_digest() == plain.training_digest(), "the numbers are the same"
 
 
 def test_the_trainer_reads_what_is_trained_in_few_bits(tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def estimate_memory(
     """Estimates what one rank needs at its peak; takes what `estimate_parts` does."""
     parts = estimate_parts(config, shape, others=others)
     message = ", ".join(f"{name} {_readable(size)}" for name, size in parts.items() if size)
+    if host := host_bytes(config, shape, others=others):
+        message += f"; {_readable(host)} in the host's memory"
     return Estimate(memory_per_device_bytes=sum(parts.values()), message=message)
 
 
@@ -72,6 +74,32 @@ def estimate_parts(
         shape: The model.
         others: The models that are asked beside it, by field.
     """
+    model, asked = _models(config, shape, others)
+    beside = {field.rpartition(".")[2]: _asked_bytes(other, config) for field, other in asked.items()}
+    moments = (moment | beside | {"runtime": RUNTIME_BYTES} for moment in _moments(config, shape, model))
+    return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def host_bytes(config: FineTuneConfig, shape: ModelConfig, *, others: Mapping[str, ModelConfig] | None = None) -> int:
+    """Returns what one rank keeps in the host's memory in place of the device's; takes what `estimate_parts` does."""
+    training = config.training
+    here = training.model_copy(update={"activation_offload": False, "cpu_offload": False})
+    on_device, away = config.model_copy(update={"training": here}), 0
+    if training.activation_offload:
+        tokens, kept, _ = _activations(on_device, shape)
+        away += tokens * kept
+    if training.cpu_offload:
+        model, asked = _models(config, shape, others)
+        at_its_end = _moments(on_device, shape, model)[-1]
+        away += sum(at_its_end[name] for name in ("weights", "gradients", "optimizer"))
+        away += sum(_asked_bytes(other, on_device) for other in asked.values())
+    return away
+
+
+def _models(
+    config: FineTuneConfig, shape: ModelConfig, others: Mapping[str, ModelConfig] | None
+) -> tuple[Decoder, dict[str, ModelConfig]]:
+    """Returns the model that is trained, without weights, and the shapes of those that are only asked, by field."""
     model = build_model(shape)
     if config.lora is not None:
         apply_lora(model, **config.adapter_settings(), trained_ids=range(len(config.lora.train_tokens)))
@@ -79,14 +107,14 @@ def estimate_parts(
     for block, settings in (("dpo", config.dpo), ("kto", config.kto)):
         if settings is not None and settings.reference is None and config.lora is None:
             asked[f"{block}.reference"] = shape
-    beside = {field.rpartition(".")[2]: _asked_bytes(other, config) for field, other in asked.items()}
-    moments = (moment | beside | {"runtime": RUNTIME_BYTES} for moment in _moments(config, shape, model))
-    return max(moments, key=lambda moment: sum(moment.values()))
+    return model, asked
 
 
 def _asked_bytes(shape: ModelConfig, config: FineTuneConfig) -> int:
     """Returns what a rank holds of a model that is only asked."""
     model = build_model(shape).requires_grad_(requires_grad=False)
+    if config.training.cpu_offload:
+        return _flying(model, config)
     held = _count(model) * _compute_bytes(config)
     return held if _whole(model, config) else held // _ranks(config)
 
@@ -96,7 +124,8 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
 
     At the loss all activations wait for their gradients. The first block that goes backward has temporaries beside
     them. At the end of backward, FSDP copies and reduces the gradients of embedding and output head. Clipping squares
-    the largest gradient in fp64. Gradients lie beside activations only where an earlier micro batch left them.
+    the largest gradient in fp64. Gradients lie beside activations only where an earlier micro batch left them. With
+    cpu_offload weights, gradients and optimizer are in the host's memory, and nothing but what is gathered is here.
     """
     ranks, compute = _ranks(config), _compute_bytes(config)
     kept_trained = BF16 if config.training.precision == "BF16" else FP32
@@ -104,16 +133,15 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
     blocks = [_count(block) for block in model.model.layers]
     root = _count(model) - sum(blocks)
     frozen = sum(held_bytes(weight, _compute_type(config)) for weight in model.parameters() if not weight.requires_grad)
-    gradients = trained * kept_trained // ranks
+    here = 0 if config.training.cpu_offload else 1
+    gradients = here * trained * kept_trained // ranks
     left = 0 if config.training.optimizer_in_backward else gradients
     earlier = gradients if config.accumulation_steps(ranks) > 1 else 0
     always = {
-        "weights": gradients + (frozen if whole else frozen // ranks),
-        "optimizer": int(2 * trained * _moment_bytes(config)) // ranks,
+        "weights": gradients + here * (frozen if whole else frozen // ranks),
+        "optimizer": here * int(2 * trained * _moment_bytes(config)) // ranks,
     }
-    in_blocks = [_bytes(block, config) for block in model.model.layers]
-    flying = _bytes(model, config) - sum(in_blocks) + GATHERED_BLOCKS * max(in_blocks)
-    held = (trained * compute if whole else flying) + _unpacked(model, config)
+    held = (trained * compute if whole else _flying(model, config)) + _unpacked(model, config)
     # Whole gradients: the head's while a model goes backward; of adapters all, until they are reduced together.
     of_head = (shape.vocab_size * shape.hidden_size if is_full else trained) * compute
     of_block = max(blocks) * compute if is_full else 0
@@ -145,7 +173,7 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
             "gradients": earlier or max(0, left - in_root),
             "gathered": (root if is_full or not whole else 0) * compute + reduced,
         },
-        {"gradients": left, "gathered": largest * FP64 // ranks},
+        {"gradients": left, "gathered": here * largest * FP64 // ranks},
     ]
     names = ("weights", "gradients", "optimizer", "gathered", "activations", "logits", *rounded)
     return [{name: (always | each).get(name, 0) for name in names} | {"kernels": KERNEL_BYTES} for each in varying]
@@ -153,6 +181,12 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
 
 def _ranks(config: FineTuneConfig) -> int:
     return config.run.num_nodes * config.run.processes_per_node
+
+
+def _flying(model: Decoder, config: FineTuneConfig) -> int:
+    """Returns the bytes that FSDP has gathered of a model while its blocks compute."""
+    in_blocks = [_bytes(block, config) for block in model.model.layers]
+    return _bytes(model, config) - sum(in_blocks) + GATHERED_BLOCKS * max(in_blocks)
 
 
 def _logits(config: FineTuneConfig, shape: ModelConfig, tokens: int) -> int:
@@ -195,7 +229,7 @@ def _blocks_kept(config: FineTuneConfig, num_blocks: int) -> int:
 
 
 def _whole(model: Decoder, config: FineTuneConfig) -> bool:
-    return stays_whole(model, _compute_type(config))
+    return stays_whole(model, _compute_type(config)) and not config.training.cpu_offload
 
 
 def activation_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:

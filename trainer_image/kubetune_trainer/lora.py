@@ -290,7 +290,8 @@ def whole_tensor(parameter: Tensor) -> Tensor:
     """Gather a parameter from its shards, on CPU; every rank must call this at the same time."""
     parameter = parameter.detach()
     if isinstance(parameter, DTensor):
-        parameter = parameter.full_tensor()
+        # What training.cpu_offload keeps on the CPU travels between the devices all the same.
+        parameter = parameter.to(parameter.device_mesh.device_type).full_tensor()
     return parameter.cpu()
 
 

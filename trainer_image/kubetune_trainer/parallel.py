@@ -3,7 +3,8 @@
 The order is fixed: weights get the type that they are kept in, layers are split over tensor groups, blocks are told to
 recompute and where activations wait, they are compiled, and every block becomes one group of fully_shard (arXiv
 2304.11277), with embedding, final norm and output head in the root's; the adapters of a small model are all in the
-root's. This tree's tests run CPU and gloo only; nothing here asks which device it is but `compute_dtype`.
+root's. This tree's tests run CPU and gloo only; nothing here asks which device it is but `compute_dtype` and
+`offload_policy`.
 """
 
 from typing import Final, Literal
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from kubetune_trainer.compiled import compile_blocks
 from kubetune_trainer.model.decoder import Decoder
@@ -50,6 +51,7 @@ def parallelize(
     activation_checkpointing: ActivationCheckpointing = "None",
     activation_offload: ActivationOffload | None = None,
     is_compiled: bool = False,
+    cpu_offload: bool = False,
     mesh: DeviceMesh,
 ) -> torch.dtype:
     """Make a model ready to train on a mesh, in place; its weights must not be loaded yet (meta device).
@@ -57,8 +59,9 @@ def parallelize(
     A small model (KEEP_WHOLE_BYTES) is whole on each rank while it computes; of its weights only the trained ones are
     sharded, and the frozen ones never travel.
 
-    Afterwards: `model.to_empty(device=…)`, `load_weights`, and `init_lora` where there are adapters. Gradients are
-    summed over ranks, not averaged: the recipe divides by the number of trained tokens of all ranks.
+    Afterwards: `model.to_empty(device=…)`, of the CPU with `cpu_offload`, `load_weights`, and `init_lora` where there
+    are adapters. Gradients are summed over ranks, not averaged: the recipe divides by the number of trained tokens of
+    all ranks.
 
     Args:
         model: Changed in place; adapters must be applied already.
@@ -70,6 +73,9 @@ def parallelize(
             also keeps what products of matrices and attention return.
         activation_offload: Where activations wait for backward; None is the device.
         is_compiled: Compile each block.
+        cpu_offload: Keep weights, gradients and the optimizer's state in host memory, where its steps are computed; a
+            block's weights come to the device while it computes. All weights are sharded then, however few they are.
+            Run by us on CPUs only, where both memories are one.
         mesh: What `build_mesh` returns.
 
     Returns:
@@ -79,7 +85,7 @@ def parallelize(
     shards = mesh[REPLICATE, SHARD] if REPLICATE in names else mesh[SHARD]
     dtype = torch.float32 if precision == "FP32" else _agreed_compute_dtype(mesh.device_type)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    whole = stays_whole(model, dtype)
+    whole = stays_whole(model, dtype) and not cpu_offload
     set_dtypes(model, precision=precision, frozen=dtype if whole else None)
     if TENSOR in names:
         split_layers(model, mesh[TENSOR])
@@ -88,15 +94,24 @@ def parallelize(
         block.recompute, block.offload = activation_checkpointing, activation_offload
     if is_compiled:
         compile_blocks(model)
+    place = offload_policy(mesh.device_type) if cpu_offload else OffloadPolicy()
     # Adapters beside whole weights are few: ranks wait for each other once per pass and not once per block.
     for block in () if frozen else model.model.layers:
-        fully_shard(block, mesh=shards, mp_policy=policy, reshard_after_forward=not whole, ignored_params=frozen)
-    fully_shard(model, mesh=shards, mp_policy=policy, ignored_params=frozen)
+        fully_shard(
+            block, mesh=shards, mp_policy=policy, offload_policy=place, reshard_after_forward=not whole,
+            ignored_params=frozen,
+        )  # fmt: skip
+    fully_shard(model, mesh=shards, mp_policy=policy, offload_policy=place, ignored_params=frozen)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(enable=True)  # gloo has no other sum with a factor
     return dtype
+
+
+def offload_policy(device_type: str) -> CPUOffloadPolicy:
+    """Keep what is sharded in host memory, which CUDA reads and writes faster where it is pinned."""
+    return CPUOffloadPolicy(pin_memory=device_type == "cuda")
 
 
 def stays_whole(model: nn.Module, dtype: torch.dtype) -> bool:

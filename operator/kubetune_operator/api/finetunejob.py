@@ -243,18 +243,19 @@ class Training(ApiModel):
             cel=(
                 "!has(self.parallelism) || self.parallelism.tensor == 1 || (self.compile == 'None' "
                 "&& self.optimizer == 'AdamW' && !self.optimizerInBackward && !self.stochasticRounding "
-                "&& !self.activationOffload)"
+                "&& !self.activationOffload && !self.cpuOffload)"
             ),
             message=(
-                "parallelism.tensor must be 1 with compile, optimizerInBackward, stochasticRounding, activationOffload "
-                "and optimizers other than AdamW"
+                "parallelism.tensor must be 1 with compile, optimizerInBackward, stochasticRounding, "
+                "activationOffload, cpuOffload and optimizers other than AdamW"
             ),
             check=lambda value: (
                 value.parallelism is None
                 or value.parallelism.tensor == 1
                 or (
                     (value.compile, value.optimizer) == ("None", "AdamW")
-                    and not (value.optimizer_in_backward or value.stochastic_rounding or value.activation_offload)
+                    and not (value.optimizer_in_backward or value.stochastic_rounding)
+                    and not (value.activation_offload or value.cpu_offload)
                 )
             ),
         ),
@@ -294,6 +295,9 @@ class Training(ApiModel):
     activation_offload: bool = False
     """Keep activations in the host's memory until the backward pass needs them; they travel while the device computes.
     Needs an accelerator."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and the optimizer's state in the host's memory, and compute its steps there: a device has
+    the weights of few layers at a time. Slow. Needs an accelerator, and no tuning: QLoRA."""
     compile: Literal["None", "Blocks"] = "None"
     """Blocks compiles each layer of the model, which takes a minute at the start and saves time in every step.
     The trainer's image needs a compiler."""
@@ -447,6 +451,21 @@ class FineTuneJobSpec(JobSpec):
             cel="self.tuning != 'QLoRA' || self.training.compile == 'None'",
             message="spec.training.compile must be None with tuning: QLoRA",
             check=lambda value: value.tuning != "QLoRA" or value.training.compile == "None",
+        ),
+        Rule(
+            cel="self.tuning != 'QLoRA' || !self.training.cpuOffload",
+            message="spec.training.cpuOffload must be false with tuning: QLoRA",
+            check=lambda value: value.tuning != "QLoRA" or not value.training.cpu_offload,
+        ),
+        Rule(
+            cel="!self.training.cpuOffload || (has(self.compute) && has(self.compute.accelerator))",
+            message=(
+                "spec.training.cpuOffload must be false without spec.compute.accelerator: "
+                "on a CPU weights are in the host's memory anyway"
+            ),
+            check=lambda value: (
+                not value.training.cpu_offload or (value.compute is not None and value.compute.accelerator is not None)
+            ),
         ),
         Rule(
             cel="!self.training.activationOffload || (has(self.compute) && has(self.compute.accelerator))",

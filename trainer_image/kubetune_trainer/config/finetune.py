@@ -158,6 +158,8 @@ class Training(Block):
     """Full recomputes every block in the backward pass, Selective all but products of matrices and attention."""
     activation_offload: bool = False
     """Keep activations in host memory until the backward pass needs them; on a CPU they are there anyway."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and the optimizer's state in host memory, where its steps are computed."""
     compile: Literal["None", "Blocks"] = "None"
     """Blocks compiles every block with torch.compile; needs a compiler where it trains."""
     parallelism: Parallelism = Parallelism()
@@ -199,6 +201,7 @@ class Training(Block):
                 ("optimizer_in_backward", self.optimizer_in_backward),
                 ("stochastic_rounding", self.stochastic_rounding),
                 ("activation_offload", self.activation_offload),
+                ("cpu_offload", self.cpu_offload),
             )
             if on
         ]
@@ -353,6 +356,8 @@ class FineTuneConfig(JobConfig):
             )
         if self.tuning == "QLoRA" and self.training.compile != "None":
             raise ValueError(f"training.compile must be None with tuning QLoRA, got {self.training.compile}")
+        if self.tuning == "QLoRA" and self.training.cpu_offload:
+            raise ValueError("training.cpu_offload must be false with tuning QLoRA, got true")
         if self.tuning != "QLoRA" and self.lora is not None and self.lora.merge_base is not None:
             raise ValueError(f"lora.merge_base must be set only with tuning QLoRA, got tuning {self.tuning}")
         self._check_qat()
@@ -468,6 +473,6 @@ class FineTuneConfig(JobConfig):
             for key, value in self.model_dump(mode="json", include=decisive, exclude=passed_over).items()
             if value is not None or key == "lora"
         }
-        for name in ("parallelism", "profile", "micro_batch_size", "activation_offload"):
+        for name in ("parallelism", "profile", "micro_batch_size", "activation_offload", "cpu_offload"):
             del decides["training"][name]
         return fingerprint(decides, length=16)

@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, D hidden_size, R rotated part of a head, V vocab_size
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from kubetune_trainer.model.attention import Attention, KVCache, LayerInputs, at
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.feed_forward import build_feed_forward
 from kubetune_trainer.model.norm import Embedding, RMSNorm
-from kubetune_trainer.model.offload import ActivationOffload
 from kubetune_trainer.model.recompute import ActivationCheckpointing, recomputed
+
+if TYPE_CHECKING:
+    from kubetune_trainer.model.offload import ActivationOffload
 
 NORMS = {
     "Before": ("input_layernorm", "post_attention_layernorm"),

@@ -120,6 +120,8 @@ def set_up(
 
     report("phase", phase="Loading")
     training = config.training
+    if training.cpu_offload and world.device.type == "cpu":
+        report("warning", message="training.cpu_offload saves nothing on a CPU: host memory is all there is")
     model = build(config, local.model_dir, world, first_adapters=local.first_adapters_dir)
     optimizer = build_optimizer(
         model,
@@ -171,9 +173,10 @@ def build(config: FineTuneConfig, model_dir: Path, world: World, *, first_adapte
         activation_checkpointing=config.training.activation_checkpointing,
         activation_offload=activation_offload(config, world),
         is_compiled=config.training.compile == "Blocks",
+        cpu_offload=config.training.cpu_offload,
         mesh=mesh_of(config, world),
     )
-    model.to_empty(device=world.device)
+    model.to_empty(device=home_of(config, world))
     load_weights(model, model_dir)
     init_lora(model, seed=config.training.seed)
     if first_adapters is not None:
@@ -191,6 +194,11 @@ def activation_offload(config: FineTuneConfig, world: World) -> ActivationOffloa
     return ActivationOffload(world.device)
 
 
+def home_of(config: FineTuneConfig, world: World) -> torch.device:
+    """Where weights are between the moments at which they are used."""
+    return torch.device("cpu") if config.training.cpu_offload else world.device
+
+
 def mesh_of(config: FineTuneConfig, world: World) -> DeviceMesh:
     """The ranks, as `training.parallelism` arranges them."""
     wanted = config.training.parallelism
@@ -200,8 +208,9 @@ def mesh_of(config: FineTuneConfig, world: World) -> DeviceMesh:
 def build_frozen(job: Job, model_dir: Path) -> Decoder:
     """A second model that is only asked and never trained, sharded as the first."""
     model = build_model(read_config(model_dir)).requires_grad_(requires_grad=False)
-    parallelize(model, precision=job.config.training.precision, mesh=mesh_of(job.config, job.world))
-    model.to_empty(device=job.world.device)
+    training, mesh = job.config.training, mesh_of(job.config, job.world)
+    parallelize(model, precision=training.precision, cpu_offload=training.cpu_offload, mesh=mesh)
+    model.to_empty(device=home_of(job.config, job.world))
     load_weights(model, model_dir)
     return model.eval()
 
