@@ -51,7 +51,23 @@ def test_the_parts_are_told_with_what_would_fit(job: Path, kubetune: Any) -> Non
     assert "FineTuneJob default/run7 does not fit a device of 24.00 GiB\n" in ran.out
     changes = [line.split() for line in ran.out.splitlines() if line.rstrip().endswith(("yes", "no"))]
     assert changes[0][:2] == ["training.microBatchSize:", "1"]
+    assert "AdamW8bit" in ran.out
+    assert "ffload" not in ran.out, "the job has no accelerator"
     assert ["tuning:", "LoRA,"] in [each[:2] for each in changes if each[-1] == "yes"]
+
+
+def test_with_an_accelerator_the_hosts_memory_is_told_and_suggested(job: Path, kubetune: Any) -> None:
+    text = job.read_text()
+    job.write_text(
+        text.replace("  training:\n", "  compute: {accelerator: {resource: nvidia.com/gpu, perNode: 1}}\n  training:\n")
+    )
+    ran = kubetune("estimate", job, "--device-memory", "24GiB", "--suggest")
+    assert "training.activationOffload" in ran.out
+    assert "training.cpuOffload" in ran.out
+    job.write_text(job.read_text().replace("  training:\n", "  training:\n    cpuOffload: true\n"))
+    ran = kubetune("estimate", job)
+    assert "weights" not in {name for name, size in sizes(ran.out).items() if size}
+    assert f"and in the host's memory {16 * PARAMETERS / GIB:.2f} GiB\n" in ran.out, "also gradients and two moments"
 
 
 def test_what_fits_exits_with_0(job: Path, kubetune: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from kubetune_trainer.config import FineTuneConfig, load_config
-from kubetune_trainer.estimate import RUNTIME_BYTES, activation_bytes, count_parameters, estimate_memory
+from kubetune_trainer.estimate import RUNTIME_BYTES, activation_bytes, count_parameters, estimate_memory, host_bytes
 from kubetune_trainer.model.attention import HAS_BF16_TILES
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.weights import build_model
@@ -82,6 +82,63 @@ def test_trained_tokens_need_a_copy_of_the_output_head_and_its_gradient_at_the_l
     assert trained["logits"] > plain.get("logits", 0) == 0, "the peak is at the loss now"
 
 
+BLOCKS = PARAMETERS - KEPT
+GROUPS = ["tuning=Full", "run.num_nodes=2", "run.processes_per_node=4"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "held"),
+    [
+        ([*GROUPS, "training.parallelism.replicate=2"], PARAMETERS / 4),
+        ([*GROUPS, "training.parallelism.tensor=2"], BLOCKS / 8 + KEPT / 4),
+        ([*GROUPS, "training.parallelism.replicate=2", "training.parallelism.tensor=4"], BLOCKS / 4 + KEPT),
+    ],
+)
+def test_copies_share_nothing_and_tensor_groups_share_what_lies_in_blocks(
+    overrides: list[str], held: float, tmp_path: Path
+) -> None:
+    found = parts(estimate_memory(config(tmp_path, *overrides), SHAPE).message)
+    expected = {"weights": 4 * held, "gradients": 4 * held, "optimizer": 8 * held}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=0.02)
+
+
+def test_split_layers_need_less_activations(tmp_path: Path) -> None:
+    plain, split = (
+        parts(estimate_memory(config(tmp_path, "run.num_nodes=2", "training.activation_checkpointing=None",
+                                     f"training.parallelism.tensor={size}"), SHAPE).message)
+        for size in (1, 2)
+    )  # fmt: skip
+    assert split["activations"] == pytest.approx(2 / 3 * plain["activations"], rel=0.05), "norms are whole"
+
+
+def test_offloaded_activations_are_those_of_two_blocks_and_the_rest_is_in_the_hosts_memory(tmp_path: Path) -> None:
+    recompute = "training.activation_checkpointing=None"
+    plain = estimate_memory(config(tmp_path, recompute), SHAPE)
+    there = estimate_memory(config(tmp_path, recompute, "training.activation_offload=true"), SHAPE)
+    before, after = parts(plain.message)["activations"], parts(there.message.partition(";")[0])["activations"]
+    assert before - after == pytest.approx(before * (1 - 2 / SHAPE.num_layers), rel=0.02)
+    assert there.message.endswith(" GiB in the host's memory")
+    assert host(there.message) == pytest.approx(before, rel=0.03)
+
+
+@pytest.mark.parametrize("tuning", ["Full", "LoRA"])
+def test_offloaded_weights_leave_what_is_gathered(tuning: str, tmp_path: Path) -> None:
+    plain, away = (
+        estimate_memory(config(tmp_path, f"tuning={tuning}", "run.num_nodes=2", *more), SHAPE).message
+        for more in ((), ("training.cpu_offload=true",))
+    )
+    before, after = parts(plain), parts(away.partition(";")[0])
+    state = {"weights", "gradients", "optimizer"}
+    assert not state & set(after)
+    assert host(away) == pytest.approx(sum(before[name] for name in state), rel=0.02)
+
+
+def host(message: str) -> float:
+    """What it says of the host's memory, in bytes."""
+    [size] = re.findall(r"; ([\d.]+) GiB in the host's memory", message)
+    return float(size) * GIB
+
+
 @pytest.mark.parametrize(
     ("overrides", "others", "expected"),
     [
@@ -110,15 +167,28 @@ def test_the_tables_of_the_page_about_memory_are_what_the_estimate_says(tmp_path
             "vocab_size": int(vocab), "tie_word_embeddings": tied == "yes",
         })  # fmt: skip
         assert count_parameters(shapes[name]) == int(parameters.replace(",", ""))
-    told = [row for row in rows if len(row) == 7]
-    assert len(told) > 10
-    for name, tuning, precision, recompute, rows_at_once, gibibytes, fits in told:
+    told = [row for row in rows if len(row) == 9]
+    assert len(told) > 15
+    switches = {
+        "": (),
+        "AdamW8bit": ("training.optimizer=AdamW8bit",),
+        "optimizerInBackward": ("training.optimizer_in_backward=true", "training.global_batch_size=1"),
+        "activationOffload": ("training.activation_offload=true",),
+        "cpuOffload": ("training.cpu_offload=true",),
+    }
+    used = set()
+    for name, tuning, precision, recompute, rows_at_once, more, gibibytes, in_host, fits in told:
+        used |= set(more.split(", "))
         run = config(
             tmp_path, f"tuning={tuning}", f"training.precision={precision}",
             f"training.activation_checkpointing={recompute}", f"training.micro_batch_size={rows_at_once}",
+            *(override for switch in more.split(", ") for override in switches[switch]),
         )  # fmt: skip
         needed = estimate_memory(run, shapes[name]).memory_per_device_bytes / GIB
-        assert (f"{needed:.1f}", "yes" if needed < 24 else "no") == (gibibytes, fits), (name, tuning, precision)
+        host = host_bytes(run, shapes[name]) / GIB
+        computed = (f"{needed:.1f}", f"{host:.1f}" if host else "", "yes" if needed < 24 else "no")
+        assert computed == (gibibytes, in_host, fits), (name, tuning, precision, recompute, more, computed)
+    assert used == set(switches)
 
 
 def test_the_parts_add_up(tmp_path: Path) -> None:

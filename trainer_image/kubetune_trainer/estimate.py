@@ -23,6 +23,7 @@ from kubetune_trainer.model.decoder import NORMS, Decoder
 from kubetune_trainer.model.weights import build_model
 from kubetune_trainer.optim import BITS
 from kubetune_trainer.parallel import held_bytes, stays_whole
+from kubetune_trainer.tensor_parallel import shape_of_rank
 
 FP32: Final = 4
 BF16: Final = 2
@@ -70,11 +71,12 @@ def estimate_parts(
     """Returns the bytes that one rank holds at the moment of a step at which it holds most, by part.
 
     Args:
-        config: The run; its number of nodes and processes says over how many ranks the weights are spread.
+        config: The run; its number of nodes and processes, and `training.parallelism`, say over how many ranks the
+            weights are spread.
         shape: The model.
         others: The models that are asked beside it, by field.
     """
-    model, asked = _models(config, shape, others)
+    shape, model, asked = _models(config, shape, others)
     beside = {field.rpartition(".")[2]: _asked_bytes(other, config) for field, other in asked.items()}
     moments = (moment | beside | {"runtime": RUNTIME_BYTES} for moment in _moments(config, shape, model))
     return max(moments, key=lambda moment: sum(moment.values()))
@@ -86,10 +88,10 @@ def host_bytes(config: FineTuneConfig, shape: ModelConfig, *, others: Mapping[st
     here = training.model_copy(update={"activation_offload": False, "cpu_offload": False})
     on_device, away = config.model_copy(update={"training": here}), 0
     if training.activation_offload:
-        tokens, kept, _ = _activations(on_device, shape)
+        tokens, kept, _ = _activations(on_device, shape_of_rank(shape, training.parallelism.tensor))
         away += tokens * kept
     if training.cpu_offload:
-        model, asked = _models(config, shape, others)
+        shape, model, asked = _models(config, shape, others)
         at_its_end = _moments(on_device, shape, model)[-1]
         away += sum(at_its_end[name] for name in ("weights", "gradients", "optimizer"))
         away += sum(_asked_bytes(other, on_device) for other in asked.values())
@@ -98,16 +100,18 @@ def host_bytes(config: FineTuneConfig, shape: ModelConfig, *, others: Mapping[st
 
 def _models(
     config: FineTuneConfig, shape: ModelConfig, others: Mapping[str, ModelConfig] | None
-) -> tuple[Decoder, dict[str, ModelConfig]]:
-    """Returns the model that is trained, without weights, and the shapes of those that are only asked, by field."""
+) -> tuple[ModelConfig, Decoder, dict[str, ModelConfig]]:
+    """Returns a rank's part of the model that is trained, its shape, and those of models that are only asked."""
+    tensor = config.training.parallelism.tensor
+    shape = shape_of_rank(shape, tensor)
     model = build_model(shape)
     if config.lora is not None:
         apply_lora(model, **config.adapter_settings(), trained_ids=range(len(config.lora.train_tokens)))
-    asked = dict(others or {})
+    asked = {field: shape_of_rank(other, tensor) for field, other in (others or {}).items()}
     for block, settings in (("dpo", config.dpo), ("kto", config.kto)):
         if settings is not None and settings.reference is None and config.lora is None:
             asked[f"{block}.reference"] = shape
-    return model, asked
+    return shape, model, asked
 
 
 def _asked_bytes(shape: ModelConfig, config: FineTuneConfig) -> int:
@@ -136,7 +140,7 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
     here = 0 if config.training.cpu_offload else 1
     gradients = here * trained * kept_trained // ranks
     left = 0 if config.training.optimizer_in_backward else gradients
-    earlier = gradients if config.accumulation_steps(ranks) > 1 else 0
+    earlier = gradients if config.accumulation_steps(_world(config)) > 1 else 0
     always = {
         "weights": gradients + here * (frozen if whole else frozen // ranks),
         "optimizer": here * int(2 * trained * _moment_bytes(config)) // ranks,
@@ -179,8 +183,14 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
     return [{name: (always | each).get(name, 0) for name in names} | {"kernels": KERNEL_BYTES} for each in varying]
 
 
-def _ranks(config: FineTuneConfig) -> int:
+def _world(config: FineTuneConfig) -> int:
     return config.run.num_nodes * config.run.processes_per_node
+
+
+def _ranks(config: FineTuneConfig) -> int:
+    """Returns over how many ranks a copy of the weights, or of a tensor group's part of them, is sharded."""
+    shared = config.training.parallelism
+    return max(1, _world(config) // (shared.replicate * shared.tensor))
 
 
 def _flying(model: Decoder, config: FineTuneConfig) -> int:

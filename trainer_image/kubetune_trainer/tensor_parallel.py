@@ -8,6 +8,7 @@ are split with their layers: of a layer that is split by outputs B, of one that 
 The ranks of a group see the same rows. This tree's tests run it with gloo on CPUs; it was not run on GPUs by us.
 """
 
+from dataclasses import replace
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -49,6 +50,19 @@ def check_divides(config: ModelConfig, size: int) -> None:
     ):
         if has_it:
             raise ConfigError(f"{field} must be 1 for a model with {what}, got {size}")
+
+
+def shape_of_rank(config: ModelConfig, size: int) -> ModelConfig:
+    """Return the shape of the model whose layers are a rank's parts of this one's, in a tensor group of this size."""
+    if size == 1:
+        return config
+    check_divides(config, size)
+    return replace(
+        config,
+        num_heads=config.num_heads // size,
+        num_kv_heads=config.num_kv_heads // size,
+        intermediate_size=config.intermediate_size // size,
+    )
 
 
 def split_layers(model: Decoder, mesh: DeviceMesh) -> None:

@@ -41,6 +41,8 @@ def estimate(bundle: Bundle, *, device_memory: str | None, suggest: bool) -> int
     own, *milder = _ask(bundle, suggest=suggest)
     console = Console()
     console.print(_parts(own), soft_wrap=True)
+    if own["hostBytes"]:
+        console.print(f"and in the host's memory {_gibibytes(own['hostBytes'])}", highlight=False, soft_wrap=True)
     if available is None:
         return 0
     fits = own["bytes"] <= available
@@ -72,7 +74,8 @@ def _ask(bundle: Bundle, *, suggest: bool) -> list[dict[str, Any]]:
         path = Path(folder) / CONFIG_FILE
         path.write_text(dump_config(config), encoding="utf-8")
         environment = os.environ | local_environment(bundle, os.environ, folder=Path(folder))
-        command = [sys.executable, "-P", "-m", "kubetune_trainer.fit", "--config", str(path), *["--suggest"] * suggest]
+        wanted = [*["--suggest"] * suggest, *["--offload"] * (compute is not None and compute.accelerator is not None)]
+        command = [sys.executable, "-P", "-m", "kubetune_trainer.fit", "--config", str(path), *wanted]
         ran = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     if ran.returncode:
         said = ran.stderr.strip().splitlines()
@@ -91,10 +94,11 @@ def _parts(found: Mapping[str, Any]) -> Table:
 
 def _suggestions(found: Sequence[Mapping[str, Any]], *, available: int) -> Table:
     """What would need less, as fields of the manifest."""
-    table = Table("CHANGE IN SPEC", "PER DEVICE", "FITS", box=None, pad_edge=False)
+    table = Table("CHANGE IN SPEC", "PER DEVICE", "IN THE HOST", "FITS", box=None, pad_edge=False)
     for each in found:
         changes = ", ".join(f"{_field(name)}: {value}" for name, value in each["changes"].items())
-        table.add_row(changes, _gibibytes(each["bytes"]), "yes" if each["bytes"] <= available else "no")
+        host = _gibibytes(each["hostBytes"]) if each["hostBytes"] else ""
+        table.add_row(changes, _gibibytes(each["bytes"]), host, "yes" if each["bytes"] <= available else "no")
     return table
 
 
