@@ -59,6 +59,7 @@ ROWS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("wide", {"tuning": "Full", "micro": 1, "length": 512, "optimizer": "AdamW4bit"}),
     ("wide", {"tuning": "Full", "micro": 1, "length": 512, "in backward": True}),
     ("wide", {"tuning": "Full", "micro": 1, "length": 512, "optimizer": "AdamW8bit", "in backward": True}),
+    ("narrow", {"tuning": "Full", "micro": 4, "length": 512, "recompute": "Selective"}),
     ("SmolLM2-135M", {"tuning": "LoRA", "micro": 1, "length": 512}),
     ("SmolLM2-135M", {"tuning": "LoRA", "micro": 2, "length": 512, "precision": "BF16Mixed"}),
     ("SmolLM2-135M", {"tuning": "Full", "micro": 1, "length": 512, "recompute": "Full", "precision": "BF16Mixed"}),
@@ -86,7 +87,7 @@ def main() -> None:
 def told(settings: dict[str, Any]) -> str:
     """A row's settings in a few words."""
     names = {"micro": "rows", "length": "tokens", "accumulate": "micro batches"}
-    recompute = "recomputing" if settings.get("recompute") == "Full" else ""
+    recompute = {"Full": "recomputing", "Selective": "recomputing some"}.get(settings.get("recompute", ""), "")
     packed = "packed" if settings.get("packing") == "BestFit" else ""
     optimizer = settings.get("optimizer", "")
     stepping = "steps in backward" if settings.get("in backward") else ""

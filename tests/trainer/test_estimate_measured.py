@@ -9,7 +9,11 @@ from kubetune_trainer.parallel import compute_dtype
 from tests.cluster.paths import ROOT
 
 
-@pytest.mark.parametrize("row", [1, 3], ids=["all weights, recomputing", "adapters in bf16"])
+@pytest.mark.parametrize(
+    "row",
+    [1, 3, 12, 13],
+    ids=["all weights, recomputing", "adapters in bf16", "8 bits and steps in backward", "recomputing some"],
+)
 def test_the_estimate_is_within_a_tenth_of_what_real_steps_need(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import estimate  # noqa: PLC0415 (only importable beside the tables)
