@@ -47,9 +47,14 @@ def check_compiler(title: str, *, device_type: str) -> None:
         )
 
 
+def keep_kernels() -> None:
+    """Let what is compiled lie in scratch: no other folder of a pod is sure to be writable."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch_dir() / "compiled"))
+
+
 def compile_blocks(model: Decoder) -> None:
     """Have every layer compiled when it is first called; FSDP's hooks stay outside of what is compiled."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch_dir() / "compiled"))
+    keep_kernels()
     torch._dynamo.config.recompile_limit = MAX_COMPILATIONS  # noqa: SLF001 (torch documents it under this name)
     for block in model.model.layers:
         block.forward = torch.compile(block.forward)

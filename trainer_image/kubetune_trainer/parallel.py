@@ -50,6 +50,7 @@ def parallelize(
     precision: Precision,
     activation_checkpointing: ActivationCheckpointing = "None",
     activation_offload: ActivationOffload | None = None,
+    attends_by_blocks: bool = False,
     is_compiled: bool = False,
     cpu_offload: bool = False,
     mesh: DeviceMesh,
@@ -72,6 +73,7 @@ def parallelize(
         activation_checkpointing: Full keeps only each block's input and computes the rest again in backward; Selective
             also keeps what products of matrices and attention return.
         activation_offload: Where activations wait for backward; None is the device.
+        attends_by_blocks: Keep documents apart by `block_attention` in place of a mask.
         is_compiled: Compile each block.
         cpu_offload: Keep weights, gradients and the optimizer's state in host memory, where its steps are computed; a
             block's weights come to the device while it computes. All weights are sharded then, however few they are.
@@ -90,6 +92,7 @@ def parallelize(
     if TENSOR in names:
         split_layers(model, mesh[TENSOR])
     frozen = {weight for weight in model.parameters() if not weight.requires_grad} if whole else set()
+    model.attends_by_blocks = attends_by_blocks
     for block in model.model.layers:
         block.recompute, block.offload = activation_checkpointing, activation_offload
     if is_compiled:

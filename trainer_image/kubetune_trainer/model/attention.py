@@ -1,23 +1,31 @@
 """Causal self-attention: which tokens see which, the cache of keys and values, and the layer itself.
 
-It asks for the device in two places, both marked; this tree's tests run it on CPU only, never on CUDA.
+It asks for the device in two places, both marked; this tree's tests run it on CPU only, never on CUDA. Training on CUDA
+attends by blocks instead of by a mask, where `parallelize` is told to: see `block_attention`.
 
 Shapes: B batch, T tokens, D hidden_size, N heads, K key and value heads, H head_dim, R its rotated part, S cached
 tokens.
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from kubetune_trainer.loss import soft_capped
+from kubetune_trainer.model.block_attention import attend_by_blocks, block_mask
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.norm import RMSNorm
 from kubetune_trainer.model.rope import Rope, rotary_tables, rotate
 from kubetune_trainer.names import PADDING_DOCUMENT
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Mask = Union[Tensor, "BlockMask"]
+"""Which keys each query sees: (B, 1, T, S), true where one is seen, or what says it by blocks."""
 
 HAS_BF16_TILES: Final = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 """Whether this machine's CPU multiplies bf16 by tiles (AMX). Without, the bf16 backward of torch's attention takes 3 to
@@ -84,9 +92,9 @@ class Attention(nn.Module):
         self.layer = layer
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: KVCache | None
+        self, x_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Mask | None, cache: KVCache | None
     ) -> Tensor:
-        """Attend; `mask` is None for plain causal attention, otherwise (B, 1, T, S), true where a query sees a key."""
+        """Attend; `mask` is None for plain causal attention."""
         query, key, value = self._project(x_BTD)
         if cos is not None and sin is not None:
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
@@ -119,6 +127,7 @@ class LayerInputs:
         config: The model's shape.
         positions_BT: Position of each token in its document.
         mask: What `attention_mask` returns, or any other choice among the tokens before: (B, 1, T, S).
+        blocks_of_BT: Document of each token, for masks by blocks in place of `mask`; unset: none.
         cache: Holds the tokens before these, if there are any.
         dtype: The residual stream's.
     """
@@ -129,9 +138,11 @@ class LayerInputs:
         positions_BT: Tensor,
         *,
         mask: Tensor | None,
+        blocks_of_BT: Tensor | None = None,
         cache: KVCache | None = None,
         dtype: torch.dtype,
     ) -> None:
+        self._blocks_of_BT = blocks_of_BT
         self._config, self._positions_BT, self._dtype = config, positions_BT, dtype
         self._tables: dict[Rope, tuple[Tensor, Tensor]] = {}
         self._key_positions_BS = positions_BT
@@ -139,11 +150,11 @@ class LayerInputs:
             end = cache.length + positions_BT.shape[1]
             cache.positions_BS[:, cache.length : end] = positions_BT
             self._key_positions_BS = cache.positions_BS[:, :end]
-        if mask is None and config.attention_softcap is not None:
+        if mask is None and config.attention_softcap is not None and blocks_of_BT is None:
             mask = _causal(positions_BT)
-        self._masks: dict[int | None, Tensor | None] = {None: mask}
+        self._mask, self._masks = mask, dict[int | None, Mask | None]()
 
-    def of(self, layer: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def of(self, layer: int) -> tuple[Tensor | None, Tensor | None, Mask | None]:
         """Return cosine and sine (B, 1, T, R), None where positions do not matter, and the mask for `attend`."""
         rope, window = self._config.ropes[layer], self._config.windows[layer]
         if window not in self._masks:
@@ -156,14 +167,19 @@ class LayerInputs:
             )
         return *self._tables[rope], self._masks[window]
 
-    def _within(self, window: int) -> Tensor | None:
-        """Narrow the mask to what lies less than `window` positions back."""
-        mask, keys_BS = self._masks[None], self._key_positions_BS
-        if keys_BS.shape[1] <= window:
-            return mask
-        if mask is None:
-            mask = _causal(self._positions_BT)
-        return mask & (self._positions_BT[:, None, :, None] - keys_BS[:, None, None, :] < window)
+    def _within(self, window: int | None) -> Mask | None:
+        if self._blocks_of_BT is not None:
+            return block_mask(self._blocks_of_BT, self._positions_BT, window=window)
+        return within(self._mask, window, self._positions_BT, self._key_positions_BS)
+
+
+def within(mask: Tensor | None, window: int | None, positions_BT: Tensor, key_positions_BS: Tensor) -> Tensor | None:
+    """Narrow a mask to what lies less than `window` positions back."""
+    if window is None or key_positions_BS.shape[1] <= window:
+        return mask
+    if mask is None:
+        mask = _causal(positions_BT)
+    return mask & (positions_BT[:, None, :, None] - key_positions_BS[:, None, None, :] < window)
 
 
 def _causal(positions_BT: Tensor) -> Tensor:
@@ -199,12 +215,14 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    mask: Mask | None,
     *,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """Attend with heads (B, N, T, H) over keys and values (B, K, S, H); a soft bound needs a mask."""
+    if mask is not None and not isinstance(mask, Tensor):
+        return attend_by_blocks(query, key, value, mask, scale=scale, softcap=softcap)
     if softcap is not None:
         return _attend_soft_capped(query, key, value, mask, scale=scale, softcap=softcap)
     is_slow = query.device.type == "cpu" and query.requires_grad and not HAS_BF16_TILES

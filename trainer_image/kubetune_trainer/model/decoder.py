@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kubetune_trainer.loss import soft_capped, sum_cross_entropy
-from kubetune_trainer.model.attention import Attention, KVCache, LayerInputs, attention_mask
+from kubetune_trainer.model.attention import Attention, KVCache, LayerInputs, Mask, attention_mask
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.feed_forward import build_feed_forward
 from kubetune_trainer.model.norm import Embedding, RMSNorm
@@ -55,7 +55,7 @@ class Block(nn.Module):
         """Where kept activations wait for backward; None is where they are. Set by `parallelize`."""
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: KVCache | None
+        self, x_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Mask | None, cache: KVCache | None
     ) -> Tensor:
         """Map the residual stream."""
         # Inside the block, so that FSDP's hooks stay outside and do not run again.
@@ -65,7 +65,7 @@ class Block(nn.Module):
             return recomputed(self._forward, x_BTD, cos, sin, mask, cache, mode=self.recompute)
 
     def _forward(
-        self, x_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: KVCache | None
+        self, x_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Mask | None, cache: KVCache | None
     ) -> Tensor:
         feed_forward = getattr(self, self.feed_forward_name)
         if self.norm_places == "Before":
@@ -98,6 +98,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.attends_by_blocks = False
+        """Whether documents are kept apart by `block_attention` and not by a mask; set by `parallelize`."""
         self.model = Trunk(config)
         if not config.tied_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -128,8 +130,9 @@ class Decoder(nn.Module):
             The logits (B, T, V) without labels; with labels the SUM of cross entropy over the trained positions, an
             fp32 scalar. The loss is computed in here so that FSDP has the output head's weights at hand.
         """
-        mask = attention_mask(tokens_BT, documents_BT, cache)
-        x_BTD = self.hidden(tokens_BT, mask=mask, positions_BT=positions_BT, cache=cache)
+        blocks_of_BT = documents_BT if self.attends_by_blocks and cache is None else None
+        mask = attention_mask(tokens_BT, documents_BT, cache) if blocks_of_BT is None else None
+        x_BTD = self.hidden(tokens_BT, mask=mask, blocks_of_BT=blocks_of_BT, positions_BT=positions_BT, cache=cache)
         if score is not None:
             return score(x_BTD, self.head, self.config.logit_softcap)
         if labels_BT is None:
@@ -141,6 +144,7 @@ class Decoder(nn.Module):
         tokens_BT: Tensor,
         *,
         mask: Tensor | None,
+        blocks_of_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
@@ -149,6 +153,7 @@ class Decoder(nn.Module):
         Args:
             tokens_BT: Token ids.
             mask: Which keys each query sees, (B, 1, T, S); None is plain causal attention.
+            blocks_of_BT: Document of each token, for attention by blocks in place of a mask; unset: none.
             positions_BT: Position of each token; unset counts from 0, or on from the cache.
             cache: Where keys and values are kept for the next call; it grows by T.
 
@@ -159,7 +164,9 @@ class Decoder(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         x_BTD = self.model.embed_tokens(tokens_BT)
-        inputs = LayerInputs(self.config, positions_BT, mask=mask, cache=cache, dtype=x_BTD.dtype)
+        inputs = LayerInputs(
+            self.config, positions_BT, mask=mask, blocks_of_BT=blocks_of_BT, cache=cache, dtype=x_BTD.dtype
+        )
         for layer, block in enumerate(self.model.layers):
             x_BTD = block(x_BTD, *inputs.of(layer), cache)
         if cache is not None:

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from kubetune_trainer.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
-from kubetune_trainer.compiled import check_compiler
+from kubetune_trainer.compiled import check_compiler, keep_kernels
 from kubetune_trainer.config import FineTuneConfig, load_config
 from kubetune_trainer.data.prepare import Local, Prepared, fetch, prepare
 from kubetune_trainer.data.sampler import total_steps
@@ -21,13 +21,14 @@ from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.logs import keep_log
 from kubetune_trainer.lora import apply_lora, init_lora, set_lora
 from kubetune_trainer.model.adapter import read_first_adapters
-from kubetune_trainer.model.config import read_config
+from kubetune_trainer.model.block_attention import why_not
+from kubetune_trainer.model.config import ModelConfig, read_config
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.offload import ActivationOffload
 from kubetune_trainer.model.weights import build_model, load_weights
 from kubetune_trainer.names import CHECKPOINTS_DIR
 from kubetune_trainer.optim import BITS, StepInBackward, build_optimizer
-from kubetune_trainer.parallel import build_mesh, parallelize
+from kubetune_trainer.parallel import build_mesh, compute_dtype, parallelize
 from kubetune_trainer.push import outputs_to_push, push_again
 from kubetune_trainer.report import attempt, end_with, open_log, report, serve_metrics
 from kubetune_trainer.storage import open_store, scratch_dir
@@ -172,6 +173,7 @@ def build(config: FineTuneConfig, model_dir: Path, world: World, *, first_adapte
         precision=config.training.precision,
         activation_checkpointing=config.training.activation_checkpointing,
         activation_offload=activation_offload(config, world),
+        attends_by_blocks=attends_by_blocks(config, model.config, world),
         is_compiled=config.training.compile == "Blocks",
         cpu_offload=config.training.cpu_offload,
         mesh=mesh_of(config, world),
@@ -194,6 +196,22 @@ def activation_offload(config: FineTuneConfig, world: World) -> ActivationOffloa
     return ActivationOffload(world.device)
 
 
+def attends_by_blocks(config: FineTuneConfig, shape: ModelConfig, world: World) -> bool:
+    """Whether attention passes over what no query sees: on CUDA, where a trial of it goes well.
+
+    Not in blocks that are compiled whole, of which the trial would say nothing.
+    """
+    training = config.training
+    if world.device.type == "cpu" or training.compile != "None":
+        return False
+    keep_kernels()
+    dtype = torch.float32 if training.precision == "FP32" else compute_dtype(world.device)
+    problem = why_not(shape, dtype=dtype, device=world.device, recompute=training.activation_checkpointing)
+    if problem is not None:
+        report("warning", message=f"attention uses a mask: flex_attention cannot be used here ({problem})")
+    return problem is None
+
+
 def home_of(config: FineTuneConfig, world: World) -> torch.device:
     """Where weights are between the moments at which they are used."""
     return torch.device("cpu") if config.training.cpu_offload else world.device
@@ -209,7 +227,10 @@ def build_frozen(job: Job, model_dir: Path) -> Decoder:
     """A second model that is only asked and never trained, sharded as the first."""
     model = build_model(read_config(model_dir)).requires_grad_(requires_grad=False)
     training, mesh = job.config.training, mesh_of(job.config, job.world)
-    parallelize(model, precision=training.precision, cpu_offload=training.cpu_offload, mesh=mesh)
+    by_blocks = attends_by_blocks(job.config, model.config, job.world)
+    parallelize(
+        model, precision=training.precision, attends_by_blocks=by_blocks, cpu_offload=training.cpu_offload, mesh=mesh
+    )
     model.to_empty(device=home_of(job.config, job.world))
     load_weights(model, model_dir)
     return model.eval()
