@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.model import Decoder, KVCache, ModelConfig, families, load_model
+from kubetune_trainer.model.decoding import decoding
 from kubetune_trainer.model.rope import Rope
 from tests.trainer.conftest import Held
 from tests.trainer.families import FAMILIES, close, configs, make_folder
@@ -89,7 +90,7 @@ def _check_packed(model: Decoder, reference: Any, *, lengths: tuple[int, ...]) -
 def check_cached(model: Decoder, reference: Any) -> None:
     length = min(LENGTH, _context(model)) if _changes_beyond(model, LENGTH) else LENGTH  # a call by itself decides
     tokens = random_tokens(2, length)
-    with torch.no_grad():
+    with torch.no_grad(), decoding(model):
         parts = _in_calls(model, tokens, sizes=[9, 1, 1, length - 11])
         close(torch.cat(parts, dim=1), reference(tokens).logits)
 

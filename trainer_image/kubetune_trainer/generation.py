@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kubetune_trainer.model.attention import KVCache
 from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.model.decoding import decoding
 from kubetune_trainer.names import PADDING_DOCUMENT
 
 Stop = Callable[[list[int]], bool]
@@ -53,31 +54,32 @@ def generate(
     """
     device = model.model.embed_tokens.weight.device
     generator = seeded(seed, device=device)
-    cache, shared = _begin(model, prompts, max_new_tokens=max_new_tokens)
-    tokens_BT, documents_BT, positions_BT = _left_padded([prompt[shared:] for prompt in prompts], device=device)
-    positions_BT = positions_BT + shared
-    answers: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # which answer each row of the batch belongs to
-    running = set(rows)
-    for _ in range(max_new_tokens):
-        logits_BV = model(tokens_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache, last_only=True)[
-            :, -1
-        ]
-        chosen_B = choose_tokens(
-            logits_BV.float(), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
-        for row, token in zip(rows, chosen_B.tolist(), strict=True):
-            if row in running and not goes_on(answers[row], token, stop_ids, stop):
-                running.discard(row)
-        if not running:
-            break
-        tokens_BT, positions_BT = chosen_B[:, None], positions_BT[:, -1:] + 1
-        if temperature == 0.0 and len(running) <= len(rows) // 2:  # drawing would give the others other tokens
-            kept = [number for number, row in enumerate(rows) if row in running]
-            cache.keep(kept)
-            rows = [rows[number] for number in kept]
-            tokens_BT, positions_BT = tokens_BT[kept], positions_BT[kept]
-        documents_BT = torch.zeros_like(tokens_BT)
+    with decoding(model):
+        cache, shared = _begin(model, prompts, max_new_tokens=max_new_tokens)
+        tokens_BT, documents_BT, positions_BT = _left_padded([prompt[shared:] for prompt in prompts], device=device)
+        positions_BT = positions_BT + shared
+        answers: list[list[int]] = [[] for _ in prompts]
+        rows = list(range(len(prompts)))  # which answer each row of the batch belongs to
+        running = set(rows)
+        for _ in range(max_new_tokens):
+            logits_BV = model(
+                tokens_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache, last_only=True
+            )[:, -1]
+            chosen_B = choose_tokens(
+                logits_BV.float(), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+            )
+            for row, token in zip(rows, chosen_B.tolist(), strict=True):
+                if row in running and not goes_on(answers[row], token, stop_ids, stop):
+                    running.discard(row)
+            if not running:
+                break
+            tokens_BT, positions_BT = chosen_B[:, None], positions_BT[:, -1:] + 1
+            if temperature == 0.0 and len(running) <= len(rows) // 2:  # drawing would give the others other tokens
+                kept = [number for number, row in enumerate(rows) if row in running]
+                cache.keep(kept)
+                rows = [rows[number] for number in kept]
+                tokens_BT, positions_BT = tokens_BT[kept], positions_BT[kept]
+            documents_BT = torch.zeros_like(tokens_BT)
     return answers
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from kubetune_trainer.loss import soft_capped
 from kubetune_trainer.model.block_attention import attend_by_blocks, block_mask
 from kubetune_trainer.model.config import ModelConfig
+from kubetune_trainer.model.decoding import Fused, linear
 from kubetune_trainer.model.norm import RMSNorm
 from kubetune_trainer.model.rope import Rope, rotary_tables, rotate
 from kubetune_trainer.names import PADDING_DOCUMENT
@@ -70,6 +71,9 @@ class KVCache:
 class Attention(nn.Module):
     """Causal self-attention with grouped keys and values."""
 
+    fused: Fused | None = None
+    """The three projections as one, while the model writes."""
+
     def __init__(self, config: ModelConfig, *, layer: int) -> None:
         super().__init__()
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -105,7 +109,9 @@ class Attention(nn.Module):
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values by head."""
-        if hasattr(self, "qkv_proj"):
+        if self.fused is not None:
+            query, key, value = linear(x_BTD, *self.fused).split(self.sizes, dim=-1)
+        elif hasattr(self, "qkv_proj"):
             query, key, value = self.qkv_proj(x_BTD).split(self.sizes, dim=-1)
         else:
             query, key, value = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from kubetune_trainer.loss import soft_capped, sum_cross_entropy
 from kubetune_trainer.model.attention import Attention, KVCache, LayerInputs, Mask, attention_mask
 from kubetune_trainer.model.config import ModelConfig
+from kubetune_trainer.model.decoding import linear
 from kubetune_trainer.model.feed_forward import build_feed_forward
 from kubetune_trainer.model.norm import Embedding, RMSNorm
 from kubetune_trainer.model.recompute import ActivationCheckpointing, recomputed
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Map the normalised residual stream to logits (…, V)."""
-        return soft_capped(functional.linear(x_BTD, self.head), self.config.logit_softcap)
+        return soft_capped(linear(x_BTD, self.head), self.config.logit_softcap)
 
     @property
     def head(self) -> Tensor:

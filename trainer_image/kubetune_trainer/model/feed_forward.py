@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kubetune_trainer.model.config import Experts, ModelConfig
+from kubetune_trainer.model.decoding import Fused, linear
 
 
 def build_feed_forward(config: ModelConfig, experts: Experts | None) -> nn.Module:
@@ -25,6 +26,9 @@ def build_feed_forward(config: ModelConfig, experts: Experts | None) -> nn.Modul
 class MLP(nn.Module):
     """Gated feed-forward block (SwiGLU and GeGLU, arXiv 2002.05202)."""
 
+    fused: Fused | None = None
+    """Gate and up as one, while the model writes."""
+
     def __init__(self, config: ModelConfig, *, intermediate_size: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
@@ -34,7 +38,11 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map each token by itself."""
-        return self.down_proj(gated(self.gate_proj(x_BTD), self.up_proj(x_BTD), is_gelu=self.is_gelu))
+        if self.fused is not None:
+            gate, up = linear(x_BTD, *self.fused).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x_BTD), self.up_proj(x_BTD)
+        return self.down_proj(gated(gate, up, is_gelu=self.is_gelu))
 
 
 class FusedMLP(nn.Module):

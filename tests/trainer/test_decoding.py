@@ -1,0 +1,105 @@
+"""While a model writes, its layers take quicker ways; what they return, and the model afterwards, are the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kubetune_trainer import load_model
+from kubetune_trainer.lora import apply_lora
+from kubetune_trainer.model.decoding import FEW_TOKENS, decoding, linear
+from tests.trainer.tiny import make_folder, random_tokens
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+LARGE = 64 * 2**20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("decoding")
+    make_folder(folder, dtype=torch.bfloat16, attention_bias=True, mlp_bias=True)
+    return folder
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_product_of_few_tokens_is_that_of_any_others_within_bf16s_rounding(
+    num_tokens: int, *, has_bias: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 40, bias=has_bias, dtype=torch.bfloat16)
+    x = torch.randn(num_tokens, 1, 96, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = linear(x, layer.weight, layer.bias)
+        wanted = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if has_bias else None)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=2**-8)  # the sum is rounded before the bias too
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-6)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 9), (2, 12)])
+def test_logits_while_writing_are_those_of_other_times(
+    folder: Path, dtype: torch.dtype, tolerance: float, shape: tuple[int, int]
+) -> None:
+    model, tokens = load_model(folder, dtype=dtype), random_tokens(*shape)
+    with torch.no_grad():
+        wanted = model(tokens)
+        with decoding(model):
+            assert model.model.layers[0].self_attn.fused is not None
+            found = model(tokens)
+    assert not torch.isnan(wanted).any()
+    assert (found - wanted).norm() <= tolerance * wanted.norm()
+
+
+def test_a_model_that_has_written_is_what_it_was_and_lies_side_by_side(folder: Path) -> None:
+    model, untouched = load_model(folder), load_model(folder)
+    parameters = dict(model.named_parameters())
+    with torch.inference_mode(), decoding(model):
+        pass
+    places = [weight.data_ptr() for weight in parameters.values()]
+    with torch.inference_mode(), decoding(model):
+        pass
+    assert [weight.data_ptr() for weight in parameters.values()] == places, "it is moved once"
+    layers = model.model.layers
+    assert all(len({weight.untyped_storage().data_ptr() for weight in block.parameters()}) == 1 for block in layers)
+    assert not any({"forward", "fused"} & vars(module).keys() for module in model.modules())
+    assert dict(model.named_parameters()).keys() == untouched.state_dict().keys()
+    for name, weight in untouched.named_parameters():
+        assert model.get_parameter(name) is parameters[name]
+        assert torch.equal(parameters[name], weight), name
+    model(random_tokens(1, 4), labels_BT=random_tokens(1, 4)).backward()
+    assert all(weight.grad is not None for weight in model.parameters()), "it can be trained"
+
+
+def test_layers_with_adapters_are_left_as_they_are(folder: Path) -> None:
+    model = load_model(folder, dtype=torch.float32)
+    apply_lora(model, rank=2, alpha=4, target_modules=["q_proj"])
+    tokens = random_tokens(1, 3)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.lora_B.weight.fill_(0.1)
+        wanted = model(tokens)
+        with decoding(model):
+            assert model.model.layers[0].self_attn.fused is None
+            torch.testing.assert_close(model(tokens), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="needs a kernel that gives huge pages"
+)
+@pytest.mark.parametrize("setting", [None, "0"], ids=["by default", "switched off"])
+def test_large_tensors_lie_in_huge_pages_unless_that_is_switched_off(setting: str | None) -> None:
+    script = f"""
+import torch
+import kubetune_trainer
+kept = torch.ones({LARGE}, dtype=torch.uint8)
+lines = open("/proc/self/smaps_rollup").read().splitlines()
+print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages")))
+"""
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "trainer_image"), "PATH": "/usr/bin:/bin"}
+    environment |= {"THP_MEM_ALLOC_ENABLE": setting} if setting is not None else {}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    in_huge_pages = int(done.stdout)
+    assert in_huge_pages < LARGE / 2 if setting == "0" else in_huge_pages > 0

@@ -1,0 +1,111 @@
+"""A model while it writes on a CPU: a token reads every weight and computes little, so reading is what is made fast.
+
+The weights of a block lie side by side, in memory that is large enough for huge pages (see the package's `__init__`);
+layers that map the same input are multiplied as one, without a copy, since their weights are neighbours; and products
+of few tokens with bf16 weights take the operators of torch 2.14 that read these fastest.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from kubetune_trainer.model.decoder import Decoder
+
+FEW_TOKENS: Final = 16
+"""Up to so many tokens a product on a CPU reads longer than it computes."""
+NEIGHBOURS: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that map the same input."""
+
+
+class Fused(NamedTuple):
+    """Layers that map the same input, as one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return what `functional.linear` does; few tokens in bf16 take another way there on a CPU, without gradients."""
+    num_tokens = x.numel() // x.shape[-1]
+    is_quick = x.dtype == torch.bfloat16 and x.device.type == "cpu" and 0 < num_tokens <= FEW_TOKENS
+    if not is_quick or torch.is_grad_enabled():
+        return functional.linear(x, weight, bias)
+    rows = x.reshape(num_tokens, -1)
+    out = torch.mv(weight, rows[0]) if num_tokens == 1 else torch.mm(weight, rows.T).T.contiguous()
+    out = out.view(*x.shape[:-1], -1)
+    return out if bias is None else out + bias
+
+
+@contextmanager
+def decoding(model: "Decoder") -> Iterator[None]:
+    """While the block runs, layers are quick with few tokens; what they return is the same but for rounding.
+
+    The weights stay where they were laid: same parameters, same values, other memory. Those that are mapped from a file
+    are read from it once.
+
+    Args:
+        model: Without adapters; nothing happens if it is not on a CPU.
+    """
+    if model.model.embed_tokens.weight.device.type != "cpu":
+        yield
+        return
+    changed = []
+    in_blocks = {weight for block in model.model.layers for weight in _lay_side_by_side(_plain_weights(block))}
+    _lay_side_by_side([weight for weight in _plain_weights(model) if weight not in in_blocks])
+    for module in model.model.layers.modules():
+        if _is_plain(module):
+            module.forward = partial(linear, weight=module.weight, bias=module.bias)
+            changed.append((module, "forward"))
+        for layers in _neighbours(module):
+            module.fused = _fused(layers)
+            changed.append((module, "fused"))
+    try:
+        yield
+    finally:
+        for module, name in changed:
+            delattr(module, name)
+
+
+def _neighbours(module: nn.Module) -> list[list[nn.Linear]]:
+    """Return the layers of a module that can be one, in their order."""
+    found = [[getattr(module, name, None) for name in names] for names in NEIGHBOURS]
+    return [layers for layers in found if all(map(_is_plain, layers))]
+
+
+def _is_plain(layer: nn.Module | None) -> bool:
+    """Whether this is a linear layer with nothing beside it, whose weight is numbers as they are."""
+    return type(layer) is nn.Linear and type(layer.weight.data) is Tensor
+
+
+def _plain_weights(module: nn.Module) -> list[Tensor]:
+    """Return the weights of one type that can be laid anywhere, neighbours first."""
+    first = [layer.weight for inner in module.modules() for layers in _neighbours(inner) for layer in layers]
+    weights = dict.fromkeys((*first, *module.parameters()))
+    dtype = next(iter(weights)).dtype
+    return [weight for weight in weights if type(weight.data) is Tensor and weight.dtype == dtype]
+
+
+@torch.inference_mode(mode=False)
+@torch.no_grad()
+def _lay_side_by_side(weights: list[Tensor]) -> list[Tensor]:
+    """Move weights into one piece of memory in their order, unless they lie so, and return them."""
+    if any(one.data_ptr() + one.nbytes != other.data_ptr() for one, other in pairwise(weights)):
+        sizes = [weight.numel() for weight in weights]
+        for weight, place in zip(weights, torch.empty(sum(sizes), dtype=weights[0].dtype).split(sizes), strict=True):
+            weight.data = place.view_as(weight).copy_(weight)
+    return weights
+
+
+def _fused(layers: Sequence[nn.Linear]) -> Fused:
+    """Return neighbours as one layer, whose weight is their memory."""
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    rows = sum(len(weight) for weight in weights)
+    whole = weights[0].detach().as_strided((rows, weights[0].shape[1]), weights[0].stride())
+    return Fused(whole, None if biases[0] is None else torch.cat(biases))
