@@ -12,10 +12,13 @@ from typing import Any
 import boto3
 import pytest
 import torch
+import yaml
+from gguf import GGUFReader
 from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from kubetune_trainer import load_model
+from kubetune_trainer import load_model, load_tokenizer
 from kubetune_trainer.export.gguf import load_gguf
 from tests.cluster.paths import ROOT
 from tests.recipes.gang import Gang, Zygote
@@ -63,6 +66,25 @@ def test_a_lora_run_reports_its_course_and_leaves_a_model_and_an_adapter(zygote:
     card = (run / "outputs" / "adapter" / "README.md").read_text()
     assert f"| Validation loss, last | {gang.events('validation')[-1]['validationLoss']:.6g} |" in card
     assert f"| Training loss, last step | {last['loss']:.6g} |" in card
+
+
+def test_outputs_keep_the_template_that_the_data_was_written_with(zygote: Zygote, place: Path) -> None:
+    template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    outputs = [*OUTPUTS, {"name": "small", "type": "GGUF", "gguf": {"type": "F16"}}]
+    config = write_config(place / "run.yaml", outputs=outputs)
+    values = yaml.safe_load(config.read_text())
+    values["dataset"]["chat_template"] = template
+    config.write_text(yaml.safe_dump(values))
+    Gang.start(zygote, place / "ranks", config, "training.max_steps=1").succeed()
+    made = place / "runs" / "run" / "outputs"
+    assert load_tokenizer(place / "model").chat_template != template
+    for name in ("merged", "small"):
+        assert load_tokenizer(made / name).chat_template == template
+    theirs = AutoTokenizer.from_pretrained(made / "merged")
+    assert theirs.apply_chat_template([{"role": "user", "content": "cat"}], tokenize=False) == "<|user|>\ncat<|end|>\n"
+    assert (made / "adapter" / "chat_template.jinja").read_text() == template
+    [file] = (made / "small").glob("*.gguf")
+    assert GGUFReader(file).fields["tokenizer.chat_template"].contents() == template
 
 
 def test_a_merged_output_says_how_far_it_is_from_its_adapters(zygote: Zygote, place: Path) -> None:

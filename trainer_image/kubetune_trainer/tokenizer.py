@@ -98,6 +98,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
 
 
+def write_chat_template(folder: Path, template: str) -> None:
+    """Make a template a folder's own: the file comes before what other files say, here and in transformers."""
+    (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+
+
 def read_backend(folder: Path) -> tokenizers.Tokenizer:
     """Read `tokenizer.json` of a folder with all that it says.
 

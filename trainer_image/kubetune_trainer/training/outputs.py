@@ -20,6 +20,7 @@ from kubetune_trainer.names import OUTPUTS_DIR
 from kubetune_trainer.push import push_output
 from kubetune_trainer.report import last_step, report, write_termination_message
 from kubetune_trainer.storage import scratch_dir
+from kubetune_trainer.tokenizer import write_chat_template
 from kubetune_trainer.training.job import Job
 
 
@@ -121,6 +122,7 @@ def gather_model(job: Job, folder: Path, *, dtype: OutputDtype = "Source") -> No
         packed = job.config.merges_packed
         complete = complete_weights(weights, source_dir=source_dir, lora_scale=scale, packed=packed)
         save_huggingface(complete, source_dir=source_dir, target_dir=folder, dtype=dtype)
+        keep_chat_template(job, folder)
     for _ in weights:
         pass
 
@@ -138,3 +140,10 @@ def gather_adapters(job: Job, folder: Path) -> None:
             packed=job.config.merges_packed,
             model_dir=job.local.model_dir,
         )
+        keep_chat_template(job, folder)
+
+
+def keep_chat_template(job: Job, folder: Path) -> None:
+    """Puts the template that the data was written with beside the weights, where it was not the model's own."""
+    if job.config.dataset.chat_template is not None:
+        write_chat_template(folder, job.config.dataset.chat_template)
