@@ -12,6 +12,7 @@ import pytest
 from tests.cluster.paths import ROOT
 
 LONGEST_FIRST: Final = (
+    "trainer/test_families_executorch.py",
     "controller/test_kueue.py",
     "recipes/test_eval_model.py",
     "test_benchmarks.py",
