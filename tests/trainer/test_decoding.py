@@ -1,7 +1,5 @@
 """While a model writes, its layers take quicker ways; what they return, and the model afterwards, are the same."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ from torch import nn
 
 from kubetune_trainer import load_model
 from kubetune_trainer.lora import apply_lora
-from kubetune_trainer.model.decoding import FEW_TOKENS, decoding, linear
+from kubetune_trainer.model.decoding import FEW_TOKENS, _lay_side_by_side, decoding, linear
 from tests.trainer.tiny import make_folder, random_tokens
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -89,17 +87,21 @@ def test_layers_with_adapters_are_left_as_they_are(folder: Path) -> None:
 @pytest.mark.skipif(
     not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="needs a kernel that gives huge pages"
 )
-@pytest.mark.parametrize("setting", [None, "0"], ids=["by default", "switched off"])
-def test_large_tensors_lie_in_huge_pages_unless_that_is_switched_off(setting: str | None) -> None:
-    script = f"""
-import torch
-import kubetune_trainer
-kept = torch.ones({LARGE}, dtype=torch.uint8)
-lines = open("/proc/self/smaps_rollup").read().splitlines()
-print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages")))
-"""
-    environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "trainer_image"), "PATH": "/usr/bin:/bin"}
-    environment |= {"THP_MEM_ALLOC_ENABLE": setting} if setting is not None else {}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    in_huge_pages = int(done.stdout)
-    assert in_huge_pages < LARGE / 2 if setting == "0" else in_huge_pages > 0
+def test_weights_lie_in_huge_pages_while_they_are_written_from() -> None:
+    weights = [nn.Parameter(torch.ones(LARGE // 4, dtype=torch.bfloat16)) for _ in range(2)]
+    _lay_side_by_side(list(weights))
+    assert bytes_in_huge_pages(weights[0].data_ptr()) >= LARGE / 2
+    assert all(bool((weight == 1).all()) for weight in weights)
+
+
+def bytes_in_huge_pages(address: int) -> int:
+    """Those of the mapping that the address is in."""
+    is_there = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        if "-" in name and not name.endswith(":"):
+            begin, end = (int(each, 16) for each in name.split("-"))
+            is_there = begin <= address < end
+        elif is_there and name == "AnonHugePages:":
+            return int(rest.split()[0]) * 1024
+    raise AssertionError("no mapping has this address")

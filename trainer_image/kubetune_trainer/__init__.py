@@ -3,7 +3,6 @@
 `load_model`, `load_tokenizer` and `generate` are enough to use a model; the recipes show how the rest goes together.
 """
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,6 @@ if TYPE_CHECKING:
     from kubetune_trainer.generation import generate
     from kubetune_trainer.model import load_model
     from kubetune_trainer.tokenizer import load_tokenizer
-
-# On a CPU, tensors of 2 MiB and more lie in huge pages where the kernel gives these to who asks for them, and are read
-# up to 3 times as fast. torch looks at this once, before its first tensor; who has set it to 0 keeps that.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = ["generate", "load_model", "load_tokenizer"]
 
