@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kubetune_trainer.errors import DataError
-from kubetune_trainer.export.huggingface import COMPANION_FILES, save_huggingface
+from kubetune_trainer.export.huggingface import copy_companions, save_huggingface
 from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, TRAINED_IDS
 from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.model.config import CONFIG_FILE, read_config
@@ -132,9 +132,7 @@ def _write(folder: Path, growth: Growth, target: Path, *, with_weights: bool) ->
         with WeightFiles(folder, tied_embeddings=config.tied_embeddings) as files:
             save_huggingface(_tensors(files, growth), source_dir=folder, target_dir=target)
     else:
-        for file in folder.iterdir():
-            if file.is_file() and COMPANION_FILES.fullmatch(file.name):
-                shutil.copyfile(file, target / file.name)
+        copy_companions(folder, target)
     for name, text in growth.files.items():
         (target / name).write_text(text, encoding="utf-8")
     if growth.size != config.vocab_size:

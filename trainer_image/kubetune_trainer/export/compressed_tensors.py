@@ -6,7 +6,6 @@ Engines expect packed weights where activations are not rounded. See https://git
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kubetune_trainer.export.huggingface import COMPANION_FILES
+from kubetune_trainer.export.huggingface import copy_companions
 from kubetune_trainer.export.shards import MAX_SHARD_BYTES, Planned, ShardWriter
 from kubetune_trainer.model.config import CONFIG_FILE, read_config, read_json
 from kubetune_trainer.model.weights import WeightFiles
@@ -105,7 +104,7 @@ def save_compressed_tensors(
                     if chosen.format == PACKED:
                         writer.write(f"{layer}.weight_shape", torch.tensor(files.shape(name)))
                 done()
-    _copy_companions(source, target, quantization=_describe(chosen, group_size=size, ignore=kept_layers(config)))
+    _write_companions(source, target, quantization=_describe(chosen, group_size=size, ignore=kept_layers(config)))
 
 
 def pack(values: Tensor, *, bits: int) -> Tensor:
@@ -204,9 +203,7 @@ def _describe(scheme: Scheme, *, group_size: int | None, ignore: list[str]) -> d
     }
 
 
-def _copy_companions(source: Path, target: Path, *, quantization: Mapping[str, Any]) -> None:
-    for file in sorted(source.iterdir()):
-        if file.is_file() and COMPANION_FILES.fullmatch(file.name):
-            shutil.copyfile(file, target / file.name)
+def _write_companions(source: Path, target: Path, *, quantization: Mapping[str, Any]) -> None:
+    copy_companions(source, target)
     config = read_json(source / CONFIG_FILE) | {"quantization_config": dict(quantization)}
     (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

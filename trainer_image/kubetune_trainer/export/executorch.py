@@ -14,7 +14,6 @@ Shapes: T tokens, S max_sequence_length, R rotated part of a head, V vocab_size,
 C chosen experts.
 """
 
-import shutil
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kubetune_trainer.errors import ConfigError, DataError
-from kubetune_trainer.export.huggingface import COMPANION_FILES
+from kubetune_trainer.export.huggingface import copy_companions
 from kubetune_trainer.generation import Stop, choose_tokens, goes_on, seeded
 from kubetune_trainer.loss import soft_capped
 from kubetune_trainer.model.config import read_config
@@ -80,9 +79,7 @@ def save_executorch(
         partial.replace(target / PROGRAM_FILE)
     finally:
         partial.unlink(missing_ok=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and COMPANION_FILES.fullmatch(file.name):
-            shutil.copyfile(file, target / file.name)
+    copy_companions(source, target)
 
 
 def check_executorch(

@@ -3,7 +3,6 @@
 How a family is called there is gguf_model's matter. Source: the GGUF specification (ggml/docs/gguf.md).
 """
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, Literal, get_args
@@ -24,7 +23,7 @@ from kubetune_trainer.export.gguf_model import (
 )
 from kubetune_trainer.export.gguf_sentencepiece import model_name
 from kubetune_trainer.export.gguf_tokenizer import tokenizer_metadata
-from kubetune_trainer.export.huggingface import COMPANION_FILES
+from kubetune_trainer.export.huggingface import copy_companions
 from kubetune_trainer.model.config import ModelConfig, read_config
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import GGUF_FILE, WeightFiles, build_model
@@ -73,9 +72,7 @@ def save_gguf(source: Path, target: Path, *, type: GGUFType = "F16", name: str =
         finally:
             writer.close()
             partial.unlink(missing_ok=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and COMPANION_FILES.fullmatch(file.name):
-            shutil.copyfile(file, target / file.name)
+    copy_companions(source, target)
 
 
 def check_gguf(source: Path, *, type: GGUFType) -> tuple[Metadata, Types]:  # noqa: A002

@@ -89,11 +89,16 @@ def save_huggingface(
             for name, tensor in tensors
         )
         _save_shards(typed, target_dir=target_dir, max_shard_bytes=max_shard_bytes)
+    copy_companions(source_dir, target_dir)
+    if dtype != "Source":
+        _write_config_dtype(target_dir / CONFIG_FILE, DTYPES[dtype])
+
+
+def copy_companions(source_dir: Path, target_dir: Path) -> None:
+    """Copy what goes with the weights of a model folder."""
     for file in sorted(source_dir.iterdir()):
         if file.is_file() and COMPANION_FILES.fullmatch(file.name):
             shutil.copyfile(file, target_dir / file.name)
-    if dtype != "Source":
-        _write_config_dtype(target_dir / CONFIG_FILE, DTYPES[dtype])
 
 
 def _save_shards(tensors: Iterable[tuple[str, Tensor]], *, target_dir: Path, max_shard_bytes: int) -> None:

@@ -6,7 +6,6 @@ in torchao's safetensors: such a folder has the same form, but only `load_model`
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from kubetune_trainer.errors import DataError, DoesNotFitError
-from kubetune_trainer.export.huggingface import COMPANION_FILES
+from kubetune_trainer.export.huggingface import copy_companions
 from kubetune_trainer.export.shards import MAX_SHARD_BYTES, Planned, ShardWriter
 from kubetune_trainer.model.config import CONFIG_FILE, read_config, read_json
 from kubetune_trainer.model.decoder import Decoder
@@ -114,9 +113,7 @@ def save_torchao(
                 else:
                     writer.write(name, weight)
                 done()
-    for file in sorted(source.iterdir()):
-        if file.is_file() and COMPANION_FILES.fullmatch(file.name):
-            shutil.copyfile(file, target / file.name)
+    copy_companions(source, target)
     described = read_json(source / CONFIG_FILE) | {"quantization_config": _describe(scheme, group_size=group_size)}
     (target / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
 
