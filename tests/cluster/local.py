@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
 import time
 import urllib.parse
@@ -22,7 +23,7 @@ import boto3
 from botocore.config import Config
 
 from tests.cluster import binaries, images, kind, kubectl, locks, node, packages, settings
-from tests.cluster.paths import CLUSTER, HERE, LOGS, ROOT
+from tests.cluster.paths import CACHE, CLUSTER, HERE, LOGS, ROOT
 from tests.cluster.progress import note, stage
 
 S3_NAMESPACE: Final = "kubetune-s3"
@@ -35,6 +36,8 @@ S3_IMAGE: Final = "localhost/kubetune-s3:dev"
 CHART: Final = ROOT / "helm" / "kubetune"
 OPERATOR_NAMESPACE: Final = "kubetune-system"
 RELEASE: Final = "kubetune"
+FIRST_TIME_BYTES: Final = 28 * 10**9
+"""Disk that an empty cache needs at most, while the trainer's image is brought into the node; less stays taken."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +184,26 @@ def prepare() -> None:
         note(f"a node would need {missing}: only what a control plane needs is built")
         binaries.ensure(*settings.CONTROL_PLANE_PROGRAMS, "helm")
         return
+    _check_disk()
     packages.ensure(packages.NODE | packages.IMAGES)
     with ThreadPoolExecutor() as pool:
         programs = pool.submit(binaries.ensure, *settings.NODE_PROGRAMS, "pause", "helm", "rclone")
         images.build_dependencies(*images.IMAGES)
         programs.result()
+    binaries.forget_build_cache()
+
+
+def _check_disk() -> None:
+    """Refuse an empty cache on a disk that it would fill, on which pods do not start and builds fail half-way."""
+    if images.STORE.exists():
+        return
+    CACHE.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(CACHE).free
+    if free < FIRST_TIME_BYTES:
+        raise RuntimeError(
+            f"the first time needs {FIRST_TIME_BYTES / 1e9:.0f} GB of free disk at {CACHE}, got {free / 1e9:.0f} GB; "
+            "KUBETUNE_CACHE names another place"
+        )
 
 
 def load(*names: str) -> None:
@@ -202,7 +220,11 @@ def start_s3() -> str:
         load_files(S3_IMAGE, files={"/rclone": binaries.binary("rclone")}, entrypoint=["/rclone"])
     with stage("starting the S3 server"):
         cluster.kubectl("apply", "-f", str(HERE / "manifests" / "s3.yaml"))
-        cluster.kubectl("rollout", "status", "-n", S3_NAMESPACE, "deployment/s3", "--timeout=60s")
+        try:
+            cluster.kubectl("rollout", "status", "-n", S3_NAMESPACE, "deployment/s3", "--timeout=60s")
+        except subprocess.CalledProcessError as error:
+            error.add_note(cluster.kubectl("get", "events", "-n", S3_NAMESPACE, "--sort-by=.lastTimestamp").stdout)
+            raise
         _wait_for(cluster.s3_endpoint)
     return cluster.s3_endpoint
 

@@ -14,7 +14,5 @@ def prune() -> None:
         if path.is_dir() and path.name not in kept:
             note(f"removing {path}")
             shutil.rmtree(path)
-        elif path.suffix == ".lock" and path.stem not in kept:
-            path.unlink()
     with locks.held(images.DIRECTORY / "lock"):
         images.prune()

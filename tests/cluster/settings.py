@@ -172,7 +172,7 @@ def _write_kubelet(authority: Authority) -> None:
         "volumePluginDir": str(CLUSTER / "volume-plugins"),
         # The host's disk is not the cluster's: neither evict pods nor remove the images that `load` brought.
         "imageGCHighThresholdPercent": 100,
-        "evictionHard": {"nodefs.available": "1%", "imagefs.available": "1%"},
+        "evictionHard": {"nodefs.available": "100Mi", "imagefs.available": "100Mi"},
         "maxPods": 100,
     }
     (CLUSTER / "kubelet.yaml").write_text(yaml.safe_dump(content))
