@@ -64,8 +64,8 @@ TABLE = Table(
     file=__file__,
     title="Greedy decoding of SmolLM2-135M-Instruct in bf16, 48 tokens behind a prompt of 32.",
     notes=(
-        "Each token reads all 269 MB of weights, on both sides alike. Ours asks the kernel for huge pages, as it does "
-        "everywhere, and reads them from there if the machine gives any."
+        "Each token reads all 269 MB of weights, on both sides alike. Ours asks the kernel for huge pages for them, "
+        "and reads them from there if the machine gives any."
     ),
     sides={"ours": Side(run=ours), "transformers": Side(run=transformers)},
     rows=[

@@ -7,6 +7,7 @@ number of tokens behind the same prompt three times and prints the median. Ratio
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -17,6 +18,7 @@ import torch
 from kubetune_trainer import generate, load_model
 from kubetune_trainer.export.compressed_tensors import save_compressed_tensors
 from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.quantize.linear import IntegerLinear
 
 REPEATS = 3
 PROMPT = list(range(100, 132))
@@ -33,8 +35,9 @@ def tokens_per_second(model: Decoder, *, tokens: int) -> float:
 
 
 def weight_bytes(model: Decoder) -> int:
-    """Bytes of all weights in memory."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    """Bytes of all weights in memory, those included that are there once more for few tokens."""
+    packed = [layer.packed for layer in model.modules() if isinstance(layer, IntegerLinear) and layer.packed]
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *itertools.chain(*packed)))
 
 
 def main() -> None:
@@ -48,14 +51,14 @@ def main() -> None:
     print(f"torch {torch.__version__}, {options.threads} thread(s), {options.tokens} tokens behind {len(PROMPT)}\n")
     print("| weights | computes in | weights in memory | tokens/s | to fp32 |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        int8 = Path(folder) / "int8"
-        save_compressed_tensors(options.model, int8, scheme="Int8WeightOnly", group_size=32)
+        small = {scheme: Path(folder) / scheme for scheme in ("Int8WeightOnly", "Int4WeightOnly")}
+        for scheme, path in small.items():
+            save_compressed_tensors(options.model, path, scheme=scheme, group_size=32)
         base = None
         for name, path, dtype in (
             ("fp32", options.model, torch.float32),
             ("bf16", options.model, torch.bfloat16),
-            ("Int8WeightOnly", int8, torch.float32),
-            ("Int8WeightOnly", int8, torch.bfloat16),
+            *((scheme, path, dtype) for scheme, path in small.items() for dtype in (torch.float32, torch.bfloat16)),
         ):
             model = load_model(path, dtype=dtype)
             rate = tokens_per_second(model, tokens=options.tokens)

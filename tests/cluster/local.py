@@ -36,7 +36,7 @@ S3_IMAGE: Final = "localhost/kubetune-s3:dev"
 CHART: Final = ROOT / "helm" / "kubetune"
 OPERATOR_NAMESPACE: Final = "kubetune-system"
 RELEASE: Final = "kubetune"
-FIRST_TIME_BYTES: Final = 28 * 10**9
+FIRST_TIME_BYTES: Final = 30 * 10**9
 """Disk that an empty cache needs at most, while the trainer's image is brought into the node; less stays taken."""
 
 

@@ -91,4 +91,5 @@ def test_a_rotation_has_the_gradients_of_autograd(rotated: int) -> None:
         turned = x[..., :rotated] * cos + torch.cat((-second, first), dim=-1) * sin
         return torch.cat((turned, x[..., rotated:]), dim=-1)
 
-    assert_same(lambda x: rotate(x, cos, sin), plain, torch.randn(2, 3, 5, 8))
+    signed = torch.cat((-sin[..., : rotated // 2], sin[..., rotated // 2 :]), dim=-1)  # as rotary_tables has them
+    assert_same(lambda x: rotate(x, cos, signed), plain, torch.randn(2, 3, 5, 8))

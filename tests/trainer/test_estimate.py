@@ -1,6 +1,7 @@
 """The estimate's parts follow from the model's shape and the run, and activations are those that torch really keeps."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,13 @@ def test_split_layers_need_less_activations(tmp_path: Path) -> None:
                                      f"training.parallelism.tensor={size}"), SHAPE).message)
         for size in (1, 2)
     )  # fmt: skip
-    assert split["activations"] == pytest.approx(2 / 3 * plain["activations"], rel=0.05), "norms are whole"
+    assert split["activations"] == pytest.approx(0.6 * plain["activations"], rel=0.05), "norms are whole"
 
 
 def test_offloaded_activations_are_those_of_two_blocks_and_the_rest_is_in_the_hosts_memory(tmp_path: Path) -> None:
     recompute = "training.activation_checkpointing=None"
-    plain = estimate_memory(config(tmp_path, recompute), SHAPE)
+    # A compiler decides what is kept, too: neither leaves anything to be made again.
+    plain = estimate_memory(config(tmp_path, recompute, "training.compile=Blocks"), SHAPE)
     there = estimate_memory(config(tmp_path, recompute, "training.activation_offload=true"), SHAPE)
     before, after = parts(plain.message)["activations"], parts(there.message.partition(";")[0])["activations"]
     assert before - after == pytest.approx(before * (1 - 2 / SHAPE.num_layers), rel=0.02)
@@ -206,7 +208,7 @@ def test_the_parts_add_up(tmp_path: Path) -> None:
     [
         ("training.micro_batch_size=4", pytest.approx(4)),
         ("training.precision=FP32", pytest.approx(1.9, rel=0.07)),
-        ("training.activation_checkpointing=None", pytest.approx(11.6, rel=0.1)),
+        ("training.activation_checkpointing=None", pytest.approx(7, rel=0.1)),
         ("training.activation_checkpointing=Selective", pytest.approx(7, rel=0.1)),
     ],
 )
@@ -234,31 +236,45 @@ def test_activations_follow_the_micro_batch(change: str, factor: Any, tmp_path: 
     ids=["llama", "wide llama", "mixtral", "gemma2"],
 )  # fmt: skip
 def test_activations_are_what_torch_keeps_for_the_backward_pass(
-    precision: str, shape: dict[str, Any], tmp_path: Path
+    precision: str, shape: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if precision == "BF16" and not HAS_BF16_TILES:
         pytest.skip("needs a CPU with AMX: others attend in fp32")
-    model_shape = ModelConfig.from_hf(model_config(**shape, num_hidden_layers=6))
-    model = build_model(model_shape).to(torch.float32 if precision == "FP32" else torch.bfloat16).to_empty(device="cpu")
+    run = config(
+        tmp_path, f"training.precision={precision}", "training.activation_checkpointing=None",
+        "training.micro_batch_size=2", "dataset.max_sequence_length=128", "tuning=Full", "lora=null",
+    )  # fmt: skip
+    shapes = [ModelConfig.from_hf(model_config(**shape, num_hidden_layers=number)) for number in (6, 2)]
+    dtype = torch.float32 if precision == "FP32" else torch.bfloat16
+    more, less = (kept_by_blocks(each, dtype=dtype, monkeypatch=monkeypatch) for each in shapes)
+    counted = activation_bytes(run, shapes[0]) - activation_bytes(run, shapes[1])
+    assert counted == pytest.approx(more - less, rel=0.15)
+
+
+def kept_by_blocks(shape: ModelConfig, *, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Returns the bytes that torch keeps of a model's blocks, less what they make again."""
+    model = build_model(shape).to(dtype).to_empty(device="cpu")
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.02)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+    class Counted(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> None:
+            def keep(tensor: torch.Tensor) -> Any:
+                packed = pack(tensor)
+                if isinstance(packed, torch.Tensor):
+                    kept[packed.untyped_storage().data_ptr()] = packed
+                return packed
+
+            super().__init__(keep, unpack)
 
     tokens_BT = torch.randint(0, 250, (2, 128))
     documents_BT = (torch.arange(128) >= 64).long().expand(2, 128)  # two packed samples each
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd.graph, "saved_tensors_hooks", Counted)
         model(tokens_BT, documents_BT=documents_BT, labels_BT=tokens_BT)
-    measured = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in weights)
-    run = config(
-        tmp_path, f"training.precision={precision}", "training.activation_checkpointing=None",
-        "training.micro_batch_size=2", "dataset.max_sequence_length=128",
-    )  # fmt: skip
-    assert activation_bytes(run, model_shape) == pytest.approx(measured, rel=0.15)
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in weights)
 
 
 def test_a_teacher_is_counted_and_its_pupil_needs_more(tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ def estimate_parts(
 def host_bytes(config: FineTuneConfig, shape: ModelConfig, *, others: Mapping[str, ModelConfig] | None = None) -> int:
     """Returns what one rank keeps in the host's memory in place of the device's; takes what `estimate_parts` does."""
     training = config.training
-    here = training.model_copy(update={"activation_offload": False, "cpu_offload": False})
+    # Compiled, since a compiler leaves nothing to be made again either.
+    here = training.model_copy(update={"activation_offload": False, "cpu_offload": False, "compile": "Blocks"})
     on_device, away = config.model_copy(update={"training": here}), 0
     if training.activation_offload:
         tokens, kept, _ = _activations(on_device, shape_of_rank(shape, training.parallelism.tensor))
@@ -153,7 +154,7 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
     in_root = root * kept_trained // ranks if is_full else 0
     largest = max(weight.numel() for weight in model.parameters() if weight.requires_grad)
     tokens, kept, again = _activations(config, shape)
-    temporary = 3 * shape.token_width * compute
+    temporary = (4 * shape.token_width + shape.hidden_size) * compute
     logits = _logits(config, shape, tokens)
     rows = tokens * shape.hidden_size * compute
     # With trained tokens the output head as it is with their rows, and its gradient.
@@ -255,31 +256,37 @@ def activation_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:
 def _activations(config: FineTuneConfig, shape: ModelConfig) -> tuple[int, int, int]:
     """Returns the tokens of a micro batch; per token, the bytes that are kept, and those of a block computed again.
 
-    Per token and block: of each norm the input, the scaled input and the output; queries, keys, values and the
-    attention's output (in fp32 on a CPU that has bf16 but no AMX, which is passed over), and with packing a row of the
-    mask; three times the inner width of the feed-forward block, or of the experts that a token passes, and the token's
-    copies for each of them; where attention has a soft bound, two rows of its products in place of the mask's.
+    Per token and block: of each norm the input, and the scaled input if its weight is trained; queries, keys, values
+    and the attention's output (in fp32 on a CPU that has bf16 but no AMX, which is passed over); twice the inner width
+    of the feed-forward block, or of the experts that a token passes, and the token's copies for each of them; where
+    attention has a soft bound, two rows of its products. Where nothing of a block is made again by itself, also the
+    norms' outputs and the inner width once more. With packing, a row of the mask once for all blocks.
     """
     compute, length = _compute_bytes(config), config.dataset.max_sequence_length
-    norm = 3 * shape.hidden_size * compute
-    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * compute
-    # A mask; with a soft bound, of each head the bounded products and their softmax in fp32.
-    rows = length * compute if config.dataset.packing == "BestFit" else 0
-    if shape.attention_softcap is not None:
-        rows = length * FP32 * 2 * shape.num_heads
-    block = len(NORMS[shape.norm_places]) * norm + heads + rows + 3 * shape.token_width * compute
+    num_norms = len(NORMS[shape.norm_places])
+    scaled = 0 if config.lora is not None else compute if shape.norm_style == "Llama" else FP32
+    norm = shape.hidden_size * (compute + scaled)
+    num_kv_heads = shape.num_kv_heads if shape.attention_softcap is None else shape.num_heads  # they are copied there
+    heads = 2 * (shape.num_heads + num_kv_heads) * shape.head_dim * compute
+    # A mask for all blocks; with a soft bound, of each head the bounded products and their softmax in fp32.
+    mask = length * compute if config.dataset.packing == "BestFit" and shape.attention_softcap is None else 0
+    rows = 0 if shape.attention_softcap is None else length * FP32 * 2 * shape.num_heads
+    block = num_norms * norm + heads + rows + 2 * shape.token_width * compute
     if shape.experts is not None:
-        block += shape.experts.num_chosen * shape.hidden_size * (2 * compute + FP32)
+        block += shape.experts.num_chosen * shape.hidden_size * 2 * compute
     # What projections and attention return, and the copy of it that attention computes with.
     width = 2 * shape.token_width + 2 * shape.hidden_size + (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    whole = block + (num_norms * shape.hidden_size + shape.token_width) * compute
+    training = config.training
     each = {
-        "None": block,
+        "None": whole if training.activation_offload or training.compile == "Blocks" else block,
         "Selective": (shape.hidden_size + width) * compute + shape.num_heads * shape.head_dim * compute,
         "Full": shape.hidden_size * compute,
-    }[config.training.activation_checkpointing]
-    again = 0 if config.training.activation_checkpointing == "None" else block
-    sequences = config.training.micro_batch_size * (2 if config.rows == "Pairs" else 1)
-    return sequences * length, _blocks_kept(config, shape.num_layers) * each + 2 * norm, again
+    }[training.activation_checkpointing]
+    again = 0 if training.activation_checkpointing == "None" else whole
+    sequences = training.micro_batch_size * (2 if config.rows == "Pairs" else 1)
+    around = 6 * shape.hidden_size * compute + mask  # of the last norm, and of the embedding
+    return sequences * length, _blocks_kept(config, shape.num_layers) * each + around, again
 
 
 def _moment_bytes(config: FineTuneConfig) -> float:

@@ -96,7 +96,9 @@ def _loss_of(
 ) -> tuple[Tensor, Any]:
     """Return a chunk's summed loss and, where it is wanted, its gradient with respect to the logits, (N, V)."""
     logits_NV = soft_capped(functional.linear(hidden_ND, head_VD), softcap).float()
-    log_probabilities_NV = functional.log_softmax(logits_NV, dim=-1)
+    # In place where the logits are not asked for again, and where we know that the kernel reads a row before it writes.
+    is_in_place = softcap is None and logits_NV.device.type == "cpu"
+    log_probabilities_NV = torch.log_softmax(logits_NV, dim=-1, out=logits_NV if is_in_place else None)
     loss = functional.nll_loss(log_probabilities_NV, labels_N, reduction="sum")
     if not differentiate:
         return loss, None

@@ -17,7 +17,7 @@ from torch.nn import functional
 from kubetune_trainer.loss import soft_capped
 from kubetune_trainer.model.block_attention import attend_by_blocks, block_mask
 from kubetune_trainer.model.config import ModelConfig
-from kubetune_trainer.model.decoding import Fused, linear
+from kubetune_trainer.model.decoding import Fused
 from kubetune_trainer.model.norm import RMSNorm
 from kubetune_trainer.model.rope import Rope, rotary_tables, rotate
 from kubetune_trainer.names import PADDING_DOCUMENT
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Mask = Union[Tensor, "BlockMask"]
-"""Which keys each query sees: (B, 1, T, S), true where one is seen, or what says it by blocks."""
+"""Which keys each query sees: (B, 1, T, S), true or 0 where one is seen, false or -inf elsewhere, or by blocks."""
 
 HAS_BF16_TILES: Final = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 """Whether this machine's CPU multiplies bf16 by tiles (AMX). Without, the bf16 backward of torch's attention takes 3 to
@@ -48,10 +48,11 @@ class KVCache:
 
     def append(self, layer: int, key_BKTH: Tensor, value_BKTH: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values; return all of that layer's, new ones included."""
-        end = self.length + key_BKTH.shape[2]
-        self.keys[layer, :, :, self.length : end] = key_BKTH
-        self.values[layer, :, :, self.length : end] = value_BKTH
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        num_new = key_BKTH.shape[2]
+        keys_BKSH, values_BKSH = self.keys[layer], self.values[layer]
+        keys_BKSH.narrow(2, self.length, num_new).copy_(key_BKTH)
+        values_BKSH.narrow(2, self.length, num_new).copy_(value_BKTH)
+        return keys_BKSH.narrow(2, 0, self.length + num_new), values_BKSH.narrow(2, 0, self.length + num_new)
 
     def begin_with(self, other: "KVCache") -> None:
         """Take over the one row of another cache as the beginning of every row."""
@@ -99,9 +100,14 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Mask | None, cache: KVCache | None
     ) -> Tensor:
         """Attend; `mask` is None for plain causal attention."""
-        query, key, value = self._project(x_BTD)
-        if cos is not None and sin is not None:
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if self.fused is not None and self.query_key_norm == "None" and cos is not None and sin is not None:
+            both, value = self.fused(x_BTD).split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=-1)
+            turned, value = rotate(self._heads(both), cos, sin), self._heads(value)
+            query, key = turned.split([size // self.head_dim for size in self.sizes[:2]], dim=1)
+        else:
+            query, key, value = self._project(x_BTD)
+            if cos is not None and sin is not None:
+                query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
         out_BNTH = attend(query, key, value, mask, scale=self.scale, softcap=self.softcap)
@@ -110,7 +116,7 @@ class Attention(nn.Module):
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values by head."""
         if self.fused is not None:
-            query, key, value = linear(x_BTD, *self.fused).split(self.sizes, dim=-1)
+            query, key, value = self.fused(x_BTD).split(self.sizes, dim=-1)
         elif hasattr(self, "qkv_proj"):
             query, key, value = self.qkv_proj(x_BTD).split(self.sizes, dim=-1)
         else:
@@ -176,7 +182,11 @@ class LayerInputs:
     def _within(self, window: int | None) -> Mask | None:
         if self._blocks_of_BT is not None:
             return block_mask(self._blocks_of_BT, self._positions_BT, window=window)
-        return within(self._mask, window, self._positions_BT, self._key_positions_BS)
+        mask = within(self._mask, window, self._positions_BT, self._key_positions_BS)
+        if mask is None or self._config.attention_softcap is not None:
+            return mask
+        # As torch's attention would make it, but once for all layers.
+        return torch.zeros_like(mask, dtype=self._dtype).masked_fill_(~mask, -torch.inf)
 
 
 def within(mask: Tensor | None, window: int | None, positions_BT: Tensor, key_positions_BS: Tensor) -> Tensor | None:

@@ -2,19 +2,21 @@
 
 The weights of a block lie side by side, in huge pages where the kernel gives any, which are read up to 3 times as fast;
 layers that map the same input are multiplied as one, without a copy, since their weights are neighbours; and products
-of few tokens with bf16 weights take the operators of torch 2.14 that read these fastest.
+of few tokens with bf16 or integer weights take the operators of torch 2.14 that read these fastest.
 """
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from kubetune_trainer.quantize.linear import IntegerLinear, together
 
 if TYPE_CHECKING:
     from kubetune_trainer.model.decoder import Decoder
@@ -26,11 +28,8 @@ NEIGHBOURS: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module that map the same input."""
 
 
-class Fused(NamedTuple):
-    """Layers that map the same input, as one."""
-
-    weight: Tensor
-    bias: Tensor | None
+Fused = Callable[[Tensor], Tensor]
+"""Layers that map the same input, as one."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,14 +58,18 @@ def decoding(model: "Decoder") -> Iterator[None]:
         yield
         return
     changed = []
-    in_blocks = {weight for block in model.model.layers for weight in _lay_side_by_side(_plain_weights(block))}
-    _lay_side_by_side([weight for weight in _plain_weights(model) if weight not in in_blocks])
+    in_blocks: set[Tensor] = set()
+    for block in model.model.layers:
+        for weights in _movable(block):
+            in_blocks |= {*_lay_side_by_side(weights)}
+    for weights in _movable(model):
+        _lay_side_by_side([weight for weight in weights if weight not in in_blocks])
     for module in model.model.layers.modules():
         if _is_plain(module):
             module.forward = partial(linear, weight=module.weight, bias=module.bias)
             changed.append((module, "forward"))
         for layers in _neighbours(module):
-            module.fused = _fused(layers)
+            module.fused = _joined(layers)
             changed.append((module, "fused"))
     try:
         yield
@@ -75,10 +78,10 @@ def decoding(model: "Decoder") -> Iterator[None]:
             delattr(module, name)
 
 
-def _neighbours(module: nn.Module) -> list[list[nn.Linear]]:
+def _neighbours(module: nn.Module) -> list[list[nn.Module]]:
     """Return the layers of a module that can be one, in their order."""
     found = [[getattr(module, name, None) for name in names] for names in NEIGHBOURS]
-    return [layers for layers in found if all(map(_is_plain, layers))]
+    return [layers for layers in found if all(map(_is_plain, layers)) or _are_integers_alike(layers)]
 
 
 def _is_plain(layer: nn.Module | None) -> bool:
@@ -86,12 +89,33 @@ def _is_plain(layer: nn.Module | None) -> bool:
     return type(layer) is nn.Linear and type(layer.weight.data) is Tensor
 
 
-def _plain_weights(module: nn.Module) -> list[Tensor]:
-    """Return the weights of one type that can be laid anywhere, neighbours first."""
-    first = [layer.weight for inner in module.modules() for layers in _neighbours(inner) for layer in layers]
-    weights = dict.fromkeys((*first, *module.parameters()))
-    dtype = next(iter(weights)).dtype
-    return [weight for weight in weights if type(weight.data) is Tensor and weight.dtype == dtype]
+def _are_integers_alike(layers: Sequence[nn.Module | None]) -> bool:
+    kinds = {
+        (layer.bits, layer.weight_scale.shape[1], layer.rounds_activations, layer.packed is None)
+        if isinstance(layer, IntegerLinear)
+        else None
+        for layer in layers
+    }
+    return len(kinds) == 1 and None not in kinds
+
+
+def _movable(module: nn.Module) -> list[list[Tensor]]:
+    """Return the weights that can be laid anywhere, those of a type together and neighbours first."""
+    integers = [layer for layer in module.modules() if isinstance(layer, IntegerLinear)]
+    for layer in integers:
+        layer.pack()
+    near = [layers for inner in module.modules() for layers in _neighbours(inner)]
+    weights = [layer.weight for layers in near for layer in layers]
+    for layers in (*near, integers):
+        weights += [layer.weight_scale for layer in layers if isinstance(layer, IntegerLinear)]
+    for layers in (*near, integers):
+        weights += [layer.packed.weight for layer in layers if isinstance(layer, IntegerLinear) and layer.packed]
+    weights += [*(layer.weight for layer in integers), *module.parameters()]
+    by_type: dict[torch.dtype, dict[Tensor, None]] = {}
+    for weight in weights:
+        if type(weight.data) is Tensor:
+            by_type.setdefault(weight.dtype, {})[weight] = None
+    return [list(each) for each in by_type.values()]
 
 
 @torch.inference_mode(mode=False)
@@ -116,9 +140,10 @@ def _in_huge_pages(numel: int, dtype: torch.dtype) -> Tensor:
     return room[begin : begin + num_bytes].view(dtype)
 
 
-def _fused(layers: Sequence[nn.Linear]) -> Fused:
+def _joined(layers: Sequence[nn.Module]) -> Fused:
     """Return neighbours as one layer, whose weight is their memory."""
+    if isinstance(layers[0], IntegerLinear):
+        return IntegerLinear.joined(layers).forward
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    rows = sum(len(weight) for weight in weights)
-    whole = weights[0].detach().as_strided((rows, weights[0].shape[1]), weights[0].stride())
-    return Fused(whole, None if biases[0] is None else torch.cat(biases))
+    whole = together(weights[0], rows=sum(map(len, weights)))
+    return partial(linear, weight=whole, bias=None if biases[0] is None else torch.cat(biases))

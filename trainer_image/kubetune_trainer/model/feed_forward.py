@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, N tokens of all rows, D hidden_size, E experts, C cho
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kubetune_trainer.model.config import Experts, ModelConfig
-from kubetune_trainer.model.decoding import Fused, linear
+from kubetune_trainer.model.decoding import Fused
+from kubetune_trainer.model.recompute import made_again
 
 
 def build_feed_forward(config: ModelConfig, experts: Experts | None) -> nn.Module:
@@ -39,7 +41,7 @@ class MLP(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map each token by itself."""
         if self.fused is not None:
-            gate, up = linear(x_BTD, *self.fused).chunk(2, dim=-1)
+            gate, up = self.fused(x_BTD).chunk(2, dim=-1)
         else:
             gate, up = self.gate_proj(x_BTD), self.up_proj(x_BTD)
         return self.down_proj(gated(gate, up, is_gelu=self.is_gelu))
@@ -128,7 +130,7 @@ def gated(gate: Tensor, up: Tensor, *, is_gelu: bool = False) -> Tensor:
     """Multiply with an activated gate."""
     if gate.requires_grad or up.requires_grad:
         product: Tensor = _Gated.apply(gate, up, is_gelu)
-        return product
+        return made_again(product, partial(gated, gate.detach(), up.detach(), is_gelu=is_gelu))
     return _activate(gate, is_gelu=is_gelu) * up
 
 

@@ -186,12 +186,15 @@ class Rope:
 
 
 def rotary_tables(rope: Rope, positions_BT: Tensor, *, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of every position, each (B, 1, T, R), computed in fp32 and cast to `dtype`."""
+    """Return cosine and sine of every position for `rotate`, each (B, 1, T, R), computed in fp32 and cast to `dtype`.
+
+    The first half of the sines is negative: what `rotate` multiplies with them it would have to negate otherwise.
+    """
     length = positions_BT.max() + 1 if rope.kind in {"dynamic", "longrope"} else 0
     frequencies = rope.inverse_frequencies(head_dim=head_dim, length=length, device=positions_BT.device)
     angles = positions_BT[:, None, :, None].float() * frequencies
     cos, sin = angles.cos() * rope.attention_scaling, angles.sin() * rope.attention_scaling
-    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((sin, sin), dim=-1).to(dtype)
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -207,7 +210,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return (x * cos).add_(torch.cat((second, first), dim=-1).mul_(sin))
 
 
 class _Rotated(torch.autograd.Function):

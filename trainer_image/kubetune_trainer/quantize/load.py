@@ -40,7 +40,11 @@ def load_quantized(folder: Path, *, dtype: torch.dtype, device: str | torch.devi
             with torch.device("meta"):
                 groups = _groups(files, name)
                 stand_in = IntegerLinear(
-                    layer, num_groups=groups, rounds_activations=scheme.rounds_activations, dtype=dtype
+                    layer,
+                    num_groups=groups,
+                    bits=scheme.bits,
+                    rounds_activations=scheme.rounds_activations,
+                    dtype=dtype,
                 )
             replace(model, name, stand_in)
         model.to_empty(device=device)
