@@ -65,7 +65,9 @@ TABLE = Table(
     title="Greedy decoding of SmolLM2-135M-Instruct in bf16, 48 tokens behind a prompt of 32.",
     notes=(
         "Each token reads all 269 MB of weights, on both sides alike. Ours asks the kernel for huge pages for them, "
-        "and reads them from there if the machine gives any."
+        "and reads them from there if the machine gives any. Of our 36 ms a token the profiler gives 20 to products "
+        "with the weights, at the 13 GB/s at which two cores read them, 2.4 ms to attention and the rest to some 1,500 "
+        "small operators of 30 layers (norms, rotation, cache), a few microseconds each: what is left to win."
     ),
     sides={"ours": Side(run=ours), "transformers": Side(run=transformers)},
     rows=[

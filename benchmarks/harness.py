@@ -30,6 +30,8 @@ CACHE: Final = Path(os.environ.get("KUBETUNE_CACHE") or Path.home() / ".cache" /
 RESULTS: Final = Path(__file__).parent / "RESULTS.md"
 DRIFT_ALLOWED: Final = 0.10
 """A round is void if the calibration matmul's time differs by more than this between its processes."""
+VOID_ALLOWED: Final = 4
+"""So many rounds of a row may be void."""
 LOSS_TOLERANCE: Final = 2e-4
 """By how much the sides' first losses may differ, relative: sides that do other work are not compared."""
 BF16_LOSS_TOLERANCE: Final = 1e-2
@@ -88,6 +90,8 @@ class Table:
     rows: Sequence[Row]
     ratios: Sequence[Ratio]
     rounds: int = 3
+    drift_allowed: float = DRIFT_ALLOWED
+    """More where a round has so many processes that no machine stays the same for all of them."""
     derive: Callable[[Row, Mapping[str, Measures]], dict[str, Measures]] = field(default=lambda _, best: dict(best))
     """Adds measures that follow from several sides."""
 
@@ -154,10 +158,10 @@ def calibrate() -> float:
 def run_row(table: Table, row: Row, *, rounds: int, threads: int) -> dict[str, Measures]:
     """Runs all sides in turn until enough rounds count, and returns each side's best."""
     counted: list[dict[str, Measures]] = []
-    for number in range(rounds + 1):  # one may be void
+    for number in range(rounds + VOID_ALLOWED):
         found = {name: start_side(table, name, {**row.settings, "threads": threads}) for name in row.sides}
         drift = drift_of(found.values())
-        void = drift > DRIFT_ALLOWED
+        void = drift > table.drift_allowed
         print(f"{row.name}: round {number + 1}, drift {drift:.0%}{', void' if void else ''}: {found}", file=sys.stderr)
         if not void:
             counted.append(found)
@@ -261,7 +265,7 @@ def section_of(
         "",
         f"{table.title} {table.notes}",
         "",
-        f"`make bench TABLE={table.name}`; {machine(options)}.",
+        f"`make bench TABLE={table.name}`; {machine(options)}; calibration within {table.drift_allowed:.0%}.",
         "",
     ]
     for row, found in zip(table.rows, best, strict=True):

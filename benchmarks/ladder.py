@@ -135,6 +135,7 @@ TABLE = Table(
         if name not in SAVE_NOTHING_HERE
     ],
     rounds=1,
+    drift_allowed=0.25,
 )
 
 if __name__ == "__main__":
