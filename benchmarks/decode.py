@@ -66,8 +66,8 @@ TABLE = Table(
     notes=(
         "Each token reads all 269 MB of weights, on both sides alike. Ours asks the kernel for huge pages for them, "
         "and reads them from there if the machine gives any. Of our 36 ms a token the profiler gives 20 to products "
-        "with the weights, at the 13 GB/s at which two cores read them, 2.4 ms to attention and the rest to some 1,500 "
-        "small operators of 30 layers (norms, rotation, cache), a few microseconds each: what is left to win."
+        "with the weights, at the 13 GB/s at which two cores read them, 2.4 ms to attention and the rest to the "
+        "small operators of 30 layers (norms, rotation, cache)."
     ),
     sides={"ours": Side(run=ours), "transformers": Side(run=transformers)},
     rows=[

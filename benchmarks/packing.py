@@ -82,8 +82,8 @@ TABLE = Table(
     notes=(
         "SmolLM2-135M-Instruct, base weights and computation in bf16; 24 samples with log-normal lengths like those of "
         "instruction data; forward and backward over every sample once. Of the positions 0.92 are real when packed and "
-        "0.53 when padded, so that 1.74 is the most. What is missing to that: the loss takes real positions alone on "
-        "both sides, and packed rows attend through a mask, over all 512 keys, padded ones causally, over half."
+        "0.53 when padded, so that 1.74 is the most. What is missing to that was not profiled; the loss takes real "
+        "positions alone on both sides, and packed rows attend through a mask, over all 512 keys, padded ones causally."
     ),
     sides={"packed": Side(run=packed), "padded": Side(run=padded)},
     rows=[Row(name="8 padded rows", settings={**FIXED, "batch": 8}, sides=SIDES)],

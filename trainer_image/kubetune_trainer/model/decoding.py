@@ -58,12 +58,7 @@ def decoding(model: "Decoder") -> Iterator[None]:
         yield
         return
     changed = []
-    in_blocks: set[Tensor] = set()
-    for block in model.model.layers:
-        for weights in _movable(block):
-            in_blocks |= {*_lay_side_by_side(weights)}
-    for weights in _movable(model):
-        _lay_side_by_side([weight for weight in weights if weight not in in_blocks])
+    _lay_weights(model)
     for module in model.model.layers.modules():
         if _is_plain(module):
             module.forward = partial(linear, weight=module.weight, bias=module.bias)
@@ -76,6 +71,19 @@ def decoding(model: "Decoder") -> Iterator[None]:
     finally:
         for module, name in changed:
             delattr(module, name)
+
+
+def _lay_weights(model: "Decoder") -> None:
+    """Lay the weights of each block, and the others, side by side; those of 4 bits are packed before."""
+    for module in model.modules():
+        if isinstance(module, IntegerLinear):
+            module.pack()
+    in_blocks: set[Tensor] = set()
+    for block in model.model.layers:
+        for weights in _movable(block):
+            in_blocks |= {*_lay_side_by_side(weights)}
+    for weights in _movable(model):
+        _lay_side_by_side([weight for weight in weights if weight not in in_blocks])
 
 
 def _neighbours(module: nn.Module) -> list[list[nn.Module]]:
@@ -101,21 +109,21 @@ def _are_integers_alike(layers: Sequence[nn.Module | None]) -> bool:
 
 def _movable(module: nn.Module) -> list[list[Tensor]]:
     """Return the weights that can be laid anywhere, those of a type together and neighbours first."""
+    near = [layer for inner in module.modules() for layers in _neighbours(inner) for layer in layers]
     integers = [layer for layer in module.modules() if isinstance(layer, IntegerLinear)]
-    for layer in integers:
-        layer.pack()
-    near = [layers for inner in module.modules() for layers in _neighbours(inner)]
-    weights = [layer.weight for layers in near for layer in layers]
-    for layers in (*near, integers):
-        weights += [layer.weight_scale for layer in layers if isinstance(layer, IntegerLinear)]
-    for layers in (*near, integers):
-        weights += [layer.packed.weight for layer in layers if isinstance(layer, IntegerLinear) and layer.packed]
-    weights += [*(layer.weight for layer in integers), *module.parameters()]
+    weights = [weight for layer in (*near, *integers) for weight in _weights_of(layer)]
+    weights += module.parameters()
     by_type: dict[torch.dtype, dict[Tensor, None]] = {}
     for weight in weights:
         if type(weight.data) is Tensor:
             by_type.setdefault(weight.dtype, {})[weight] = None
     return [list(each) for each in by_type.values()]
+
+
+def _weights_of(layer: nn.Module) -> list[Tensor]:
+    if not isinstance(layer, IntegerLinear):
+        return [layer.weight]
+    return [layer.weight, layer.weight_scale, *([layer.packed.weight] if layer.packed else ())]
 
 
 @torch.inference_mode(mode=False)

@@ -74,6 +74,11 @@ class IntegerLinear(nn.Module):
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
         return out if self.bias is None else out + self.bias
 
+    @property
+    def group_size(self) -> int:
+        """Weights of a row that share a scale."""
+        return self.in_features // self.weight_scale.shape[1]
+
     def _is_quick(self) -> bool:
         return self.packed is not None or self.weight_scale.shape[1] == 1
 
@@ -81,16 +86,14 @@ class IntegerLinear(nn.Module):
         """Map few tokens by torch's own kernels."""
         if self.packed is None:
             return torch._weight_int8pack_mm(x_TI, self.weight, self.weight_scale[:, 0])  # noqa: SLF001
-        group_size = self.in_features // self.weight_scale.shape[1]
         return torch.ops.aten._weight_int4pack_mm_for_cpu(  # type: ignore[no-any-return]  # noqa: SLF001
-            x_TI, self.packed.weight, group_size, self.packed.scales
+            x_TI, self.packed.weight, self.group_size, self.packed.scales
         )
 
     @torch.inference_mode(mode=False)
     def pack(self) -> None:
         """Keep a 4-bit weight packed too, half a byte each, where torch multiplies it so; else do nothing."""
-        group_size = self.in_features // self.weight_scale.shape[1]
-        is_known = self.bits == 4 and group_size in PACKED_GROUPS and self.out_features % PACKED_ROWS == 0
+        is_known = self.bits == 4 and self.group_size in PACKED_GROUPS and self.out_features % PACKED_ROWS == 0
         has_kernel = torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}
         if self.packed is not None or not (is_known and has_kernel) or self.weight_scale.dtype != torch.bfloat16:
             return
