@@ -1,8 +1,9 @@
 """The training step of each project, for the tables lora, full and mfu: the same model, rows, optimizer and clipping.
 
 Settings: model (folder), rows, length, share (of a row's tokens that are trained, at its end), tuning (LoRA or Full),
-rank, targets (attention: q and v; all: every linear layer), precision, steps. No activation checkpointing, nothing is
-compiled; rows are full, so nothing is padded.
+rank, targets (attention: q and v; all: every linear layer), precision, steps, compiled (by `torch.compile`: each block
+of ours, the whole of transformers' model as its Trainer does). No activation checkpointing; rows are full, so nothing
+is padded.
 
 Precisions are ours. FP32: all in fp32. BF16Mixed: frozen weights in bf16, trained ones in fp32, computed in bf16, which
 PEFT's users get of autocast. BF16: all in bf16, which is what torchtune and litgpt have.
@@ -68,6 +69,7 @@ def ours(settings: Settings) -> Measures:
     """Our decoder, adapters and loss."""
     import torch
 
+    from kubetune_trainer.compiled import compile_blocks
     from kubetune_trainer.lora import apply_lora, init_lora
     from kubetune_trainer.model.config import read_config
     from kubetune_trainer.model.weights import build_model, load_weights
@@ -83,6 +85,8 @@ def ours(settings: Settings) -> Measures:
     model.to_empty(device="cpu")
     load_weights(model, settings["model"])
     init_lora(model, seed=0)
+    if settings.get("compiled"):
+        compile_blocks(model)
     shifted = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), dim=1)
     trained = int((shifted != -100).sum())
     return measure(
@@ -105,6 +109,8 @@ def transformers(settings: Settings) -> Measures:
         rank = settings["rank"]
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
+    if settings.get("compiled"):
+        model = torch.compile(model)
 
     def loss_of() -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings["precision"] == "BF16Mixed"):

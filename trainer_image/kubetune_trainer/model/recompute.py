@@ -36,9 +36,10 @@ def recomputed(function: Callable[..., Tensor], *inputs: object, mode: Activatio
         mode: Full keeps nothing else. Selective also keeps what the EXPENSIVE operators return. None keeps everything
             but what `made_again` is told of.
     """
-    if not torch.is_grad_enabled():
+    is_plain = mode == "None"
+    if not torch.is_grad_enabled() or (is_plain and torch.compiler.is_compiling()):
         return function(*inputs)
-    if mode == "None":
+    if is_plain:
         with _remaking():
             return function(*inputs)
     if mode == "Full":
@@ -100,7 +101,7 @@ _table: ContextVar[dict[int, _Remade] | None] = ContextVar("table", default=None
 def _remaking() -> Iterator[None]:
     # There is no public way to ask for others' hooks.
     is_taken = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # noqa: SLF001
-    if torch.compiler.is_compiling() or is_taken:
+    if is_taken:
         yield
         return
     table: dict[int, _Remade] = {}

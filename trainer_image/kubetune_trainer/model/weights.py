@@ -1,6 +1,8 @@
 """Read a Hugging Face folder of safetensors straight into a model: each rank reads only the rows that it holds."""
 
 import json
+import math
+import mmap
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -157,7 +159,7 @@ def _take_weights(model: Decoder, path: Path, *, dtype: torch.dtype, device: str
     with WeightFiles(path, tied_embeddings=model.config.tied_embeddings) as files:
         files.check(wanted)
         for name in wanted:
-            tensor = files.mapped(name) if files.dtype(name) == dtype else files.copied(name).to(dtype)
+            tensor = files.mapped(name) if files.dtype(name) == dtype else files.converted(name, dtype)
             layer, _, kind = name.rpartition(".")
             setattr(model.get_submodule(layer), kind, torch.nn.Parameter(tensor.to(device)))
 
@@ -201,7 +203,7 @@ class WeightFiles:
     def __init__(self, folder: Path, *, tied_embeddings: bool) -> None:
         self.folder = folder
         self._open_files = ExitStack()
-        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
+        self._maps: dict[Path, tuple[mmap.mmap, int, dict[str, Any]]] = {}
         self._file_of = _index(folder)
         self._handles = {file: self._open(file) for file in sorted(set(self._file_of.values()))}
         for name, file in self._file_of.items():
@@ -263,17 +265,20 @@ class WeightFiles:
         tensor: Tensor = self._handles[self._file_of[name]].get_tensor(name)
         return tensor
 
-    def copied(self, name: str) -> Tensor:
-        """Read a tensor into memory of its own, past the map of the file, whose pages would count as this process's."""
+    def converted(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Read a tensor into another type; the pages read are let go at once, which would count as this process's."""
         file = self.folder / self._file_of[name]
-        if file not in self._headers:
-            self._headers[file] = _header(file)
-        begin, header = self._headers[file]
-        tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
-        with file.open("rb") as stream:
-            stream.seek(begin + header[name]["data_offsets"][0])
-            stream.readinto(memoryview(tensor.flatten().view(torch.uint8).numpy()))
-        return tensor
+        if file not in self._maps:
+            with file.open("rb") as stream:
+                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY), *_header(file)
+        memory, begin, header = self._maps[file]
+        first, end = (begin + offset for offset in header[name]["data_offsets"])
+        shape = self.shape(name)
+        stored = torch.frombuffer(memory, dtype=self.dtype(name), offset=first, count=math.prod(shape))
+        made = stored.view(shape).to(dtype)
+        page = first - first % mmap.PAGESIZE
+        memory.madvise(mmap.MADV_DONTNEED, page, end - page)
+        return made
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor whole, in the files' order."""
