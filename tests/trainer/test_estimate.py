@@ -109,7 +109,7 @@ def test_split_layers_need_less_activations(tmp_path: Path) -> None:
                                      f"training.parallelism.tensor={size}"), SHAPE).message)
         for size in (1, 2)
     )  # fmt: skip
-    assert split["activations"] == pytest.approx(0.6 * plain["activations"], rel=0.05), "norms are whole"
+    assert split["activations"] == pytest.approx(0.57 * plain["activations"], rel=0.05), "norms are whole"
 
 
 def test_offloaded_activations_are_those_of_two_blocks_and_the_rest_is_in_the_hosts_memory(tmp_path: Path) -> None:

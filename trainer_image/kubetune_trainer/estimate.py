@@ -254,7 +254,7 @@ def activation_bytes(config: FineTuneConfig, shape: ModelConfig) -> int:
 
 
 def _activations(config: FineTuneConfig, shape: ModelConfig) -> tuple[int, int, int]:
-    """Returns the tokens of a micro batch; per token, the bytes that are kept, and those of a block computed again.
+    """Returns the tokens of a micro batch; per token, the bytes that are kept, and those of a block made again.
 
     Per token and block: of each norm the input, and the scaled input if its weight is trained; queries, keys, values
     and the attention's output (in fp32 on a CPU that has bf16 but no AMX, which is passed over); twice the inner width
@@ -283,7 +283,7 @@ def _activations(config: FineTuneConfig, shape: ModelConfig) -> tuple[int, int, 
         "Selective": (shape.hidden_size + width) * compute + shape.num_heads * shape.head_dim * compute,
         "Full": shape.hidden_size * compute,
     }[training.activation_checkpointing]
-    again = 0 if training.activation_checkpointing == "None" else whole
+    again = whole - each if training.activation_checkpointing == "None" else whole
     sequences = training.micro_batch_size * (2 if config.rows == "Pairs" else 1)
     around = 6 * shape.hidden_size * compute + mask  # of the last norm, and of the embedding
     return sequences * length, _blocks_kept(config, shape.num_layers) * each + around, again
