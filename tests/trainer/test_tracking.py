@@ -169,3 +169,19 @@ def test_a_runs_identity_is_its_jobs_and_that_of_a_local_run_goes_with_its_folde
     assert run_id(config(tmp_path, uid="local")) == local
     (tmp_path / "run" / "tracking.id").unlink()
     assert run_id(config(tmp_path, uid="local")) != local
+
+
+def test_who_waits_for_a_tracker_finds_its_failure_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    def slowly(_: str, *, message: str) -> None:
+        time.sleep(0.2)
+        told.append(message)
+
+    def fail() -> None:
+        raise OSError("nobody listens")
+
+    monkeypatch.setattr(tracking, "report", slowly)
+    outbox = Outbox("mlflow", Stumbling(failures=0), config=config(tmp_path))
+    assert outbox.ask(fail).wait(10)
+    assert told == ["tracking.mlflow cannot be told: OSError: nobody listens"]

@@ -250,6 +250,8 @@ class Outbox:
         def do() -> None:
             try:
                 what()
+            except Exception as error:  # noqa: BLE001 (as in _work, but told before anyone who waits ends the process)
+                self._failed(error)
             finally:
                 done.set()
 
