@@ -30,7 +30,7 @@ Mask = Union[Tensor, "BlockMask"]
 
 HAS_BF16_TILES: Final = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 """Whether this machine's CPU multiplies bf16 by tiles (AMX). Without, the bf16 backward of torch's attention takes 3 to
-4 times as long as the fp32 one; with it they take the same, and forward a third (torch 2.14)."""
+4 times as long as the fp32 one; with it long rows take the same, and forward a third (torch 2.14)."""
 
 SHORT_ROW: Final = 256
 """Up to so many tokens the backward pass of torch's attention is faster in fp32 even with tiles, by a tenth at 256 and

@@ -246,16 +246,8 @@ class Outbox:
     def ask(self, what: Callable[[], None]) -> threading.Event:
         """Have something done after all that was put before; returns what is set when it is done."""
         done = threading.Event()
-
-        def do() -> None:
-            try:
-                what()
-            except Exception as error:  # noqa: BLE001 (as in _work, but told before anyone who waits ends the process)
-                self._failed(error)
-            finally:
-                done.set()
-
-        self._inbox.put(do)
+        self._inbox.put(what)
+        self._inbox.put(done.set)  # behind it, so that a failure is told before anyone who waits ends the process
         return done
 
     def settle(self) -> None:
