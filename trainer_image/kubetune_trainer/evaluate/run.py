@@ -14,9 +14,6 @@ from kubetune_trainer.evaluate.work import Crew
 
 BOOTSTRAP_DRAWS = 1000
 """For the standard error of metrics that are no mean; lm_eval's own default takes a minute for each of them."""
-IN_THIS_PROCESS = {"DISABLE_MULTIPROC": "1"}
-"""Has lm_eval draw here, the same numbers. It would fork a pool whose processes inherit what this one does when it is
-stopped, and locks that nobody is left to open: the pool could wait for them without end."""
 
 
 def ask(config: EvalConfig, crew: Crew, loaded: LoadedTasks, *, name: str) -> Evaluation:
@@ -32,7 +29,9 @@ def ask(config: EvalConfig, crew: Crew, loaded: LoadedTasks, *, name: str) -> Ev
     model = EvalModel(crew, loaded.tasks.values(), max_length=max_length, name=name, seed=config.seed)
     random.seed(0)  # as lm_eval's own command line does
     np.random.seed(config.seed)  # noqa: NPY002 (what lm_eval's metrics draw from)
-    os.environ.update(IN_THIS_PROCESS)
+    # Else lm_eval would draw, the same numbers, in a pool of forks. They inherit the handler of SIGTERM, with which the
+    # pool ends them, so that it could wait for one without end.
+    os.environ["DISABLE_MULTIPROC"] = "1"
     record = evaluate(
         model,
         loaded.for_lm_eval(),
