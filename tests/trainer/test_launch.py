@@ -157,6 +157,22 @@ def test_a_stop_before_the_ranks_can_listen_is_a_preemption(tmp_path: Path) -> N
     assert (code, record["result"]) == (75, "Preempted")
 
 
+def test_a_launcher_that_was_held_and_goes_on_stops_nothing(tmp_path: Path) -> None:
+    body = """
+        sys.stderr.write("up\\n"); sys.stderr.flush()
+        time.sleep(4)
+        message(result="Complete", rows=3)
+    """
+    process = start(tmp_path, body)
+    assert process.stderr is not None
+    process.stderr.readline()
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)  # longer than it waits for a signal at once
+    process.send_signal(signal.SIGCONT)
+    code, record, _, _ = finish(process, tmp_path)
+    assert (code, record) == (0, {"result": "Complete", "rows": 3})
+
+
 def test_no_rank_outlives_the_launcher(tmp_path: Path) -> None:
     process = start(tmp_path, "sys.stderr.write(f'{os.getpid()}\\n'); sys.stderr.flush(); time.sleep(60)", processes=1)
     assert process.stderr is not None

@@ -41,7 +41,8 @@ LINGER_SECONDS: Final = 10.0
 TAIL_BYTES: Final = 2048
 """How much of a rank's stderr is kept for the termination message."""
 _PR_SET_PDEATHSIG: Final = 1
-_SIGNALS: Final = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS: Final = (signal.SIGCHLD, *_STOP_SIGNALS)
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,8 @@ def _wait(ranks: Sequence[Rank]) -> tuple[list[Rank], bool]:
     stopped, deadline = False, float("inf")
     while len(order) < len(ranks):
         caught = signal.sigtimedwait(_SIGNALS, min(1.0, max(0.0, deadline - time.monotonic())))
-        if caught is not None and caught.si_signo != signal.SIGCHLD:
+        # Held for longer than it would wait (SIGSTOP, a debugger), CPython 3.11 returns what was on its stack: any number.
+        if caught is not None and caught.si_signo in _STOP_SIGNALS:
             stopped = True
             _signal_all(ranks, signal.SIGTERM)
         for rank in _reap(ranks):
