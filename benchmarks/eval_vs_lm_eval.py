@@ -5,8 +5,8 @@
 
 Both run in this process, in fp32, on all cores, one after the other, several times; the best time of each counts. A
 task's tokens are those of its requests as the task asks them, the same for both, so that tokens per second compare
-time alone. The tasks are made of the tickets in examples/data and of this project's own pages, without a network. The
-last line is one JSON object.
+time alone. The tasks are made of the tickets in examples/data and of pages of Python's reference, without a network.
+The last line is one JSON object.
 """
 
 import argparse
@@ -24,6 +24,7 @@ os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm
 
 import torch
 import yaml
+from harness import ROOT, reference_pages
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
@@ -38,7 +39,6 @@ from kubetune_trainer.report import report
 from kubetune_trainer.storage import open_store
 from kubetune_trainer.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parent.parent
 TOPICS = ["billing", "delivery", "defect", "return", "question"]
 REMEDIES = [
     " send the money back to the customer's card",
@@ -86,7 +86,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "metric_list": [{"metric": "exact_match", **MEAN}],
     },
 }
-LIMITS = {"remedies": 24, "topics": 16, "pages": 3, "replies": 8}
+PAGES = ("debugger", "execmodel", "formatstrings")
+LIMITS = {"remedies": 24, "topics": 16, "pages": len(PAGES), "replies": 8}
 
 
 def main() -> int:
@@ -115,7 +116,7 @@ def write_tasks(folder: Path, options: argparse.Namespace) -> EvalConfig:
     for source, target in (("tickets-heldout", "questions"), ("tickets-train", "solved")):
         lines = (ROOT / "examples" / "data" / f"{source}.jsonl").read_text().splitlines()[: max(LIMITS.values())]
         (folder / "tasks" / f"{target}.jsonl").write_text("".join(json.dumps(ticket(line)) + "\n" for line in lines))
-    pages = [path.read_text()[:2500] for path in sorted((ROOT / "docs").glob("*.md"))]
+    pages = [reference_pages()[name][:2500] for name in PAGES]
     (folder / "tasks" / "pages.jsonl").write_text("".join(json.dumps({"page": page}) + "\n" for page in pages))
     tickets = {
         "dataset_kwargs": {"data_files": {"test": "questions.jsonl", "train": "solved.jsonl"}},

@@ -333,6 +333,13 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
+def reference_pages() -> dict[str, str]:
+    """Texts that stay the same from one tree to the next: Python's own reference by topic, as `help` shows it."""
+    from pydoc_data.topics import topics
+
+    return dict(sorted(topics.items()))
+
+
 def smollm2() -> str:
     """Returns the folder of SmolLM2-135M-Instruct, which is made the first time."""
     folder = CACHE / "models" / "smollm2-135m-instruct"

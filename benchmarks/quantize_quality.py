@@ -5,10 +5,10 @@
 
 That model comes from a 4-bit file (GGUF Q4_1), so its weights sit on a grid that this type hits for nothing. All of
 them are trained first, in fp32, until they are off it; `offGrid` is how much the type changes them before and after
-(weights that were never on a grid: 0.078). Text: the tickets in examples/data and this project's pages; perplexity is
+(weights that were never on a grid: 0.078). Text: the tickets in examples/data and Python's reference; perplexity is
 over every token of tickets and a page that neither training nor calibration saw. Each output is loaded from its files,
-by us for the numbers, and by the engine that it is for, whose likeliest tokens are compared with ours. The last line is
-one JSON object.
+by us for the numbers, and by the engine that it is for, whose likeliest tokens are compared with ours; ExecuTorch
+programs run in their engine alone, so that the numbers are its own. The last line is one JSON object.
 """
 
 import argparse
@@ -26,12 +26,14 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from harness import ROOT, reference_pages
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kubetune_trainer.data.sampler import Batch, collate
 from kubetune_trainer.data.store import Row
 from kubetune_trainer.export.compressed_tensors import save_compressed_tensors
+from kubetune_trainer.export.executorch import QUANTIZED, ExecuTorchModel, save_executorch
 from kubetune_trainer.export.gguf import GGUF_FILE, load_gguf, save_gguf
 from kubetune_trainer.export.huggingface import save_huggingface
 from kubetune_trainer.export.torchao import save_torchao
@@ -43,14 +45,15 @@ from kubetune_trainer.quantize.verify import Logits, compare
 from kubetune_trainer.tokenizer import load_tokenizer
 from tests.llama import open_llama
 
-ROOT = Path(__file__).parent.parent
-HELD_OUT_PAGES = ("troubleshooting.md",)
+HELD_OUT_PAGE = "debugger"
+"""No other page repeats a line of it."""
 ROW_TOKENS = 256
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 4
 GRID_PROBE = "model.layers.15.mlp.down_proj.weight"
 GROUP_SIZE = 32
 WITH_GPTQ = " + GPTQ"
+WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".pte"}
 
 COMPRESSED = [
     ("CompressedTensors", "Int8WeightOnly"),
@@ -60,6 +63,7 @@ COMPRESSED = [
 ]
 TORCHAO = [("TorchAO", scheme) for scheme in ("Int8WeightOnly", "Int8DynamicActivationInt4Weight", "NF4")]
 GGUF = [("GGUF", kind) for kind in ("F16", "Q8_0", "Q4_0", "Q4_1")]
+EXECUTORCH = [("ExecuTorch", scheme) for scheme in ("FP32", QUANTIZED)]
 
 
 def main() -> int:
@@ -101,17 +105,18 @@ def main() -> int:
 def read_rows(model: Path, *, verify_rows: int) -> tuple[list[Batch], list[Batch]]:
     """Rows of text to train and calibrate on, in an order that mixes both kinds, and rows of text held out of them."""
     tokenizer = load_tokenizer(model)
-    pages = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+    pages = reference_pages()
+    held_page = pages.pop(HELD_OUT_PAGE)
 
     def cut(texts: Sequence[str]) -> list[Batch]:
         tokens = [token for text in texts for token in tokenizer.encode(text + "\n")]
         parts = [tokens[at : at + ROW_TOKENS] for at in range(0, len(tokens) - ROW_TOKENS, ROW_TOKENS)]
         return [collate([Row.of(part, [True] * ROW_TOKENS)], pad_id=tokenizer.pad_id) for part in parts]
 
-    seen = cut(tickets("train")) + cut([page for name, page in pages.items() if name not in HELD_OUT_PAGES])
+    seen = cut(tickets("train")) + cut(list(pages.values()))
     order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0)).tolist()
     half = verify_rows // 2
-    held = cut(tickets("heldout"))[:half] + cut([pages[name] for name in HELD_OUT_PAGES])[: verify_rows - half]
+    held = cut(tickets("heldout"))[:half] + cut([held_page])[: verify_rows - half]
     return [seen[at] for at in order], held
 
 
@@ -156,12 +161,12 @@ def measure(
     perplexity = compare(lambda batch: known[id(batch)], lambda batch: known[id(batch)], verify).perplexity
     print(f"{row['format']:18} {row['scheme']:32} {row['bytes'] / 1e6:6.1f} {perplexity:10.3f}")
     yield {**row, "perplexity": perplexity}
-    for kind, scheme in [*COMPRESSED, *TORCHAO, *GGUF]:
+    for kind, scheme in [*COMPRESSED, *TORCHAO, *GGUF, *EXECUTORCH]:
         target = folder / "output"
         write(kind, scheme, base, target, rounded=rounded)
-        ours = logits_of(load_gguf(target) if kind == "GGUF" else load_model(target, dtype=torch.float32))
+        ours = open_output(kind, target)
         found = compare(lambda batch: known[id(batch)], ours, verify)
-        engine, agreed = ENGINES[kind if scheme != "NF4" else scheme](target, verify[0], ours(verify[0]))
+        engine, agreed = ENGINES[kind if scheme != "NF4" else scheme](target, verify[0], ours)
         row = {
             "format": kind,
             "scheme": scheme,
@@ -174,7 +179,7 @@ def measure(
         print(
             f"{kind:18} {scheme:32} {row['bytes'] / 1e6:6.1f} {found.perplexity:10.3f}"
             f" {found.perplexity_increase_percent:+7.2f}% {found.mean_kl:8.5f}"
-            f" {found.top_token_agreement_percent:6.1f}  {engine} ({agreed:.1f} % as we do)",
+            f" {found.top_token_agreement_percent:6.1f}  {engine}{'' if agreed is None else f' ({agreed} % as we do)'}",
             flush=True,
         )
         yield row
@@ -185,6 +190,9 @@ def write(kind: str, scheme: str, base: Path, target: Path, *, rounded: Mapping[
     """Writes one output."""
     if kind == "GGUF":
         save_gguf(base, target, type=scheme)
+    elif kind == "ExecuTorch":
+        lowered = None if scheme == "FP32" else scheme
+        save_executorch(base, target, max_sequence_length=ROW_TOKENS, scheme=lowered, group_size=GROUP_SIZE)
     elif kind == "TorchAO":
         save_torchao(base, target, scheme=scheme, group_size=GROUP_SIZE)
     else:
@@ -195,7 +203,15 @@ def write(kind: str, scheme: str, base: Path, target: Path, *, rounded: Mapping[
 
 def size_of(folder: Path) -> int:
     """Size of the files with weights."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in {".safetensors", ".gguf"})
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+
+
+def open_output(kind: str, folder: Path) -> Logits:
+    """Loads an output with what is ours, or with the only engine that runs it."""
+    if kind == "ExecuTorch":
+        program = ExecuTorchModel(folder)
+        return lambda batch: program.logits(batch.tokens)
+    return logits_of(load_gguf(folder) if kind == "GGUF" else load_model(folder, dtype=torch.float32))
 
 
 def logits_of(model: torch.nn.Module) -> Logits:
@@ -208,27 +224,33 @@ def logits_of(model: torch.nn.Module) -> Logits:
     return logits
 
 
-def in_transformers(folder: Path, batch: Batch, ours: Tensor) -> tuple[str, float]:
+def in_transformers(folder: Path, batch: Batch, ours: Logits) -> tuple[str, float]:
     """Loads a folder with transformers; says at how many positions its likeliest token is ours."""
     # Its torchao weights compute in the type that they were stored in, and in no other.
     dtype = torch.bfloat16 if quantization_method(folder) == "torchao" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     with torch.inference_mode():
-        return "transformers", agreement(model(batch.tokens).logits[0], ours[0])
+        return "transformers", agreement(model(batch.tokens).logits[0], ours(batch)[0])
 
 
-def in_kubetune_alone(_folder: Path, _batch: Batch, _ours: Tensor) -> tuple[str, float]:
+def in_kubetune_alone(_folder: Path, _batch: Batch, _ours: Logits) -> tuple[str, None]:
     """Nothing else loads it."""
-    return "kubetune", 100.0
+    return "kubetune", None
 
 
-def in_llama_cpp(folder: Path, batch: Batch, ours: Tensor) -> tuple[str, float]:
+def in_executorch_alone(_folder: Path, _batch: Batch, _ours: Logits) -> tuple[str, None]:
+    """Nothing else runs it, and `open_output` did."""
+    return "executorch", None
+
+
+def in_llama_cpp(folder: Path, batch: Batch, ours: Logits) -> tuple[str, float]:
     """Loads a file with llama.cpp; says at how many positions its likeliest token is ours."""
     threads = torch.get_num_threads()
     loaded = open_llama(folder / GGUF_FILE, n_ctx=512, n_threads=threads, n_threads_batch=threads)
     try:
         loaded.eval(batch.tokens[0].tolist())
-        return "llama.cpp", agreement(torch.from_numpy(np.array(loaded.scores[: batch.tokens.shape[1]])), ours[0])
+        theirs = torch.from_numpy(np.array(loaded.scores[: batch.tokens.shape[1]]))
+        return "llama.cpp", agreement(theirs, ours(batch)[0])
     finally:
         loaded.close()
 
@@ -238,11 +260,12 @@ def agreement(theirs: Tensor, ours: Tensor) -> float:
     return round(100 * float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()), 1)
 
 
-ENGINES: Mapping[str, Callable[[Path, Batch, Tensor], tuple[str, float]]] = {
+ENGINES: Mapping[str, Callable[[Path, Batch, Logits], tuple[str, float | None]]] = {
     "CompressedTensors": in_transformers,
     "TorchAO": in_transformers,
     "GGUF": in_llama_cpp,
     "NF4": in_kubetune_alone,
+    "ExecuTorch": in_executorch_alone,
 }
 
 
