@@ -274,7 +274,7 @@ def _wait(ranks: Sequence[Rank]) -> tuple[list[Rank], bool]:
     stopped, deadline = False, float("inf")
     while len(order) < len(ranks):
         caught = signal.sigtimedwait(_SIGNALS, min(1.0, max(0.0, deadline - time.monotonic())))
-        # Held for longer than it would wait (SIGSTOP, a debugger), CPython 3.11 returns what was on its stack: any number.
+        # Held for longer than it waits (SIGSTOP, a debugger), CPython 3.11 returns what was on its stack: any number.
         if caught is not None and caught.si_signo in _STOP_SIGNALS:
             stopped = True
             _signal_all(ranks, signal.SIGTERM)
