@@ -167,6 +167,14 @@ def test_every_command_of_kubetune_exists() -> None:
     assert named <= set(known)
 
 
+def test_no_output_that_is_shown_is_empty() -> None:
+    shown = [block for page in PAGES for block in code_blocks(page, "console")]
+    assert shown
+    for block in shown:
+        first, _, output = block.partition("\n")
+        assert output.strip() or not first.startswith(("$ kubectl get", "$ kubectl describe")), first
+
+
 def test_the_page_shows_the_example_of_a_script_as_it_is() -> None:
     (shown,) = [each for each in code_blocks(DOCS / "training.md", "python") if each.startswith("def focal_loss")]
     objects = yaml.safe_load_all((ROOT / "examples" / "custom.yaml").read_text())
