@@ -21,7 +21,7 @@ from tests.chart.test_chart import documented_rights, operator_series, trainer_s
 from tests.cluster.paths import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("exports/*.md"))]
 PARSERS = {"FineTuneJob": parse_finetunejob, "EvalJob": parse_evaljob, "QuantizeJob": parse_quantizejob}
 OPERATOR = ROOT / "operator" / "kubetune_operator"
 
