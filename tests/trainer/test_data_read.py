@@ -53,6 +53,7 @@ def test_a_record_knows_its_place(name: str, places: list[str], tmp_path: Path) 
             b'{"text": "a"}\n{"text": "b"\n',
             r"s3://data/a\.jsonl line 2 is not JSON: Expecting ',' delimiter",
         ),
+        ("a.jsonl", b'{"text": "a\n', r"line 1 is not JSON: Invalid control character at column 12$"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', r"s3://data/a\.jsonl line 2 must be an object, got list"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"s3://data/a\.jsonl line 1 is not UTF-8: byte 10 is 0xff"),
         ("a.json", b'[{"text": "a"},\n {"text": }]', r"s3://data/a\.json line 2 is not JSON: Expecting value"),
