@@ -41,7 +41,9 @@ STRIKES: list[tuple[Callable[[Job, int], None], int]] = [
 
 
 @pytest.mark.timeout(900)
-def test_five_kills_change_no_number(cluster: Cluster, namespace: str, tmp_path: Path) -> None:
+def test_five_kills_change_no_number(
+    cluster: Cluster, namespace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     expected = losses_in_peace(cluster, namespace, tmp_path)
     job = apply(cluster, long_job("struck"), namespace=namespace)
     generator = random.Random(SEED)  # noqa: S311 (where to strike is no secret)
@@ -57,7 +59,8 @@ def test_five_kills_change_no_number(cluster: Cluster, namespace: str, tmp_path:
             recording.wait_step(1, attempt=attempt + 1)
             resumes.append(round(time.monotonic() - began, 1))
         status = job.wait_state("Complete")
-    print("seconds from a kill to the next finished step:", resumes)
+    with capsys.disabled():
+        print("\nseconds from a kill to the next finished step:", resumes)
 
     seen = recording.losses()
     assert {step for losses in seen.values() for step in losses} == set(expected)
