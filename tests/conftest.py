@@ -13,6 +13,7 @@ from tests.cluster import local
 from tests.cluster.controlplane import ControlPlane
 from tests.cluster.paths import ROOT
 from tests.order import in_order, longest_files
+from tests.parity import write_table
 
 CRDS = ROOT / "crds"
 _numbers = itertools.count(1)
@@ -32,7 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Names the longest files wherever the longest tests are named."""
+    """Prints the families that were checked, and the longest files wherever the longest tests are named."""
+    write_table(terminalreporter)
     if config.getoption("durations"):
         passed = [report for key in ("", "passed", "failed") for report in terminalreporter.stats.get(key, [])]
         terminalreporter.write_sep("=", "slowest files")

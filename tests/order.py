@@ -17,7 +17,6 @@ LONGEST_FIRST: Final = (
     "recipes/test_eval_model.py",
     "test_benchmarks.py",
     "controller/test_crashes.py",
-    "trainer/test_families_executorch.py",
     "trainer/test_export_gguf.py",
     "controller/test_evaljob.py",
     "cli/test_run_for_real.py",
