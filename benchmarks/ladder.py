@@ -65,7 +65,7 @@ RANKS = {
     "base": Switches(),
     "2 ranks, FSDP2": Switches(ranks=2),
     "2 ranks, parallelism.replicas 2": Switches(ranks=2, replicate=2),
-    "2 ranks, parallelism.tensor 2": Switches(ranks=2, tensor=2),
+    "3 ranks, parallelism.tensor 3": Switches(ranks=3, tensor=3),
 }
 SIDES = {**BY_ITSELF, **PRECISIONS, **RANKS}
 SAVE_NOTHING_HERE = {"base", "loss not chunked", "compile Blocks", "activationOffload", "cpuOffload"}
@@ -84,6 +84,7 @@ def step_with(settings: Settings, *, side: str) -> Measures:
     torch.set_num_threads(max(1, settings["threads"] // switches.ranks))
     with other_ranks(side, settings, count=switches.ranks), join_world(tensor=switches.tensor) as world:
         measures = measure_steps(switches, settings, world=world)
+    torch.set_num_threads(settings["threads"])  # as the calibration before had
     if switches.packs_base:
         del measures["loss"]  # that of other weights, which no other side has
     return measures
@@ -195,7 +196,7 @@ TABLE = Table(
         "tokens, all real. Memory is the peak less what the process holds after its imports. Compilation is not in "
         "the time, but in the peak. activationOffload and cpuOffload save memory of a GPU; on a CPU, where both "
         "memories are one, they show what copies cost. Ranks share the cores, a row each, or both rows together with "
-        "parallelism.tensor; memory is that of the first. A model of less than 1 GiB stays gathered from forward to "
+        "parallelism.tensor, which has to divide the model's 3 key and value heads; memory is that of the first. A model of less than 1 GiB stays gathered from forward to "
         "backward, so that two ranks save gradients and the optimizer's state alone, and replicas nothing."
     ),
     sides={name: Side(run=partial(step_with, side=name)) for name in SIDES},
