@@ -196,8 +196,9 @@ TABLE = Table(
         "tokens, all real. Memory is the peak less what the process holds after its imports. Compilation is not in "
         "the time, but in the peak. activationOffload and cpuOffload save memory of a GPU; on a CPU, where both "
         "memories are one, they show what copies cost. Ranks share the cores, a row each, or both rows together with "
-        "parallelism.tensor, which has to divide the model's 3 key and value heads; memory is that of the first. A model of less than 1 GiB stays gathered from forward to "
-        "backward, so that two ranks save gradients and the optimizer's state alone, and replicas nothing."
+        "parallelism.tensor, which has to divide the model's 3 key and value heads; memory is that of the first. A "
+        "model of less than 1 GiB stays gathered from forward to backward, so that two ranks save gradients and the "
+        "optimizer's state alone, and replicas nothing."
     ),
     sides={name: Side(run=partial(step_with, side=name)) for name in SIDES},
     rows=[
