@@ -12,6 +12,7 @@ import pytest
 from tests.recipes.tiny import write_model
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+SLOW = {"compile Blocks"}  # a compiler runs, as in recipes/test_memory_and_speed.py
 TABLES = ("checkpoint", "lora", "sft", "full", "mfu", "packing", "loss", "load", "decode")
 SMALL = {"steps": 1, "batch": 2, "rows": 1, "length": 16, "tokens": 8, "prompt": 4, "vocabulary": 50, "width": 8}
 SMALL |= {"samples": 4, "threads": 1, "rank": 2}
@@ -26,7 +27,9 @@ def benchmarks() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_model(tmp_path_factory.mktemp("benchmarks") / "model"))
+    """Of a shape that three ranks can share, and whose rows can be packed."""
+    shape = {"hidden_size": 192, "intermediate_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3}
+    return str(write_model(tmp_path_factory.mktemp("benchmarks") / "model", **shape))
 
 
 @pytest.mark.filterwarnings("ignore")  # the peers warn of their own ways
@@ -41,8 +44,22 @@ def test_each_side_of_a_table_runs_one_small_step(name: str, model: str) -> None
     assert all(isinstance(value, float | int) and value >= 0 for each in found.values() for value in each.values())
     losses = [each["loss"] for each in found.values() if "loss" in each]
     assert losses == pytest.approx([losses[0]] * len(losses) if losses else [], rel=2e-4)
-    # The measure of mfu is derived from all sides.
-    for ratio in (each for each in table.ratios if name != "mfu" and each.row == 0 and each.side in here):
+    for ratio in table.ratios if name != "mfu" else []:  # which derives its measure from all sides
+        assert ratio.measure in found[ratio.side]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_each_side_of_the_ladder_runs_one_small_step(number: int, model: str) -> None:
+    """In a process of its own, as it is measured: in one that has run others its memory says nothing."""
+    import harness  # noqa: PLC0415 (only importable beside the tables)
+
+    table = importlib.import_module("ladder").TABLE
+    row = table.rows[number]
+    settings = row.settings | {key: SMALL[key] for key in SMALL if key in row.settings} | {"model": model, "threads": 1}
+    found = {side: harness.start_side(table, side, settings) for side in row.sides if side not in SLOW}
+    assert all(each["tokensPerSecond"] > 0 and each["peakBytes"] > 0 for each in found.values())
+    harness.check_losses(row, found)
+    for ratio in (each for each in table.ratios if each.row == number):
         assert ratio.measure in found[ratio.side]
 
 
