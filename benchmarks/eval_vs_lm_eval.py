@@ -116,7 +116,8 @@ def write_tasks(folder: Path, options: argparse.Namespace) -> EvalConfig:
     for source, target in (("tickets-heldout", "questions"), ("tickets-train", "solved")):
         lines = (ROOT / "examples" / "data" / f"{source}.jsonl").read_text().splitlines()[: max(LIMITS.values())]
         (folder / "tasks" / f"{target}.jsonl").write_text("".join(json.dumps(ticket(line)) + "\n" for line in lines))
-    pages = [reference_pages()[name][:2500] for name in PAGES]
+    reference = reference_pages()
+    pages = [reference[name][:2500] for name in PAGES]
     (folder / "tasks" / "pages.jsonl").write_text("".join(json.dumps({"page": page}) + "\n" for page in pages))
     tickets = {
         "dataset_kwargs": {"data_files": {"test": "questions.jsonl", "train": "solved.jsonl"}},

@@ -30,15 +30,17 @@ from harness import ROOT, reference_pages
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from kubetune_trainer.config import QuantizedOutput
+from kubetune_trainer.config.outputs import GROUP_SIZE
 from kubetune_trainer.data.sampler import Batch, collate
 from kubetune_trainer.data.store import Row
-from kubetune_trainer.export.compressed_tensors import save_compressed_tensors
-from kubetune_trainer.export.executorch import QUANTIZED, ExecuTorchModel, save_executorch
-from kubetune_trainer.export.gguf import GGUF_FILE, load_gguf, save_gguf
+from kubetune_trainer.export.convert import convert
+from kubetune_trainer.export.executorch import QUANTIZED
+from kubetune_trainer.export.gguf import GGUF_FILE
 from kubetune_trainer.export.huggingface import save_huggingface
-from kubetune_trainer.export.torchao import save_torchao
 from kubetune_trainer.model.config import quantization_method
 from kubetune_trainer.model.weights import load_model
+from kubetune_trainer.quantize.artifact import logits_of, logits_of_model
 from kubetune_trainer.quantize.calibrate import calibrate
 from kubetune_trainer.quantize.rounding import Rounded
 from kubetune_trainer.quantize.verify import Logits, compare
@@ -51,7 +53,6 @@ ROW_TOKENS = 256
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 4
 GRID_PROBE = "model.layers.15.mlp.down_proj.weight"
-GROUP_SIZE = 32
 WITH_GPTQ = " + GPTQ"
 WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".pte"}
 
@@ -154,8 +155,9 @@ def measure(
     base: Path, folder: Path, verify: Sequence[Batch], *, rounded: Mapping[str, Rounded]
 ) -> Iterator[dict[str, Any]]:
     """Makes each output, loads it twice and compares it with the base; prints a row of the table for each."""
-    source = logits_of(load_model(base, dtype=torch.float32))
-    known = {id(batch): source(batch) for batch in verify}
+    source = logits_of_model(load_model(base, dtype=torch.float32))
+    with torch.inference_mode():
+        known = {id(batch): source(batch) for batch in verify}
     print(f"{'format':18} {'scheme':32} {'MB':>6} {'perplexity':>10} {'increase':>8} {'KL':>8} {'top %':>6}  loaded by")
     row = {"format": "HuggingFace", "scheme": "BF16", "bytes": size_of(base)}
     perplexity = compare(lambda batch: known[id(batch)], lambda batch: known[id(batch)], verify).perplexity
@@ -163,10 +165,12 @@ def measure(
     yield {**row, "perplexity": perplexity}
     for kind, scheme in [*COMPRESSED, *TORCHAO, *GGUF, *EXECUTORCH]:
         target = folder / "output"
-        write(kind, scheme, base, target, rounded=rounded)
-        ours = open_output(kind, target)
+        output = output_of(kind, scheme)
+        convert(output, base, target, rounded=rounded if scheme.endswith(WITH_GPTQ) else None)
+        ours = logits_of(output, target, device=torch.device("cpu"))
         found = compare(lambda batch: known[id(batch)], ours, verify)
-        engine, agreed = ENGINES[kind if scheme != "NF4" else scheme](target, verify[0], ours)
+        with torch.inference_mode():
+            engine, agreed = ENGINES[kind if scheme != "NF4" else scheme](target, verify[0], ours)
         row = {
             "format": kind,
             "scheme": scheme,
@@ -186,19 +190,14 @@ def measure(
         shutil.rmtree(target)
 
 
-def write(kind: str, scheme: str, base: Path, target: Path, *, rounded: Mapping[str, Rounded]) -> None:
-    """Writes one output."""
+def output_of(kind: str, scheme: str) -> QuantizedOutput:
+    """What a job would ask for."""
+    options: dict[str, Any] = {"scheme": scheme.removesuffix(WITH_GPTQ)}
     if kind == "GGUF":
-        save_gguf(base, target, type=scheme)
+        options = {"gguf": {"type": scheme}}
     elif kind == "ExecuTorch":
-        lowered = None if scheme == "FP32" else scheme
-        save_executorch(base, target, max_sequence_length=ROW_TOKENS, scheme=lowered, group_size=GROUP_SIZE)
-    elif kind == "TorchAO":
-        save_torchao(base, target, scheme=scheme, group_size=GROUP_SIZE)
-    else:
-        plain = scheme.removesuffix(WITH_GPTQ)
-        given = None if plain == scheme else rounded
-        save_compressed_tensors(base, target, scheme=plain, group_size=GROUP_SIZE, rounded=given)
+        options = {"scheme": None if scheme == "FP32" else scheme, "execu_torch": {"max_sequence_length": ROW_TOKENS}}
+    return QuantizedOutput.model_validate({"name": "output", "type": kind, **options})
 
 
 def size_of(folder: Path) -> int:
@@ -206,31 +205,12 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
 
 
-def open_output(kind: str, folder: Path) -> Logits:
-    """Loads an output with what is ours, or with the only engine that runs it."""
-    if kind == "ExecuTorch":
-        program = ExecuTorchModel(folder)
-        return lambda batch: program.logits(batch.tokens)
-    return logits_of(load_gguf(folder) if kind == "GGUF" else load_model(folder, dtype=torch.float32))
-
-
-def logits_of(model: torch.nn.Module) -> Logits:
-    """What computes a model's logits."""
-
-    @torch.inference_mode()
-    def logits(batch: Batch) -> Tensor:
-        return model(batch.tokens)
-
-    return logits
-
-
 def in_transformers(folder: Path, batch: Batch, ours: Logits) -> tuple[str, float]:
     """Loads a folder with transformers; says at how many positions its likeliest token is ours."""
     # Its torchao weights compute in the type that they were stored in, and in no other.
     dtype = torch.bfloat16 if quantization_method(folder) == "torchao" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    with torch.inference_mode():
-        return "transformers", agreement(model(batch.tokens).logits[0], ours(batch)[0])
+    return "transformers", agreement(model(batch.tokens).logits[0], ours(batch)[0])
 
 
 def in_kubetune_alone(_folder: Path, _batch: Batch, _ours: Logits) -> tuple[str, None]:
@@ -239,7 +219,7 @@ def in_kubetune_alone(_folder: Path, _batch: Batch, _ours: Logits) -> tuple[str,
 
 
 def in_executorch_alone(_folder: Path, _batch: Batch, _ours: Logits) -> tuple[str, None]:
-    """Nothing else runs it, and `open_output` did."""
+    """Nothing else runs it, and it did for the numbers."""
     return "executorch", None
 
 
