@@ -38,6 +38,7 @@ from kubetune_trainer.training.step import (
     micro_batch_rows,
     seed_dropout,
     set_learning_rate,
+    share_gradients,
     validation_rows,
 )
 
@@ -73,8 +74,7 @@ def train(job: Job, reference: Decoder | None, first_step: int) -> None:
         told_tokens = sum(num_told_tokens(job.local.train_data, row) for row in global_rows(job, step))
         loss_sum, measures = torch.zeros((), dtype=torch.float64), torch.zeros(NUM_MEASURES, dtype=torch.float64)
         for number, batch in enumerate(batches):
-            # With adapters the gradients are small enough to be kept whole until the last micro batch.
-            model.set_requires_gradient_sync(number == len(batches) - 1 or job.config.tuning == "Full")
+            share_gradients(job, is_last=number == len(batches) - 1)
             by_reference = reference_log_probabilities(job, reference, batch)
             seed_dropout(training.seed, step, number, job.world.data_rank)
             preferred, cross_entropy = judge(job, batch, by_reference)

@@ -31,6 +31,7 @@ from kubetune_trainer.training.step import (
     micro_batch_rows,
     seed_dropout,
     set_learning_rate,
+    share_gradients,
     validation_rows,
 )
 
@@ -56,8 +57,7 @@ def train(job: Job, first_step: int) -> None:
         batches = micro_batches(job, step)
         count_trained_tokens(job, batches)
         for number, batch in enumerate(batches):
-            # With adapters the gradients are small enough to be kept whole until the last micro batch.
-            model.set_requires_gradient_sync(number == len(batches) - 1 or job.config.tuning == "Full")
+            share_gradients(job, is_last=number == len(batches) - 1)
             seed_dropout(training.seed, step, number, job.world.data_rank)
             loss = summed_loss(job, batch)
             loss.backward()

@@ -36,6 +36,7 @@ from kubetune_trainer.training.step import (
     micro_batch_rows,
     seed_dropout,
     set_learning_rate,
+    share_gradients,
     validation_rows,
 )
 
@@ -71,8 +72,7 @@ def train(job: Job, reference: Decoder | None, first_step: int) -> None:
         batches = [collate_answers(job, data, rows) for rows in mine]
         loss_sum, measures = torch.zeros((), dtype=torch.float64), torch.zeros(NUM_MEASURES, dtype=torch.float64)
         for number, (rows, batch) in enumerate(zip(mine, batches, strict=True)):
-            # With adapters the gradients are small enough to be kept whole until the last micro batch.
-            model.set_requires_gradient_sync(number == len(batches) - 1 or job.config.tuning == "Full")
+            share_gradients(job, is_last=number == len(batches) - 1)
             by_reference = reference_log_probabilities(job, reference, batch)
             seed_dropout(training.seed, step, number, job.world.data_rank)
             good = goodness(job, data, rows)

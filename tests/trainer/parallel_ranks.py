@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 MESHES: dict[str, dict[str, int]] = {
+    "1 rank": {"num_ranks": 1},
     "2 ranks": {"num_ranks": 2},
     "3 ranks": {"num_ranks": 3},
     "2 copies on 2 ranks each": {"num_ranks": 4, "replicate": 2},

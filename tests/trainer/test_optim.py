@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from kubetune_trainer import optim
 from kubetune_trainer.distributed import join_world
 from kubetune_trainer.lora import apply_lora
-from kubetune_trainer.optim import build_optimizer, clip_grad_norm, learning_rate_factor
+from kubetune_trainer.optim import build_optimizer, clip_grad_norm, learning_rate_factor, square_of
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,13 @@ def test_clipping_bounds_the_norm_and_returns_what_it_was(max_norm: float, wante
     assert norm.dtype == torch.float64
     assert norm.item() == 5.0
     assert math.hypot(weights[0].grad.item(), weights[1].grad.item()) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_norm_in_pieces_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradient = torch.randn(7, 9, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(optim, "PIECE_NUMBERS", 10)
+    assert square_of(gradient).item() == pytest.approx(gradient.double().square().sum().item(), rel=1e-12)
+    assert square_of(gradient[:0]).item() == 0.0, "a rank without rows of a weight"
 
 
 def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:

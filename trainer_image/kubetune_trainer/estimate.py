@@ -14,14 +14,14 @@ from pydantic.alias_generators import to_camel
 from torch import nn
 
 from kubetune_trainer import distillation
-from kubetune_trainer.compact_adamw import BLOCKS
+from kubetune_trainer.compact_adamw import BLOCKS, CHUNK_NUMBERS
 from kubetune_trainer.config import FineTuneConfig
 from kubetune_trainer.lora import apply_lora, packed_layers
 from kubetune_trainer.loss import CHUNK_TOKENS
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.decoder import NORMS, Decoder
 from kubetune_trainer.model.weights import build_model
-from kubetune_trainer.optim import BITS
+from kubetune_trainer.optim import BITS, PIECE_NUMBERS
 from kubetune_trainer.parallel import held_bytes, stays_whole
 from kubetune_trainer.tensor_parallel import shape_of_rank
 
@@ -128,8 +128,9 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
     """Returns what is held at the moments of a step of which one is the peak: the parts by name.
 
     At the loss all activations wait for their gradients. The first block that goes backward has temporaries beside
-    them. At the end of backward, FSDP copies and reduces the gradients of embedding and output head. Clipping squares
-    the largest gradient in fp64. Gradients lie beside activations only where an earlier micro batch left them. With
+    them. At the end of backward, FSDP copies and reduces the gradients of embedding and output head; without FSDP those
+    of one that is both are added up. Clipping squares pieces of a gradient in fp64, and an optimizer of few bits
+    unpacks pieces of its state. Gradients lie beside activations only where an earlier micro batch left them. With
     cpu_offload weights, gradients and optimizer are in the host's memory, and nothing but what is gathered is here.
     """
     ranks, compute = _ranks(config), _compute_bytes(config)
@@ -146,11 +147,18 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
         "weights": gradients + here * (frozen if whole else frozen // ranks),
         "optimizer": here * int(2 * trained * _moment_bytes(config)) // ranks,
     }
-    held = (trained * compute if whole else _flying(model, config)) + _unpacked(model, config)
+    alone = _is_alone(config)
+    held = trained * compute if whole else _flying(model, config)
+    if alone:  # of what is kept in another type a copy waits for backward
+        held = trained * compute if compute != kept_trained else 0
+    held += _unpacked(model, config)
     # Whole gradients: the head's while a model goes backward; of adapters all, until they are reduced together.
-    of_head = (shape.vocab_size * shape.hidden_size if is_full else trained) * compute
+    of_head = (shape.vocab_size * shape.hidden_size if is_full else 0 if alone else trained) * compute
     of_block = max(blocks) * compute if is_full else 0
     reduced = root * (compute + FP32 + (FP32 if earlier else 0)) if is_full else of_head
+    unshared = (root if is_full or not whole else 0) * compute + reduced
+    if alone:
+        unshared = 2 * of_head
     in_root = root * kept_trained // ranks if is_full else 0
     largest = max(weight.numel() for weight in model.parameters() if weight.requires_grad)
     tokens, kept, again = _activations(config, shape)
@@ -176,9 +184,10 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
         },
         {
             "gradients": earlier or max(0, left - in_root),
-            "gathered": (root if is_full or not whole else 0) * compute + reduced,
+            "gathered": unshared,
         },
-        {"gradients": left, "gathered": here * largest * FP64 // ranks},
+        {"gradients": left, "gathered": here * min(largest // ranks, PIECE_NUMBERS) * FP64},
+        {"gradients": left, "gathered": here * min(largest // ranks, CHUNK_NUMBERS) * _step_bytes(config)},
     ]
     names = ("weights", "gradients", "optimizer", "gathered", "activations", "logits", *rounded)
     return [{name: (always | each).get(name, 0) for name in names} | {"kernels": KERNEL_BYTES} for each in varying]
@@ -192,6 +201,13 @@ def _ranks(config: FineTuneConfig) -> int:
     """Returns over how many ranks a copy of the weights, or of a tensor group's part of them, is sharded."""
     shared = config.training.parallelism
     return max(1, _world(config) // (shared.replicate * shared.tensor))
+
+
+def _is_alone(config: FineTuneConfig) -> bool:
+    """Returns whether the run is one rank that goes without FSDP: see `parallelize`."""
+    training = config.training
+    converts = config.lora is None and training.precision == "BF16Mixed"
+    return _world(config) == 1 and not training.cpu_offload and not converts
 
 
 def _flying(model: Decoder, config: FineTuneConfig) -> int:
@@ -295,6 +311,11 @@ def _moment_bytes(config: FineTuneConfig) -> float:
     if bits is None:
         return BF16 if config.training.precision == "BF16" else FP32
     return bits / 8 + FP32 / BLOCKS[bits]
+
+
+def _step_bytes(config: FineTuneConfig) -> int:
+    """Returns the bytes that the optimizer's step takes for each number of the chunk that it has at once."""
+    return 8 * FP32 if BITS[config.training.optimizer] is not None else 0
 
 
 def _compute_bytes(config: FineTuneConfig) -> int:

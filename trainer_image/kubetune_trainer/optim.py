@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 BITS: Final[dict[str, Bits | None]] = {"AdamW": None, "AdamW8bit": 8, "AdamW4bit": 4}
 """In how many bits each `training.optimizer` keeps its moments; None is the weights' own type."""
 
+PIECE_NUMBERS: Final = 2**22
+"""So many numbers of a gradient are in fp64 at once: 32 MiB."""
+
 
 def build_optimizer(
     model: nn.Module,
@@ -153,8 +156,9 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def square_of(part: Tensor) -> Tensor:
-    """Return the square of a gradient's norm, summed in fp64."""
-    return torch.linalg.vector_norm(part, dtype=torch.float64).square()
+    """Return the square of a gradient's norm, summed in fp64, in pieces: torch sums a copy that it makes in fp64."""
+    pieces = part.flatten().split(PIECE_NUMBERS)
+    return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).square().sum()
 
 
 def norm_over_ranks(squares: Iterable[tuple[tuple[ProcessGroup, ...], Tensor]]) -> Tensor:

@@ -3,8 +3,8 @@
 The order is fixed: weights get the type that they are kept in, layers are split over tensor groups, blocks are told to
 recompute and where activations wait, they are compiled, and every block becomes one group of fully_shard (arXiv
 2304.11277), with embedding, final norm and output head in the root's; the adapters of a small model are all in the
-root's. This tree's tests run CPU and gloo only; nothing here asks which device it is but `compute_dtype` and
-`offload_policy`.
+root's. One rank, which has nobody to share with, goes without FSDP2 where that has no weights to convert either. This
+tree's tests run CPU and gloo only; nothing here asks which device it is but `compute_dtype` and `offload_policy`.
 """
 
 from typing import Final, Literal
@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from kubetune_trainer.compiled import compile_blocks
+from kubetune_trainer.lora import is_adapter
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.offload import ActivationOffload
 from kubetune_trainer.model.recompute import ActivationCheckpointing
@@ -58,7 +59,8 @@ def parallelize(
     """Make a model ready to train on a mesh, in place; its weights must not be loaded yet (meta device).
 
     A small model (KEEP_WHOLE_BYTES) is whole on each rank while it computes; of its weights only the trained ones are
-    sharded, and the frozen ones never travel.
+    sharded, and the frozen ones never travel. On one rank alone FSDP2 would copy every weight and gradient to and fro:
+    there it is used with `cpu_offload`, and for trained weights that are not computed in the type they are kept in.
 
     Afterwards: `model.to_empty(device=…)`, of the CPU with `cpu_offload`, `load_weights`, and `init_lora` where there
     are adapters. Gradients are summed over ranks, not averaged: the recipe divides by the number of trained tokens of
@@ -97,6 +99,8 @@ def parallelize(
         block.recompute, block.offload = activation_checkpointing, activation_offload
     if is_compiled:
         compile_blocks(model)
+    if mesh.size() == 1 and not cpu_offload and computes_as_kept(model, dtype):
+        return dtype
     place = offload_policy(mesh.device_type) if cpu_offload else OffloadPolicy()
     # Adapters beside whole weights are few: ranks wait for each other once per pass and not once per block.
     for block in () if frozen else model.model.layers:
@@ -120,6 +124,14 @@ def offload_policy(device_type: str) -> CPUOffloadPolicy:
 def stays_whole(model: nn.Module, dtype: torch.dtype) -> bool:
     """Whether each rank may hold all weights at once, packed or else in the type that they are computed in."""
     return sum(held_bytes(weight, dtype) for weight in model.parameters()) <= KEEP_WHOLE_BYTES
+
+
+def computes_as_kept(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether weights need no conversion to be computed in a type; adapters and packed weights convert themselves."""
+    return all(
+        weight.dtype == dtype or not weight.is_floating_point() or is_adapter(name)
+        for name, weight in model.named_parameters()
+    )
 
 
 def held_bytes(weight: torch.Tensor, dtype: torch.dtype) -> int:

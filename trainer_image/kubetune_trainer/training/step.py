@@ -5,11 +5,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from kubetune_trainer.data.sampler import Batch, rows_for_step
 from kubetune_trainer.distributed import gather_vector
 from kubetune_trainer.errors import NonFiniteLossError, listed
-from kubetune_trainer.optim import clip_grad_norm, learning_rate_factor
+from kubetune_trainer.optim import clip_grad_norm, learning_rate_factor, local_part
 from kubetune_trainer.training.job import Job
 
 ROWS_IN_MESSAGE = 16
@@ -65,11 +66,20 @@ def count_trained_tokens(job: Job, batches: Sequence[Batch]) -> None:
         job.in_backward.divisor = max(1, trained_tokens)
 
 
+def share_gradients(job: Job, *, is_last: bool) -> None:
+    """Says when ranks add up their gradients: after the step's last micro batch, or, with all weights, after each.
+
+    Those of adapters are small enough to be kept whole until then.
+    """
+    if isinstance(job.model, FSDPModule):
+        job.model.set_requires_gradient_sync(is_last or job.config.tuning == "Full")
+
+
 def divide_gradients(job: Job, trained_tokens: float) -> None:
     """Makes gradients of sums those of means; with training.optimizer_in_backward they were that at their step."""
     if job.in_backward is None:
         for weight in job.weights:
-            weight.grad.to_local().div_(max(1, trained_tokens))
+            local_part(weight.grad).div_(max(1, trained_tokens))
 
 
 def clipped_grad_norm(job: Job) -> float:
