@@ -193,12 +193,12 @@ TABLE = Table(
     title="The switches of training on SmolLM2-135M-Instruct: tokens per second and peak memory of a training step.",
     notes=(
         "fp32 and all weights where the row does not say otherwise, built as the recipes do: one rank is without "
-        "FSDP2, but for all weights with BF16Mixed and for cpuOffload. 2 rows of 256 tokens, all real. Memory is the "
-        "peak less what the process holds after its imports. Compilation is not in the time, but in the peak. "
-        "activationOffload and cpuOffload save memory of a GPU; on a CPU, where both memories are one, they show what "
-        "copies cost. Ranks share the cores, a row each, or both rows together with parallelism.tensor, which has to "
-        "divide the model's 3 key and value heads; memory is that of the first. A model of less than 1 GiB stays "
-        "gathered from forward to backward, so that two ranks save the optimizer's state and little else."
+        "FSDP2, but for cpuOffload. 2 rows of 256 tokens, all real. Memory is the peak less what the process holds "
+        "after its imports. Compilation is not in the time, but in the peak. activationOffload and cpuOffload save "
+        "memory of a GPU; on a CPU, where both memories are one, they show what copies cost. Ranks share the cores, a "
+        "row each, or both rows together with parallelism.tensor, which has to divide the model's 3 key and value "
+        "heads; memory is that of the first. A model of less than 1 GiB stays gathered from forward to backward, so "
+        "that two ranks save the optimizer's state and little else."
     ),
     sides={name: Side(run=partial(step_with, side=name)) for name in SIDES},
     rows=[

@@ -148,17 +148,18 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
         "optimizer": here * int(2 * trained * _moment_bytes(config)) // ranks,
     }
     alone = _is_alone(config)
-    held = trained * compute if whole else _flying(model, config)
-    if alone:  # of what is kept in another type a copy waits for backward
-        held = trained * compute if compute != kept_trained else 0
+    head = shape.vocab_size * shape.hidden_size
+    if alone:
+        held = compute * _converted(config, trained, blocks, head) if compute != kept_trained else 0
+    else:
+        held = trained * compute if whole else _flying(model, config)
     held += _unpacked(model, config)
     # Whole gradients: the head's while a model goes backward; of adapters all, until they are reduced together.
-    of_head = (shape.vocab_size * shape.hidden_size if is_full else 0 if alone else trained) * compute
-    of_block = max(blocks) * compute if is_full else 0
+    returned = kept_trained if alone else compute
+    of_head = (head if is_full else 0 if alone else trained) * returned
+    of_block = max(blocks) * returned if is_full else 0
     reduced = root * (compute + FP32 + (FP32 if earlier else 0)) if is_full else of_head
-    unshared = (root if is_full or not whole else 0) * compute + reduced
-    if alone:
-        unshared = 2 * of_head
+    unshared = 2 * of_head if alone else (root if is_full or not whole else 0) * compute + reduced
     in_root = root * kept_trained // ranks if is_full else 0
     largest = max(weight.numel() for weight in model.parameters() if weight.requires_grad)
     tokens, kept, again = _activations(config, shape)
@@ -206,8 +207,18 @@ def _ranks(config: FineTuneConfig) -> int:
 def _is_alone(config: FineTuneConfig) -> bool:
     """Returns whether the run is one rank that goes without FSDP: see `parallelize`."""
     training = config.training
-    converts = config.lora is None and training.precision == "BF16Mixed"
-    return _world(config) == 1 and not training.cpu_offload and not converts
+    asks_fsdp = config.qat is not None and config.lora is None and training.precision == "BF16Mixed"
+    return _world(config) == 1 and not training.cpu_offload and not asks_fsdp
+
+
+def _converted(config: FineTuneConfig, trained: int, blocks: list[int], head: int) -> int:
+    """Returns how many weights are there at once in the type that is computed in, where they are kept in another.
+
+    Copies of adapters wait for backward, and those of the blocks if they are compiled. Else a block's are made again.
+    """
+    if config.lora is not None:
+        return trained
+    return head + (sum(blocks) if config.training.compile == "Blocks" else max(blocks))
 
 
 def _flying(model: Decoder, config: FineTuneConfig) -> int:

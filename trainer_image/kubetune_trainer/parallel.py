@@ -3,8 +3,8 @@
 The order is fixed: weights get the type that they are kept in, layers are split over tensor groups, blocks are told to
 recompute and where activations wait, they are compiled, and every block becomes one group of fully_shard (arXiv
 2304.11277), with embedding, final norm and output head in the root's; the adapters of a small model are all in the
-root's. One rank, which has nobody to share with, goes without FSDP2 where that has no weights to convert either. This
-tree's tests run CPU and gloo only; nothing here asks which device it is but `compute_dtype` and `offload_policy`.
+root's. One rank has nobody to share with, and goes without FSDP2 where its layers convert their weights themselves.
+This tree's tests run CPU and gloo only; nothing here asks which device it is but `compute_dtype` and `offload_policy`.
 """
 
 from typing import Final, Literal
@@ -18,6 +18,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from kubetune_trainer.compiled import compile_blocks
 from kubetune_trainer.lora import is_adapter
 from kubetune_trainer.model.decoder import Decoder
+from kubetune_trainer.model.feed_forward import Router
+from kubetune_trainer.model.linear import Linear
+from kubetune_trainer.model.norm import Embedding, RMSNorm
 from kubetune_trainer.model.offload import ActivationOffload
 from kubetune_trainer.model.recompute import ActivationCheckpointing
 from kubetune_trainer.tensor_parallel import split_layers
@@ -26,6 +29,8 @@ REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
 """Dimensions of a mesh, the outermost first."""
 Precision = Literal["FP32", "BF16Mixed", "BF16"]
 
+CONVERTING: Final = (Linear, RMSNorm, Embedding, Router)
+"""Layers that bring their weights to the type of what they are given. So do adapters and packed weights."""
 KEEP_WHOLE_BYTES: Final = 2**30
 """A model whose weights take no more than this may lie whole in each rank's memory, which spares traffic: its trained
 weights stay gathered from forward to backward, and its frozen ones are not sharded at all."""
@@ -60,7 +65,7 @@ def parallelize(
 
     A small model (KEEP_WHOLE_BYTES) is whole on each rank while it computes; of its weights only the trained ones are
     sharded, and the frozen ones never travel. On one rank alone FSDP2 would copy every weight and gradient to and fro:
-    there it is used with `cpu_offload`, and for trained weights that are not computed in the type they are kept in.
+    there it is used with `cpu_offload` alone, and where it has to convert weights of layers that do not (QAT).
 
     Afterwards: `model.to_empty(device=…)`, of the CPU with `cpu_offload`, `load_weights`, and `init_lora` where there
     are adapters. Gradients are summed over ranks, not averaged: the recipe divides by the number of trained tokens of
@@ -99,7 +104,8 @@ def parallelize(
         block.recompute, block.offload = activation_checkpointing, activation_offload
     if is_compiled:
         compile_blocks(model)
-    if mesh.size() == 1 and not cpu_offload and computes_as_kept(model, dtype):
+    if mesh.size() == 1 and not cpu_offload and converts_itself(model, dtype):
+        model.model.embed_tokens.computes_in = dtype
         return dtype
     place = offload_policy(mesh.device_type) if cpu_offload else OffloadPolicy()
     # Adapters beside whole weights are few: ranks wait for each other once per pass and not once per block.
@@ -126,11 +132,12 @@ def stays_whole(model: nn.Module, dtype: torch.dtype) -> bool:
     return sum(held_bytes(weight, dtype) for weight in model.parameters()) <= KEEP_WHOLE_BYTES
 
 
-def computes_as_kept(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether weights need no conversion to be computed in a type; adapters and packed weights convert themselves."""
+def converts_itself(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether each layer has its weights in the type that is computed in, or brings them to it when it uses them."""
     return all(
-        weight.dtype == dtype or not weight.is_floating_point() or is_adapter(name)
-        for name, weight in model.named_parameters()
+        weight.dtype == dtype or not weight.is_floating_point() or isinstance(layer, CONVERTING) or is_adapter(name)
+        for prefix, layer in model.named_modules()
+        for name, weight in layer.named_parameters(prefix, recurse=False)
     )
 
 

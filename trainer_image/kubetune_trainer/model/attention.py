@@ -18,6 +18,7 @@ from kubetune_trainer.loss import soft_capped
 from kubetune_trainer.model.block_attention import attend_by_blocks, block_mask
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.decoding import Fused
+from kubetune_trainer.model.linear import Linear
 from kubetune_trainer.model.norm import RMSNorm
 from kubetune_trainer.model.rope import Rope, rotary_tables, rotate
 from kubetune_trainer.names import PADDING_DOCUMENT
@@ -84,12 +85,12 @@ class Attention(nn.Module):
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.sizes = (query_size, kv_size, kv_size)
         if config.fused_projections:
-            self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.qkv_bias)
+            self.qkv_proj = Linear(config.hidden_size, sum(self.sizes), bias=config.qkv_bias)
         else:
-            self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
-            self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-            self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.output_bias)
+            self.q_proj = Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+            self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+            self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=config.output_bias)
         self.query_key_norm = config.query_key_norm
         if config.query_key_norm != "None":
             widths = (config.head_dim,) * 2 if config.query_key_norm == "Head" else (query_size, kv_size)

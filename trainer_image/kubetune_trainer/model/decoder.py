@@ -14,6 +14,7 @@ from kubetune_trainer.model.attention import Attention, KVCache, LayerInputs, Ma
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.decoding import linear
 from kubetune_trainer.model.feed_forward import build_feed_forward
+from kubetune_trainer.model.linear import Linear
 from kubetune_trainer.model.norm import Embedding, RMSNorm
 from kubetune_trainer.model.recompute import ActivationCheckpointing, recomputed
 
@@ -102,7 +103,7 @@ class Decoder(nn.Module):
         """Whether documents are kept apart by `block_attention` and not by a mask; set by `parallelize`."""
         self.model = Trunk(config)
         if not config.tied_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -181,5 +182,6 @@ class Decoder(nn.Module):
     def head(self) -> Tensor:
         """The output head's weight, which may be the embedding's, with the rows that are trained beside it."""
         layer = self.model.embed_tokens if self.config.tied_embeddings else self.lm_head
+        weight = self.model.embed_tokens.converted(layer.weight)
         adapter = getattr(layer, "token_adapter", None)
-        return layer.weight if adapter is None else adapter.replaced(layer.weight)
+        return weight if adapter is None else adapter.replaced(weight)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kubetune_trainer.model.linear import Linear
 from kubetune_trainer.quantize.linear import IntegerLinear, together
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _neighbours(module: nn.Module) -> list[list[nn.Module]]:
 
 def _is_plain(layer: nn.Module | None) -> bool:
     """Whether this is a linear layer with nothing beside it, whose weight is numbers as they are."""
-    return type(layer) is nn.Linear and type(layer.weight.data) is Tensor
+    return type(layer) is Linear and type(layer.weight.data) is Tensor
 
 
 def _are_integers_alike(layers: Sequence[nn.Module | None]) -> bool:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from kubetune_trainer.model.config import Experts, ModelConfig
 from kubetune_trainer.model.decoding import Fused
+from kubetune_trainer.model.linear import Linear
 from kubetune_trainer.model.recompute import made_again
 
 
@@ -33,9 +34,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, *, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.is_gelu = config.activation == "gelu_tanh"
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -52,8 +53,8 @@ class FusedMLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.is_gelu = config.activation == "gelu_tanh"
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -67,9 +68,9 @@ class MixtralExpert(nn.Module):
 
     def __init__(self, config: ModelConfig, *, intermediate_size: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.w2 = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.w3 = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.w1 = Linear(config.hidden_size, intermediate_size, bias=False)
+        self.w2 = Linear(intermediate_size, config.hidden_size, bias=False)
+        self.w3 = Linear(config.hidden_size, intermediate_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map each token by itself."""
@@ -87,7 +88,7 @@ class Router(nn.Module):
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights, fp32, and the numbers of each token's experts, both (N, C)."""
-        probabilities_NE = functional.linear(x_ND, self.weight).float().softmax(dim=-1)
+        probabilities_NE = functional.linear(x_ND, self.weight.to(x_ND.dtype)).float().softmax(dim=-1)
         weights_NC, chosen_NC = probabilities_NE.topk(self.num_chosen, dim=-1)
         if self.normalized:
             weights_NC = weights_NC / weights_NC.sum(dim=-1, keepdim=True)

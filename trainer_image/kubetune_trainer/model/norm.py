@@ -21,14 +21,20 @@ class Embedding(nn.Embedding):
     def __init__(self, num_embeddings: int, embedding_dim: int, *, scale: float) -> None:
         super().__init__(num_embeddings, embedding_dim)
         self.scale = scale
+        self.computes_in: torch.dtype | None = None
+        """The type of what is returned, in which all behind it computes; None is the weight's. Set by `parallelize`."""
         self.register_module("token_adapter", None)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Look tokens up."""
-        x_BTD = super().forward(tokens_BT)
+        x_BTD = self.converted(super().forward(tokens_BT))
         if self.token_adapter is not None:
             x_BTD = self.token_adapter.looked_up(x_BTD, tokens_BT)
         return self.scaled(x_BTD)
+
+    def converted(self, numbers: Tensor) -> Tensor:
+        """Return numbers of this table, or of the output head, in the type that the model computes in."""
+        return numbers if self.computes_in is None else numbers.to(self.computes_in)
 
     def scaled(self, x_BTD: Tensor) -> Tensor:
         """Multiply what was looked up elsewhere."""
@@ -59,7 +65,7 @@ class RMSNorm(nn.Module):
             return (normed * (1.0 + weight.float())).to(dtype)
         if self.style == "OLMo":
             return (weight * normed).to(dtype)
-        return weight * normed.to(dtype)
+        return weight.to(dtype) * normed.to(dtype)
 
     def _again(self, x_BTD: Tensor, weight: Tensor) -> Tensor:
         return self._scaled(_normalized(x_BTD, self.eps)[0], weight, x_BTD.dtype)

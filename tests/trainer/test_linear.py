@@ -1,0 +1,73 @@
+"""A model kept in fp32 computes in bf16 what it computes when it is kept in bf16, and keeps no copy for backward."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from kubetune_trainer.model import Decoder, load_model
+from kubetune_trainer.model import linear as module
+from kubetune_trainer.model.linear import Linear
+from kubetune_trainer.model.recompute import recomputed
+from kubetune_trainer.parallel import converts_itself
+from tests.trainer.families import FAMILIES, configs, make_folder
+from tests.trainer.tiny import random_tokens
+
+ONCE: Any = {"derandomize": True, "database": None, "deadline": None, "phases": [Phase.generate]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=2, suppress_health_check=list(HealthCheck), **ONCE)
+@given(data=st.data())
+def test_loss_and_gradients_are_those_of_weights_in_bf16(family: str, data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        make_folder(Path(name), family, data.draw(configs(family)), dtype=torch.bfloat16)
+        kept, rounded = (load_model(Path(name), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert converts_itself(kept, torch.bfloat16)
+    kept.model.embed_tokens.computes_in = torch.bfloat16
+    assert loss_of(kept) == loss_of(rounded)
+    for (name, found), wanted in zip(kept.named_parameters(), rounded.parameters(), strict=True):
+        assert found.grad is not None, name
+        assert wanted.grad is not None, name
+        assert found.grad.dtype == torch.float32
+        # What a table is used for twice is added up in fp32 here, and what Gemma's norms sum is not rounded.
+        difference = (found.grad - wanted.grad.float()).norm()
+        assert difference <= 2**-7 * wanted.grad.float().norm() + 1e-6, name
+
+
+def loss_of(model: Decoder) -> float:
+    tokens = random_tokens(2, 24)
+    loss = model(tokens, labels_BT=tokens.roll(-1, dims=1)) / tokens.numel()
+    loss.backward()
+    return loss.item()
+
+
+def test_backward_converts_a_weight_again_and_keeps_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    again: list[torch.dtype] = []
+
+    def watched(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        again.append(dtype)
+        return weight.to(dtype)
+
+    monkeypatch.setattr(module, "_in_type", watched)
+    torch.manual_seed(0)
+    layer, x = Linear(8, 4), torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
+    out: Any = recomputed(layer, x, mode="None")
+    assert not again
+    out.sum().backward()
+    assert again == [torch.bfloat16]
+    wanted = x.detach().sum(dim=0).expand(4, 8).float()
+    torch.testing.assert_close(layer.weight.grad, wanted, rtol=2**-7, atol=0)
+    assert layer.bias.grad is not None
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, layer.weight.detach().bfloat16().sum(dim=0).expand(3, 8), rtol=2**-7, atol=2**-7)
+
+
+def test_a_layer_of_somebody_else_asks_for_conversion() -> None:
+    model = torch.nn.Sequential(Linear(4, 4), torch.nn.Linear(4, 4))
+    assert converts_itself(model, torch.float32)
+    assert not converts_itself(model, torch.bfloat16)
