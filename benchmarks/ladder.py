@@ -68,7 +68,9 @@ RANKS = {
     "3 ranks, parallelism.tensor 3": Switches(ranks=3, tensor=3),
 }
 SIDES = {**BY_ITSELF, **PRECISIONS, **RANKS}
-SAVE_NOTHING_HERE = {"base", "loss not chunked", "compile Blocks", "activationOffload", "cpuOffload"}
+SAVE_NOTHING_HERE = {
+    "base", "loss not chunked", "compile Blocks", "activationOffload", "cpuOffload", "2 ranks, parallelism.replicas 2",
+}  # fmt: skip
 """Sides that need no less memory: on a CPU what is offloaded lies in the memory that it comes from."""
 PEER_SECONDS = 60
 """How long another rank may take to end after this one."""
