@@ -198,8 +198,8 @@ TABLE = Table(
     notes=(
         "fp32 and all weights where the row does not say otherwise, built as the recipes do: one rank is without "
         "FSDP2, but for cpuOffload. 2 rows of 256 tokens, all real. Memory is the peak less what the process holds "
-        "after its imports, with what glibc keeps of freed temporaries: a third of stochasticRounding's row, which by "
-        "an allocator that keeps nothing is 1.05 of BF16's. Compilation is not in the time, but in the peak. "
+        "after its imports, with what glibc keeps of freed temporaries: up to a third of stochasticRounding's row, "
+        "which by an allocator that keeps nothing is 1.05 of BF16's. Compilation is not in the time, but in the peak. "
         "activationOffload and cpuOffload save memory of a GPU; on a CPU, where both memories are one, they show what "
         "copies cost. Ranks share the cores, a row each, or both rows together with parallelism.tensor, which has to "
         "divide the model's 3 key and value heads; memory is that of the first. A model of less than 1 GiB stays "
