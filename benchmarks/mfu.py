@@ -84,7 +84,7 @@ TABLE = Table(
         Ratio(name="ours ÷ best matmul", row=0, measure="utilization", peer="best matmul", target=">= 0.45"),
         Ratio(name="ours ÷ best peer", row=0, measure="utilization", peer="best peer", target=">= 1.0"),
     ],
-    rounds=1,
+    rounds=3,
     derive=utilization,
 )
 
