@@ -1,12 +1,20 @@
 """What tests of the trainer share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from kubetune_trainer.distributed import World, join_world
 from tests.parity import HELD
 
 Held = Callable[[str, str], None]
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """One rank that has joined a world of its own."""
+    with join_world() as alone:
+        yield alone
 
 
 @pytest.fixture

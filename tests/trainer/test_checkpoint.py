@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import nn
 from kubetune_trainer import checkpoint as module
 from kubetune_trainer.checkpoint import Checkpointer, complete_steps, find_checkpoint, load_checkpoint, prune
 from kubetune_trainer.config import Checkpoint
-from kubetune_trainer.distributed import World, join_world
+from kubetune_trainer.distributed import World
 from kubetune_trainer.errors import ConfigError, DataError, StorageError
 
 RECORD = {"seed": 1, "configDigest": "d", "worldSize": 1}
@@ -59,12 +59,6 @@ class FolderStore:
         for entry in self.list(prefix):
             if entry.path == prefix or entry.path.startswith(f"{prefix}/"):
                 (self.root / entry.path).unlink()
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with join_world() as alone:
-        yield alone
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """With cpu_offload every weight is FSDP's to keep in host memory, and so is what is made of it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,19 +8,12 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from kubetune_trainer.distributed import World, join_world
 from kubetune_trainer.lora import apply_lora, init_lora
 from kubetune_trainer.model import Decoder, build_model, load_weights, read_config
 from kubetune_trainer.optim import build_optimizer
 from kubetune_trainer.parallel import build_mesh, offload_policy, parallelize
 from tests.trainer.parallel_ranks import NUM_ROWS, train
 from tests.trainer.tiny import make_folder
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with join_world() as alone:
-        yield alone
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch.distributed.fsdp import FSDPModule
 
-from kubetune_trainer.model import Decoder, load_model
+from kubetune_trainer.model import Decoder, build_model, load_model, read_config
 from kubetune_trainer.model import linear as module
 from kubetune_trainer.model.linear import Linear
+from kubetune_trainer.model.offload import ActivationOffload
 from kubetune_trainer.model.recompute import recomputed
-from kubetune_trainer.parallel import converts_itself
+from kubetune_trainer.parallel import CONVERTING, build_mesh, compute_dtype, needs_no_conversion, parallelize
 from tests.trainer.families import FAMILIES, configs, make_folder
+from tests.trainer.tiny import make_folder as make_tiny
 from tests.trainer.tiny import random_tokens
 
 ONCE: Any = {"derandomize": True, "database": None, "deadline": None, "phases": [Phase.generate]}
@@ -27,7 +30,8 @@ def test_loss_and_gradients_are_those_of_weights_in_bf16(family: str, data: st.D
     with tempfile.TemporaryDirectory() as name:
         make_folder(Path(name), family, data.draw(configs(family)), dtype=torch.bfloat16)
         kept, rounded = (load_model(Path(name), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert converts_itself(kept, torch.bfloat16)
+    assert needs_no_conversion(kept, torch.bfloat16, by=CONVERTING)
+    assert not needs_no_conversion(kept, torch.bfloat16, by=())
     kept.model.embed_tokens.computes_in = torch.bfloat16
     assert loss_of(kept) == loss_of(rounded)
     for (name, found), wanted in zip(kept.named_parameters(), rounded.parameters(), strict=True):
@@ -69,5 +73,19 @@ def test_backward_converts_a_weight_again_and_keeps_no_copy(monkeypatch: pytest.
 
 def test_a_layer_of_somebody_else_asks_for_conversion() -> None:
     model = torch.nn.Sequential(Linear(4, 4), torch.nn.Linear(4, 4))
-    assert converts_itself(model, torch.float32)
-    assert not converts_itself(model, torch.bfloat16)
+    assert needs_no_conversion(model, torch.float32, by=())
+    assert not needs_no_conversion(model, torch.bfloat16, by=CONVERTING)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.skipif(compute_dtype("cpu") != torch.bfloat16, reason="needs a CPU with bf16 arithmetic")
+def test_one_rank_has_fsdp_only_where_copies_of_converted_weights_would_be_kept(tmp_path: Path) -> None:
+    make_tiny(tmp_path)
+    kept: dict[str, dict[str, Any]] = {
+        "compiled": {"is_compiled": True},
+        "offloaded": {"activation_offload": ActivationOffload(torch.device("cpu"))},
+    }
+    for precision, name in [(p, n) for p in ("FP32", "BF16", "BF16Mixed") for n in ("plain", *kept)]:
+        model = build_model(read_config(tmp_path))
+        parallelize(model, precision=precision, mesh=build_mesh("cpu", num_ranks=1), **kept.get(name, {}))
+        assert isinstance(model, FSDPModule) == (precision == "BF16Mixed" and name in kept), (precision, name)

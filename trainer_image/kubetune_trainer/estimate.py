@@ -149,8 +149,8 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
     }
     alone = _is_alone(config)
     head = shape.vocab_size * shape.hidden_size
-    if alone:
-        held = compute * _converted(config, trained, blocks, head) if compute != kept_trained else 0
+    if alone:  # copies of adapters wait for backward, those of a block are made again
+        held = compute * (head + max(blocks) if is_full else trained) if compute != kept_trained else 0
     else:
         held = trained * compute if whole else _flying(model, config)
     held += _unpacked(model, config)
@@ -207,18 +207,9 @@ def _ranks(config: FineTuneConfig) -> int:
 def _is_alone(config: FineTuneConfig) -> bool:
     """Returns whether the run is one rank that goes without FSDP: see `parallelize`."""
     training = config.training
-    asks_fsdp = config.qat is not None and config.lora is None and training.precision == "BF16Mixed"
-    return _world(config) == 1 and not training.cpu_offload and not asks_fsdp
-
-
-def _converted(config: FineTuneConfig, trained: int, blocks: list[int], head: int) -> int:
-    """Returns how many weights are there at once in the type that is computed in, where they are kept in another.
-
-    Copies of adapters wait for backward, and those of the blocks if they are compiled. Else a block's are made again.
-    """
-    if config.lora is not None:
-        return trained
-    return head + (sum(blocks) if config.training.compile == "Blocks" else max(blocks))
+    converts = config.lora is None and training.precision == "BF16Mixed"
+    keeps_copies = config.qat is not None or training.compile == "Blocks" or training.activation_offload
+    return _world(config) == 1 and not training.cpu_offload and not (converts and keeps_copies)
 
 
 def _flying(model: Decoder, config: FineTuneConfig) -> int:

@@ -65,7 +65,8 @@ def parallelize(
 
     A small model (KEEP_WHOLE_BYTES) is whole on each rank while it computes; of its weights only the trained ones are
     sharded, and the frozen ones never travel. On one rank alone FSDP2 would copy every weight and gradient to and fro:
-    there it is used with `cpu_offload` alone, and where it has to convert weights of layers that do not (QAT).
+    there it is used with `cpu_offload`, and to convert weights where layers do not (QAT) or would keep their copies for
+    backward (compiled, or with offloaded activations).
 
     Afterwards: `model.to_empty(device=…)`, of the CPU with `cpu_offload`, `load_weights`, and `init_lora` where there
     are adapters. Gradients are summed over ranks, not averaged: the recipe divides by the number of trained tokens of
@@ -104,7 +105,8 @@ def parallelize(
         block.recompute, block.offload = activation_checkpointing, activation_offload
     if is_compiled:
         compile_blocks(model)
-    if mesh.size() == 1 and not cpu_offload and converts_itself(model, dtype):
+    may_convert = not is_compiled and activation_offload is None
+    if mesh.size() == 1 and not cpu_offload and needs_no_conversion(model, dtype, by=CONVERTING if may_convert else ()):
         model.model.embed_tokens.computes_in = dtype
         return dtype
     place = offload_policy(mesh.device_type) if cpu_offload else OffloadPolicy()
@@ -132,10 +134,10 @@ def stays_whole(model: nn.Module, dtype: torch.dtype) -> bool:
     return sum(held_bytes(weight, dtype) for weight in model.parameters()) <= KEEP_WHOLE_BYTES
 
 
-def converts_itself(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether each layer has its weights in the type that is computed in, or brings them to it when it uses them."""
+def needs_no_conversion(model: nn.Module, dtype: torch.dtype, *, by: tuple[type[nn.Module], ...]) -> bool:
+    """Whether all weights are in the type that is computed in, but those of layers of these classes, and adapters."""
     return all(
-        weight.dtype == dtype or not weight.is_floating_point() or isinstance(layer, CONVERTING) or is_adapter(name)
+        weight.dtype == dtype or not weight.is_floating_point() or isinstance(layer, by) or is_adapter(name)
         for prefix, layer in model.named_modules()
         for name, weight in layer.named_parameters(prefix, recurse=False)
     )
