@@ -1,6 +1,7 @@
 """A model kept in fp32 computes in bf16 what it computes when it is kept in bf16, and keeps no copy for backward."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from kubetune_trainer.model import Decoder, build_model, load_model, read_config
 from kubetune_trainer.model import linear as module
 from kubetune_trainer.model.linear import Linear
 from kubetune_trainer.model.offload import ActivationOffload
-from kubetune_trainer.model.recompute import recomputed
+from kubetune_trainer.model.recompute import made_again, recomputed
 from kubetune_trainer.parallel import CONVERTING, build_mesh, compute_dtype, needs_no_conversion, parallelize
 from tests.trainer.families import FAMILIES, configs, make_folder
 from tests.trainer.tiny import make_folder as make_tiny
@@ -53,11 +54,14 @@ def loss_of(model: Decoder) -> float:
 def test_backward_converts_a_weight_again_and_keeps_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     again: list[torch.dtype] = []
 
-    def watched(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        again.append(dtype)
-        return weight.to(dtype)
+    def watched(weight: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        def made() -> torch.Tensor:
+            again.append(weight.dtype)
+            return make()
 
-    monkeypatch.setattr(module, "_in_type", watched)
+        return made_again(weight, made)
+
+    monkeypatch.setattr(module, "made_again", watched)
     torch.manual_seed(0)
     layer, x = Linear(8, 4), torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
     out: Any = recomputed(layer, x, mode="None")

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,9 +15,5 @@ class Linear(nn.Linear):
         """Map (…, in) to (…, out)."""
         if self.weight.dtype == x.dtype:
             return super().forward(x)
-        weight = made_again(self.weight.to(x.dtype), partial(_in_type, self.weight.detach(), x.dtype))
+        weight = made_again(self.weight.to(x.dtype), partial(self.weight.detach().to, x.dtype))
         return functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-
-
-def _in_type(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype)
