@@ -36,6 +36,10 @@ LOSS_TOLERANCE: Final = 2e-4
 """By how much the sides' first losses may differ, relative: sides that do other work are not compared."""
 BF16_LOSS_TOLERANCE: Final = 1e-2
 """The same in bf16, of which each side rounds other numbers."""
+WITHOUT_BF16: Final = (
+    " The same on a CPU without bf16 arithmetic: all is computed in fp32, whatever a row is named. What is equal on "
+    "all sides stands with the table above."
+)
 
 Settings = dict[str, Any]
 Measures = dict[str, Any]
@@ -134,7 +138,12 @@ def stored_dtype(settings: Settings) -> Any:
 
 def precision(wanted: str) -> str:
     """Returns the precision that a row is measured in: fp32 on a CPU without bf16 arithmetic, where bf16 is slow."""
-    return wanted if {"avx512_bf16", "amx_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text().split()) else "FP32"
+    return wanted if has_bf16() else "FP32"
+
+
+def has_bf16() -> bool:
+    """Whether this CPU has bf16 arithmetic."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
 
 
 def now() -> float:
@@ -248,12 +257,17 @@ def find_ratios(table: Table, best: Sequence[Mapping[str, Measures]]) -> dict[st
 def write_section(
     table: Table, best: Sequence[Mapping[str, Measures]], ratios: Mapping[str, float], options: argparse.Namespace
 ) -> None:
-    """Puts a table's section into RESULTS.md, in the place of an older one."""
+    """Puts a table's section into RESULTS.md, in the place of an older one from a CPU of the same kind."""
     text = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
     head, *sections = text.split("\n## ")
     kept = {section.split("\n")[0]: section.rstrip() for section in sections}
-    kept[table.name] = section_of(table, best, ratios, options)
+    kept[section_name(table)] = section_of(table, best, ratios, options)
     RESULTS.write_text("\n\n## ".join([head.rstrip(), *(kept[name] for name in sorted(kept))]) + "\n")
+
+
+def section_name(table: Table) -> str:
+    """Returns a section's title: where bf16 has to be left out other work is done, so that it has one of its own."""
+    return table.name if has_bf16() else f"{table.name}, without bf16 arithmetic"
 
 
 def section_of(
@@ -261,9 +275,9 @@ def section_of(
 ) -> str:
     """Returns a table as Markdown."""
     lines = [
-        table.name,
+        section_name(table),
         "",
-        f"{table.title} {table.notes}",
+        table.title + (f" {table.notes}" if has_bf16() else WITHOUT_BF16),
         "",
         f"`make bench TABLE={table.name}`; {machine(options)}; calibration within {table.drift_allowed:.0%}.",
         "",

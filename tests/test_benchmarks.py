@@ -63,8 +63,9 @@ def test_each_side_of_the_ladder_runs_one_small_step(number: int, model: str) ->
         assert ratio.measure in found[ratio.side]
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
 def test_a_table_writes_its_section_and_prints_its_ratios(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    *, has_bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import harness  # noqa: PLC0415 (only importable beside the tables)
 
@@ -87,6 +88,7 @@ def test_a_table_writes_its_section_and_prints_its_ratios(
         rounds=2,
     )
     monkeypatch.setattr(harness, "RESULTS", results)
+    monkeypatch.setattr(harness, "has_bf16", lambda: has_bf16)
     monkeypatch.setattr(harness, "start_side", start_side)
     monkeypatch.setattr(sys, "argv", ["tiny.py"])
     monkeypatch.setenv(harness.CLOCK_VARIABLE, "wall")
@@ -94,7 +96,8 @@ def test_a_table_writes_its_section_and_prints_its_ratios(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"table": "tiny", "speed": 2.5}
     text = results.read_text()
     assert "kept" in text
-    assert "old" not in text
+    assert ("old" in text) is not has_bf16, "what was measured with bf16 stands beside it"
+    assert ("## tiny, without bf16 arithmetic" in text) is not has_bf16
     assert "| speed | 2.5 | >= 2.6 | missed |" in text
 
 

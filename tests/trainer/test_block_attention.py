@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kubetune_trainer.distributed import join_world
+from kubetune_trainer.distributed import join_world, local_part
 from kubetune_trainer.model import Decoder, KVCache, build_model
 from kubetune_trainer.model import block_attention as module
 from kubetune_trainer.model.attention import attention_mask, within
 from kubetune_trainer.model.block_attention import block_mask, sees, why_not
 from kubetune_trainer.model.config import ModelConfig
-from kubetune_trainer.optim import local_part
 from kubetune_trainer.parallel import build_mesh, parallelize
 from tests.trainer.tiny_model import model_config
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kubetune_trainer.compact_adamw import MOMENTS, CompactAdamW, decode, encode, round_by_chance
+from kubetune_trainer.compact_adamw import MOMENTS, Codebook, CompactAdamW, decode, encode, round_by_chance
 from kubetune_trainer.optim import StepInBackward
 
 STEPS = 8
@@ -46,10 +46,28 @@ def test_codes_and_scales_are_those_of_torchao(bits: int, block: int) -> None:
         kind = OptimState8bit if bits == 8 else OptimState4bit
         peer = kind.zeros(given.shape, signed, block, torch.device("cpu"), dtype=torch.float32)
         peer.copy_(given)
-        table = compact(weights(), bits=bits)._table(moment, torch.device("cpu"))
-        codes, scale = encode(given, table, block)
+        codebook = compact(weights(), bits=bits)._codebook(moment, torch.device("cpu"))
+        codes, scale = encode(given, codebook, block)
         assert torch.equal(scale.flatten(), peer.scale)
-        torch.testing.assert_close(decode(codes, scale, table, block), peer.dequantize(), atol=0, rtol=0)
+        torch.testing.assert_close(decode(codes, scale, codebook, block), peer.dequantize(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_codes_are_those_of_a_search_at_every_bound_and_beside_it(bits: int, moment: str) -> None:
+    codebook = compact(weights(), bits=bits)._codebook(moment, torch.device("cpu"))
+    between = (codebook.values[1:] + codebook.values[:-1]) / 2
+    beside = [torch.nextafter(between, torch.full_like(between, end)) for end in (-1.0, 1.0)]
+    small = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-30, -1e-30])
+    spread = torch.linspace(-1, 1, 100_003) ** 3
+    values = torch.cat((torch.ones(1), between, *beside, codebook.values, small, spread)).clamp(-1, 1)[None]
+    codes, _ = encode(values, codebook, block=values.numel())  # 1 is the largest, by which nothing is changed
+    assert torch.equal(codes.int(), torch.bucketize(values, between, out_int32=True, right=True))
+
+
+def test_codes_that_are_too_near_to_each_other_make_no_codebook() -> None:
+    with pytest.raises(AssertionError, match="too near"):
+        Codebook.of(torch.linspace(0.5, 1, 256))
 
 
 @pytest.mark.parametrize(("bits", "share", "tolerance"), [(8, 0.27, 0.02), (4, 0.15, 0.2)])

@@ -89,6 +89,7 @@ def test_a_mapped_column_is_read_under_the_datas_own_name() -> None:
         ({"conversations": [{"from": "me", "value": "Hi"}]}, "ShareGPT",
          r"conversations\[0\]\.from must be one of human, user, gpt, .*, got 'me'"),
         ({"messages": [USER], "tools": "{"}, "Messages", "tools is not JSON: Expecting property name"),
+        ({"messages": [USER], "tools": '["a'}, "Messages", "tools is not JSON: Unterminated string starting at column"),
         ({"messages": [USER], "tools": "{}"}, "Messages", r"tools must be a list of tools, got \{\}"),
         ({"output": "Ho"}, "Alpaca", "instruction must be text, got None"),
         ({"text": list(range(99))}, "Text", r"got \[0, 1, 2.*\.\.\.$"),

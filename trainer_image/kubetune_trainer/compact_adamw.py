@@ -1,7 +1,7 @@
 """AdamW that needs less memory: moments in 8 or 4 bits (arXiv 2110.02861, arXiv 2309.01507), weights in bf16 alone.
 
-A moment in few bits is a code for each number, its place in a table, and the largest number of each block of a row in
-fp32. Blocks lie inside rows, so that a shard of rows has whole ones and a checkpoint suits any number of ranks. Weights
+A moment in few bits is a code for each number, its place in a codebook, and in fp32 the largest number of each block of
+a row. Blocks lie inside rows: a shard of rows has whole ones and a checkpoint suits any number of ranks. Weights
 in bf16 are rounded by chance (arXiv 2010.06192): rounded to the nearest, they would not see a step that is much smaller
 than they are. Chance is a function of seed, step, weight and rank, so that a resumed run has the same.
 
@@ -12,6 +12,7 @@ Shapes: R rows and C columns of a weight's local part, N blocks of a row.
 
 import hashlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.optim.adamw import adamw
+
+from kubetune_trainer.distributed import local_part
 
 BLOCKS: Final = {8: 256, 4: 128}
 """Numbers that share a scale, by bits, as torchao has them."""
@@ -30,6 +33,33 @@ CHUNK_NUMBERS: Final = 2**22
 SMALLEST_SCALE: Final = 1e-12
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 Bits = Literal[4, 8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codebook:
+    """What codes stand for, and the way from a number to the nearest one's code.
+
+    All numbers whose upper 16 bits are the same lie between the same two codes, as long as those are further apart than
+    a 128th of a number: two looks into a table and a comparison then do what a search through all codes would.
+    """
+
+    values: Tensor
+    """Of each code, ascending."""
+    lower: Tensor
+    """The code of the smallest number with these upper 16 bits, (65536,)."""
+    bound: Tensor
+    """From where on a number with these upper 16 bits has the next code, (65536,)."""
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Codebook":
+        """Make one of what its codes stand for, ascending fp32."""
+        between = (values[1:] + values[:-1]) / 2
+        upper = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=values.device).roll(2**15) << 16
+        ends = torch.stack((upper, upper | 0xFFFF)).view(torch.float32)
+        lower, upmost = torch.bucketize(ends.sort(dim=0).values, between, right=True)
+        assert (upmost - lower)[~ends.isnan().any(dim=0)].amax() <= 1, "codes are too near to each other"
+        after = torch.cat((between, between.new_tensor([torch.inf])))
+        return cls(values=values, lower=lower.to(torch.uint8), bound=after[lower])
 
 
 class CompactAdamW(torch.optim.Optimizer):
@@ -52,7 +82,7 @@ class CompactAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
         self._bits, self._rounding_seed = bits, rounding_seed
-        self._tables: dict[tuple[str, torch.device], Tensor] = {}
+        self._codebooks: dict[tuple[str, torch.device], Codebook] = {}
         weights = [weight for group in self.param_groups for weight in group["params"]]
         self._numbers = {weight: number for number, weight in enumerate(weights)}
 
@@ -78,7 +108,7 @@ class CompactAdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32)
             for moment in MOMENTS:
                 state.update(self._zeros(moment, weight))
-        values, gradient = _local(weight.detach()), _local(weight.grad)
+        values, gradient = local_part(weight.detach()), local_part(weight.grad)
         randomness = self._randomness(weight, step=int(state["step"]))
         rows = max(1, CHUNK_NUMBERS // max(1, values[:1].numel()))
         for start in range(0, len(values), rows):
@@ -108,37 +138,39 @@ class CompactAdamW(torch.optim.Optimizer):
         return {name: _zeros_by_rows(weight, width, types[name]) for name, width in widths.items()}
 
     def _read(self, state: dict[str, Tensor], moment: str, rows: slice) -> Tensor:
-        kept = _local(state[moment])[rows]
+        kept = local_part(state[moment])[rows]
         if kept.dtype != torch.uint8:
             return kept.float() if kept.dtype != torch.float32 else kept
         codes = kept if self._bits == 8 else torch.stack((kept >> 4, kept & 15), dim=-1).flatten(1)
-        return decode(codes, _local(state[f"{moment}_scale"])[rows], self._table(moment, kept.device), self._block)
+        return decode(
+            codes, local_part(state[f"{moment}_scale"])[rows], self._codebook(moment, kept.device), self._block
+        )
 
     def _write(
         self, state: dict[str, Tensor], moment: str, rows: slice, values: Tensor, randomness: torch.Generator | None
     ) -> None:
-        kept = _local(state[moment])[rows]
+        kept = local_part(state[moment])[rows]
         if kept.dtype != torch.uint8:
             kept.copy_(_rounded(values, kept.dtype, randomness))
             return
-        codes, scale = encode(values, self._table(moment, kept.device), self._block)
+        codes, scale = encode(values, self._codebook(moment, kept.device), self._block)
         kept.copy_(codes if self._bits == 8 else codes[:, ::2] << 4 | codes[:, 1::2])
-        _local(state[f"{moment}_scale"])[rows].copy_(scale)
+        local_part(state[f"{moment}_scale"])[rows].copy_(scale)
 
     @property
     def _block(self) -> int:
         assert self._bits is not None
         return BLOCKS[self._bits]
 
-    def _table(self, moment: str, device: torch.device) -> Tensor:
-        """Return what codes of a moment stand for, in order; the second moment has no sign."""
-        if (moment, device) not in self._tables:
+    def _codebook(self, moment: str, device: torch.device) -> Codebook:
+        """Return that of a moment; the second has no sign."""
+        if (moment, device) not in self._codebooks:
             from torchao.optim import subclass_4bit, subclass_8bit  # noqa: PLC0415 (seconds, for those who need it)
 
             known = subclass_8bit if self._bits == 8 else subclass_4bit
             values = known.get_qmap_signed() if moment == "exp_avg" else known.get_qmap_unsigned()
-            self._tables[moment, device] = torch.tensor(values, dtype=torch.float32, device=device)
-        return self._tables[moment, device]
+            self._codebooks[moment, device] = Codebook.of(torch.tensor(values, dtype=torch.float32, device=device))
+        return self._codebooks[moment, device]
 
     def _randomness(self, weight: Tensor, *, step: int) -> torch.Generator | None:
         if self._rounding_seed is None or weight.dtype != torch.bfloat16:
@@ -148,27 +180,32 @@ class CompactAdamW(torch.optim.Optimizer):
         return torch.Generator(weight.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def encode(values_RC: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Return the code of each number (R, C), the nearest in the table, and the scale of each block (R, N)."""
+def encode(values_RC: Tensor, codebook: Codebook, block: int) -> tuple[Tensor, Tensor]:
+    """Return the code of each number (R, C), the nearest in the codebook, and the scale of each block (R, N)."""
     columns = values_RC.shape[1]
     blocks = functional.pad(values_RC, (0, -columns % block)).unflatten(1, (-1, block))
     scale_RN = blocks.abs().amax(dim=-1).clamp(min=SMALLEST_SCALE)
-    between = (table[1:] + table[:-1]) / 2
-    codes = torch.bucketize(blocks / scale_RN[..., None], between, out_int32=True, right=True)
-    return codes.flatten(1)[:, :columns].to(torch.uint8), scale_RN
+    scaled = (blocks / scale_RN[..., None]).flatten()
+    upper = scaled.view(torch.int32) >> 16 & 0xFFFF
+    codes = codebook.lower.index_select(0, upper)
+    codes += scaled >= codebook.bound.index_select(0, upper)
+    return codes.view(len(values_RC), -1)[:, :columns], scale_RN
 
 
-def decode(codes_RC: Tensor, scale_RN: Tensor, table: Tensor, block: int) -> Tensor:
+def decode(codes_RC: Tensor, scale_RN: Tensor, codebook: Codebook, block: int) -> Tensor:
     """Return the numbers that codes stand for."""
-    return table[codes_RC.int()] * scale_RN.repeat_interleave(block, dim=1)[:, : codes_RC.shape[1]]
+    values_RC = codebook.values.index_select(0, codes_RC.flatten().int()).view(codes_RC.shape)
+    return values_RC.mul_(scale_RN.repeat_interleave(block, dim=1)[:, : codes_RC.shape[1]])
 
 
 def round_by_chance(values: Tensor, randomness: torch.Generator) -> Tensor:
     """Round fp32 to one of the two bf16 neighbours, the nearer the likelier, so that the mean is the number itself."""
-    noise = torch.randint(2**16, values.shape, dtype=torch.int32, device=values.device, generator=randomness)
+    drawn = torch.empty(-(-values.numel() // 4), dtype=torch.int64, device=values.device)  # one for four numbers
+    drawn.random_(-(2**63), None, generator=randomness)
+    noise = drawn.view(torch.uint16)[: values.numel()].int().view(values.shape)
     bits = values.contiguous().view(torch.int32)
     # What is not finite stays what it is: an addition to its bits would make another number of it.
-    carried = torch.where(values.isfinite(), bits + noise, bits)
+    carried = torch.where(values - values == 0, bits + noise, bits)
     return (carried & -(2**16)).view(torch.float32).bfloat16()
 
 
@@ -180,13 +217,9 @@ def _rounded(values: Tensor, dtype: torch.dtype, randomness: torch.Generator | N
 
 def _zeros_by_rows(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Return zeros with as many rows as a weight, which lie where its rows lie."""
-    local = torch.zeros(len(_local(weight)), width, dtype=dtype, device=weight.device)
+    local = torch.zeros(len(local_part(weight)), width, dtype=dtype, device=weight.device)
     if not isinstance(weight, DTensor):
         return local
     return DTensor.from_local(
         local, weight.device_mesh, weight.placements, run_check=False, shape=(len(weight), width), stride=(width, 1)
     )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -23,6 +23,7 @@ from typing import Any, Final, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 from kubetune_trainer.errors import PeerLostError, TrainerError
 from kubetune_trainer.names import ENV_SCRATCH
@@ -197,6 +198,11 @@ def broadcast_object(value: _T | None) -> _T:
 def barrier() -> None:
     """Waits until every rank is here."""
     gather_vector([0.0])
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns this rank's part of a tensor, which shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_vector(values: list[float]) -> torch.Tensor:

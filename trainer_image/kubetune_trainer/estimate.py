@@ -6,7 +6,7 @@ micro batch, a chunk of logits, and the runtime itself, at that moment of a step
 """
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -133,11 +133,8 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
     unpacks pieces of its state. Gradients lie beside activations only where an earlier micro batch left them. With
     cpu_offload weights, gradients and optimizer are in the host's memory, and nothing but what is gathered is here.
     """
-    ranks, compute = _ranks(config), _compute_bytes(config)
-    kept_trained = BF16 if config.training.precision == "BF16" else FP32
-    trained, whole, is_full = _count_trained(model), _whole(model, config), config.lora is None
-    blocks = [_count(block) for block in model.model.layers]
-    root = _count(model) - sum(blocks)
+    ranks, compute, kept_trained = _ranks(config), _compute_bytes(config), _kept_bytes(config)
+    trained, whole = _count_trained(model), _whole(model, config)
     frozen = sum(held_bytes(weight, _compute_type(config)) for weight in model.parameters() if not weight.requires_grad)
     here = 0 if config.training.cpu_offload else 1
     gradients = here * trained * kept_trained // ranks
@@ -147,20 +144,8 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
         "weights": gradients + here * (frozen if whole else frozen // ranks),
         "optimizer": here * int(2 * trained * _moment_bytes(config)) // ranks,
     }
-    alone = _is_alone(config)
-    head = shape.vocab_size * shape.hidden_size
-    if alone:  # copies of adapters wait for backward, those of a block are made again
-        held = compute * (head + max(blocks) if is_full else trained) if compute != kept_trained else 0
-    else:
-        held = trained * compute if whole else _flying(model, config)
-    held += _unpacked(model, config)
-    # Whole gradients: the head's while a model goes backward; of adapters all, until they are reduced together.
-    returned = kept_trained if alone else compute
-    of_head = (head if is_full else 0 if alone else trained) * returned
-    of_block = max(blocks) * returned if is_full else 0
-    reduced = root * (compute + FP32 + (FP32 if earlier else 0)) if is_full else of_head
-    unshared = 2 * of_head if alone else (root if is_full or not whole else 0) * compute + reduced
-    in_root = root * kept_trained // ranks if is_full else 0
+    brief = (_brief_alone if _is_alone(config) else _brief_sharded)(config, shape, model)
+    in_root = _root(model) * kept_trained // ranks if config.lora is None else 0
     largest = max(weight.numel() for weight in model.parameters() if weight.requires_grad)
     tokens, kept, again = _activations(config, shape)
     temporary = (4 * shape.token_width + shape.hidden_size) * compute
@@ -173,25 +158,62 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
         rounded
         | {
             "gradients": earlier,
-            "gathered": held + of_head + replaced,
+            "gathered": brief.weights + brief.of_head + replaced,
             "activations": tokens * kept + rows,
             "logits": logits,
         },
         rounded
         | {
             "gradients": earlier,
-            "gathered": held + of_head + of_block,
+            "gathered": brief.weights + brief.of_head + brief.of_block,
             "activations": tokens * (kept + again + temporary),
         },
         {
             "gradients": earlier or max(0, left - in_root),
-            "gathered": unshared,
+            "gathered": brief.at_end,
         },
         {"gradients": left, "gathered": here * min(largest // ranks, PIECE_NUMBERS) * FP64},
         {"gradients": left, "gathered": here * min(largest // ranks, CHUNK_NUMBERS) * _step_bytes(config)},
     ]
     names = ("weights", "gradients", "optimizer", "gathered", "activations", "logits", *rounded)
     return [{name: (always | each).get(name, 0) for name in names} | {"kernels": KERNEL_BYTES} for each in varying]
+
+
+class Brief(NamedTuple):
+    """Bytes of weights and gradients that are there for a part of a step, beside what is kept."""
+
+    weights: int
+    """Copies in the type that is computed in, gathered or not, while blocks compute."""
+    of_head: int
+    """The output head's gradient, which is there while all blocks go backward; of adapters what waits like it."""
+    of_block: int
+    """The gradients of the block that goes backward."""
+    at_end: int
+    """What is there when embedding and output head have their gradients."""
+
+
+def _brief_alone(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> Brief:
+    """Returns it without FSDP: copies of adapters wait for backward, those of a block are made again."""
+    compute, kept_trained, is_full = _compute_bytes(config), _kept_bytes(config), config.lora is None
+    head, block = shape.vocab_size * shape.hidden_size, max(map(_count, model.model.layers))
+    converted = head + block if is_full else _count_trained(model)
+    weights = converted * compute if compute != kept_trained else 0
+    of_head = head * kept_trained if is_full else 0
+    of_block = block * kept_trained if is_full else 0
+    return Brief(weights + _unpacked(model, config), of_head, of_block, at_end=2 * of_head)
+
+
+def _brief_sharded(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> Brief:
+    """Returns it with FSDP, which reduces the gradients of adapters together, when all are there."""
+    compute, whole, is_full = _compute_bytes(config), _whole(model, config), config.lora is None
+    trained, root = _count_trained(model), _root(model)
+    weights = trained * compute if whole else _flying(model, config)
+    of_head = (shape.vocab_size * shape.hidden_size if is_full else trained) * compute
+    of_block = max(map(_count, model.model.layers)) * compute if is_full else 0
+    is_added_up = config.accumulation_steps(_world(config)) > 1 and not config.training.cpu_offload
+    reduced = root * (compute + FP32 + (FP32 if is_added_up else 0)) if is_full else of_head
+    gathered = root * compute if is_full or not whole else 0
+    return Brief(weights + _unpacked(model, config), of_head, of_block, at_end=gathered + reduced)
 
 
 def _world(config: FineTuneConfig) -> int:
@@ -320,6 +342,11 @@ def _step_bytes(config: FineTuneConfig) -> int:
     return 8 * FP32 if BITS[config.training.optimizer] is not None else 0
 
 
+def _kept_bytes(config: FineTuneConfig) -> int:
+    """Returns the bytes of a trained weight, and of its gradient, as they are kept."""
+    return BF16 if config.training.precision == "BF16" else FP32
+
+
 def _compute_bytes(config: FineTuneConfig) -> int:
     return _compute_type(config).itemsize
 
@@ -334,6 +361,11 @@ def _bytes(module: nn.Module, config: FineTuneConfig) -> int:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _root(model: Decoder) -> int:
+    """Returns how many weights are not in blocks."""
+    return _count(model) - sum(map(_count, model.model.layers))
 
 
 def _count_trained(module: nn.Module) -> int:

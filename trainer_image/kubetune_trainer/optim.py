@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from kubetune_trainer.compact_adamw import Bits, CompactAdamW
+from kubetune_trainer.distributed import local_part
 from kubetune_trainer.lora import B_SUFFIX
 
 if TYPE_CHECKING:
@@ -71,11 +72,6 @@ class ShardedAdamW(torch.optim.AdamW):
         for tensors in lists:
             tensors[:] = [local_part(tensor) for tensor in tensors]
         return has_complex
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, which shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharing(tensor: Tensor) -> tuple[ProcessGroup, ...]:

@@ -197,10 +197,15 @@ class Fields:
             try:
                 value = json.loads(value) if value else None
             except json.JSONDecodeError as error:
-                raise RecordError(f"{self.column('tools')} is not JSON: {error.msg}") from error
+                raise RecordError(f"{self.column('tools')} is not JSON: {json_complaint(error)}") from error
         if value is not None and not isinstance(value, list):
             raise RecordError(f"{self.column('tools')} must be a list of tools, got {_shown(value)}")
         return value or None
+
+
+def json_complaint(error: json.JSONDecodeError) -> str:
+    """Returns what is wrong and at which column of its line."""
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"  # some of its messages end so, others do not
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from kubetune_trainer.data.formats import json_complaint
 from kubetune_trainer.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
@@ -85,15 +86,11 @@ def _parse(text: bytes, place: str) -> Any:
         return json.loads(text.decode("utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{place} is not JSON: {_complaint(error)}",
+            f"{place} is not JSON: {json_complaint(error)}",
             hint="Every line of a jsonl file is one JSON object; correct or remove the line.",
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{place} is not UTF-8: byte {error.start} is {text[error.start]:#04x}") from error
-
-
-def _complaint(error: json.JSONDecodeError) -> str:
-    return f"{error.msg.removesuffix(' at')} at column {error.colno}"  # some of its messages end so, others do not
 
 
 def _read_json_list(file: Path, name: str) -> Iterator[tuple[str, Any]]:
@@ -101,7 +98,7 @@ def _read_json_list(file: Path, name: str) -> Iterator[tuple[str, Any]]:
     try:
         records = json.loads(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise DataError(f"{name} line {error.lineno} is not JSON: {_complaint(error)}") from error
+        raise DataError(f"{name} line {error.lineno} is not JSON: {json_complaint(error)}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{name} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
     for number, record in enumerate(records, start=1):

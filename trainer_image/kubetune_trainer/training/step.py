@@ -8,9 +8,9 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from kubetune_trainer.data.sampler import Batch, rows_for_step
-from kubetune_trainer.distributed import gather_vector
+from kubetune_trainer.distributed import gather_vector, local_part
 from kubetune_trainer.errors import NonFiniteLossError, listed
-from kubetune_trainer.optim import clip_grad_norm, learning_rate_factor, local_part
+from kubetune_trainer.optim import clip_grad_norm, learning_rate_factor
 from kubetune_trainer.training.job import Job
 
 ROWS_IN_MESSAGE = 16
