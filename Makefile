@@ -60,8 +60,8 @@ test: $(VENV)/.engines ## Every test tier: unit, control plane, a real node
 
 # Sides take turns, each in a process of its own; peers that cannot share our environment get one beside it, once.
 TABLE ?= lora sft full ladder mfu packing loss load checkpoint decode start
-bench: env ## Measure beside peers into benchmarks/RESULTS.md (TABLE=lora for one table)
-	@failed=; for table in $(TABLE); do $(PY) benchmarks/$$table.py || failed="$$failed $$table"; done; \
+bench: env ## Measure beside peers into benchmarks/RESULTS.md (TABLE=lora for one table, OPTIONS="--drift 0.25")
+	@failed=; for table in $(TABLE); do $(PY) benchmarks/$$table.py $(OPTIONS) || failed="$$failed $$table"; done; \
 	test -z "$$failed" || { echo "no result:$$failed" >&2; exit 1; }
 
 demo: env ## Fine-tune a real model on a real cluster, from nothing to the answers before and after

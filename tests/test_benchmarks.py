@@ -115,6 +115,6 @@ def test_a_round_in_which_the_machine_was_busy_does_not_count(monkeypatch: pytes
         name="tiny", file="", title="", notes="", sides={"ours": harness.Side(run=dict)}, rows=[row], ratios=[]
     )
     monkeypatch.setattr(harness, "start_side", start_side)
-    found = harness.run_row(table, row, rounds=2, threads=1)
+    found = harness.run_row(table, row, rounds=2, threads=1, drift_allowed=0.1)
     assert found["ours"]["tokensPerSecond"] == 4.0
     assert found["ours"]["rounds"] == 2

@@ -39,8 +39,8 @@ Bits = Literal[4, 8]
 class Codebook:
     """What codes stand for, and the way from a number to the nearest one's code.
 
-    All numbers whose upper 16 bits are the same lie between the same two codes, as long as those are further apart than
-    a 128th of a number: two looks into a table and a comparison then do what a search through all codes would.
+    Among numbers with the same upper 16 bits lies one bound between codes at most, as long as codes are further apart
+    than a 128th of a number: two looks into a table and a comparison then do what a search through all codes would.
     """
 
     values: Tensor
