@@ -25,18 +25,19 @@ def two_documents(length: int) -> Tensor:
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("length", [1, 37, SHORT_ROW])
 @pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("has_tiles", [True, False])
 def test_short_rows_take_their_gradients_in_fp32(
-    length: int, is_packed: bool, scale: float | None, monkeypatch: pytest.MonkeyPatch
+    length: int, *, is_packed: bool, scale: float | None, has_tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Out within 4e-3 of fp64's, relative to its size; gradients within 3e-3, which bf16 arithmetic misses."""
-    monkeypatch.setattr(attention, "HAS_BF16_TILES", True)
+    monkeypatch.setattr(attention, "HAS_BF16_TILES", has_tiles)
     seen = two_documents(length) if is_packed else None
     mask = None if seen is None else torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill_(~seen, -torch.inf)
     given = heads(length)
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     out = attend(*given, mask, scale=scale)
     assert out.grad_fn is not None
-    assert out.grad_fn.name() == "_ShortAttentionBackward"
+    assert (out.grad_fn.name() == "_ShortAttentionBackward") is has_tiles
     wanted = functional.scaled_dot_product_attention(
         *exact, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True
     )

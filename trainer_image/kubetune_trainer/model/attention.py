@@ -250,6 +250,8 @@ def attend(
     if is_trained_on_cpu and HAS_BF16_TILES and _is_short(query) and not torch.compiler.is_compiling():
         return _ShortAttention.apply(query, key, value, mask, scale)  # type: ignore[no-any-return]
     dtype = torch.float32 if is_trained_on_cpu and not HAS_BF16_TILES else query.dtype
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype)
     out = functional.scaled_dot_product_attention(
         query.to(dtype),
         key.to(dtype),
