@@ -28,8 +28,8 @@ BLOCKS: Final = {8: 256, 4: 128}
 """Numbers that share a scale, by bits, as torchao has them."""
 SMALLEST: Final = 4096
 """Weights with fewer numbers, and those that are no matrices, have moments in fp32."""
-CHUNK_NUMBERS: Final = 2**22
-"""Numbers of a weight that are updated at once."""
+CHUNK_NUMBERS: Final = 2**21
+"""Numbers of a weight that are updated at once: more leave glibc holes that it keeps, fewer are many calls."""
 SMALLEST_SCALE: Final = 1e-12
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 Bits = Literal[4, 8]
@@ -90,10 +90,13 @@ class CompactAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every weight that has a gradient."""
         assert closure is None, "nothing here is evaluated twice"
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._update(weight, group)
+        given = [
+            (weight, group) for group in self.param_groups for weight in group["params"] if weight.grad is not None
+        ]
+        for weight, _ in given:  # before all updates, whose temporaries would leave holes between what stays
+            self._begin(weight)
+        for weight, group in given:
+            self._update(weight, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state as it is; torch would bring codes and scales to the type of their weight."""
@@ -102,12 +105,15 @@ class CompactAdamW(torch.optim.Optimizer):
             for weight, number in zip(group["params"], saved["params"], strict=True):
                 self.state[weight].update(state_dict["state"].get(number, {}))
 
-    def _update(self, weight: Tensor, group: dict[str, Any]) -> None:
+    def _begin(self, weight: Tensor) -> None:
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             for moment in MOMENTS:
                 state.update(self._zeros(moment, weight))
+
+    def _update(self, weight: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[weight]
         values, gradient = local_part(weight.detach()), local_part(weight.grad)
         randomness = self._randomness(weight, step=int(state["step"]))
         rows = max(1, CHUNK_NUMBERS // max(1, values[:1].numel()))
