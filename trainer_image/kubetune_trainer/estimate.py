@@ -139,12 +139,13 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
     here = 0 if config.training.cpu_offload else 1
     gradients = here * trained * kept_trained // ranks
     left = 0 if config.training.optimizer_in_backward else gradients
-    earlier = gradients if config.accumulation_steps(_world(config)) > 1 else 0
+    earlier = gradients if _adds_up(config) else 0
     always = {
         "weights": gradients + here * (frozen if whole else frozen // ranks),
         "optimizer": here * int(2 * trained * _moment_bytes(config)) // ranks,
     }
     brief = (_brief_alone if _is_alone(config) else _brief_sharded)(config, shape, model)
+    held = brief.weights + _unpacked(model, config)
     in_root = _root(model) * kept_trained // ranks if config.lora is None else 0
     largest = max(weight.numel() for weight in model.parameters() if weight.requires_grad)
     tokens, kept, again = _activations(config, shape)
@@ -158,14 +159,14 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
         rounded
         | {
             "gradients": earlier,
-            "gathered": brief.weights + brief.of_head + replaced,
+            "gathered": held + brief.of_head + replaced,
             "activations": tokens * kept + rows,
             "logits": logits,
         },
         rounded
         | {
             "gradients": earlier,
-            "gathered": brief.weights + brief.of_head + brief.of_block,
+            "gathered": held + brief.of_head + brief.of_block,
             "activations": tokens * (kept + again + temporary),
         },
         {
@@ -200,7 +201,7 @@ def _brief_alone(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> 
     weights = converted * compute if compute != kept_trained else 0
     of_head = head * kept_trained if is_full else 0
     of_block = block * kept_trained if is_full else 0
-    return Brief(weights + _unpacked(model, config), of_head, of_block, at_end=2 * of_head)
+    return Brief(weights, of_head, of_block, at_end=2 * of_head)
 
 
 def _brief_sharded(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> Brief:
@@ -210,10 +211,14 @@ def _brief_sharded(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -
     weights = trained * compute if whole else _flying(model, config)
     of_head = (shape.vocab_size * shape.hidden_size if is_full else trained) * compute
     of_block = max(map(_count, model.model.layers)) * compute if is_full else 0
-    is_added_up = config.accumulation_steps(_world(config)) > 1 and not config.training.cpu_offload
-    reduced = root * (compute + FP32 + (FP32 if is_added_up else 0)) if is_full else of_head
+    reduced = root * (compute + FP32 + (FP32 if _adds_up(config) else 0)) if is_full else of_head
     gathered = root * compute if is_full or not whole else 0
-    return Brief(weights + _unpacked(model, config), of_head, of_block, at_end=gathered + reduced)
+    return Brief(weights, of_head, of_block, at_end=gathered + reduced)
+
+
+def _adds_up(config: FineTuneConfig) -> bool:
+    """Returns whether gradients of earlier micro batches wait on the device while another goes backward."""
+    return config.accumulation_steps(_world(config)) > 1 and not config.training.cpu_offload
 
 
 def _world(config: FineTuneConfig) -> int:
