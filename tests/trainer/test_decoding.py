@@ -27,17 +27,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("num_tokens", [1, 2, FEW_TOKENS, FEW_TOKENS + 1])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_a_product_of_few_tokens_is_that_of_any_others_within_bf16s_rounding(
-    num_tokens: int, *, has_bias: bool
+@pytest.mark.parametrize("width", [40, 42], ids=["in pieces", "whole"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)], ids=["fp32", "bf16"])
+def test_a_product_of_few_tokens_is_that_of_any_others_within_rounding(
+    num_tokens: int, dtype: torch.dtype, tolerance: float, width: int, *, has_bias: bool
 ) -> None:
     torch.manual_seed(0)
-    layer = nn.Linear(96, 40, bias=has_bias, dtype=torch.bfloat16)
-    x = torch.randn(num_tokens, 1, 96, dtype=torch.bfloat16)
+    layer = nn.Linear(96, width, bias=has_bias, dtype=dtype)
+    x = torch.randn(num_tokens, 1, 96, dtype=dtype)
     with torch.no_grad():
         found = linear(x, layer.weight, layer.bias)
         wanted = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if has_bias else None)
     assert found.is_contiguous()
-    torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=2**-8)  # the sum is rounded before the bias too
+    # The sum is rounded before the bias too.
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-6)], ids=["fp32", "bf16"])
