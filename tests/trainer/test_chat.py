@@ -1,5 +1,6 @@
 """Templates render as transformers renders them; what carries loss is the assistant's words with their end of turn."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,28 @@ LLAMA_2 = (
     "{% for message in messages %}{% if message.role == 'user' %}{{ bos_token }}[INST] {{ message.content }} [/INST]"
     "{% elif message.role == 'assistant' %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+THINKS_LAST = (  # as Qwen3 does: thoughts, if only empty ones, in the answers since the last question alone
+    "{% set asked = namespace(last=0) %}{% for message in messages if message.role == 'user' %}"
+    "{% set asked.last = messages.index(message) %}{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' and loop.index0 > asked.last and (loop.last or message.thoughts) %}"
+    "<think>{{ message.thoughts }}</think>{% endif %}{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BEGINS_TO_THINK = THINKS_LAST.replace(  # as Qwen3.5 does: an answer to come begins with the first word of its thoughts
+    "assistant\n{% endif %}", "assistant\n<think>{% endif %}"
+)
+EOS_LAST = CHATML.replace("assistant\n{% endif %}", "assistant\n{% else %}<|endoftext|>{% endif %}")  # as Phi-3 does
+OTHER_END_LAST = CHATML.replace(  # as gpt-oss does: the end of an answer is another one where more follows
+    "<|im_end|>", "{% if loop.last and not add_generation_prompt %}<|im_end|>{% else %}<s>{% endif %}"
+)
+MARKED_EOS_APART = MARKED + (  # as Phi-3's template does, made ready for training
+    "{% if messages[-1].role == 'assistant' %}{% generation %}<|endoftext|>{% endgeneration %}{% endif %}"
+)
+MARKED_TWICE = MARKED.replace("{{ message.content }}<|im_end|>{% end", "{{ message.content }}{% end", 1).replace(
+    "{% endgeneration %}", "{% endgeneration %}{% generation %}<|im_end|>{% endgeneration %}"
+)
 LOOPS_AND_TOOLS = (
     "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for message in messages %}{% if message.role == 'system' %}"
     "{% continue %}{% endif %}\n    {%- set text = message.content | trim %}\n{{ message.role }}: {{ text }}\n"
@@ -45,9 +68,15 @@ def template(source: str, tokenizer: Tokenizer) -> ChatTemplate:
     return ChatTemplate(source, tokenizer.special_tokens)
 
 
-def trained_text(messages: Any, source: str, tokenizer: Tokenizer, train_on: Any = "Assistant") -> str:
+def trained_text(
+    messages: Any, source: str, tokenizer: Tokenizer, train_on: Any = "Assistant", *, num_given: int = 0
+) -> str:
     ids, trained = encode_messages(
-        messages, tokenizer=tokenizer, template=template(source, tokenizer), train_on=train_on
+        messages,
+        tokenizer=tokenizer,
+        template=template(source, tokenizer),
+        train_on=train_on,
+        num_given=num_given,
     )
     assert len(ids) == len(trained)
     return tokenizer.decode([i for i, k in zip(ids, trained, strict=True) if k], skip_special_tokens=False)
@@ -75,6 +104,49 @@ def test_a_template_that_writes_the_beginning_of_text_gets_no_second_one(tokeniz
 
 def test_without_a_header_the_answer_begins_where_the_prompt_ends(tokenizer: Tokenizer) -> None:
     assert trained_text(HELLO[1:], LLAMA_2, tokenizer) == "  Grüße 😀 <|im_end|> Ciao<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("source", "first", "last"),
+    [
+        (THINKS_LAST, " Grüße 😀 <|im_end|>", "<think></think>Ciao<|im_end|>"),
+        (BEGINS_TO_THINK, " Grüße 😀 <|im_end|>", "</think>Ciao<|im_end|>"),
+        (EOS_LAST, " Grüße 😀 <|im_end|>", "Ciao<|im_end|>\n<|endoftext|>"),
+        (OTHER_END_LAST, " Grüße 😀 ", "Ciao<|im_end|>"),
+        (MARKED_EOS_APART, " Grüße 😀 <|im_end|>", "Ciao<|im_end|><|endoftext|>"),
+        (MARKED_TWICE, " Grüße 😀 <|im_end|>", "Ciao<|im_end|>"),
+    ],
+    ids=["thinks last", "begins to think", "eos last", "other end last", "marked, eos apart", "marked twice"],
+)
+def test_an_answer_is_trained_as_it_stands_in_the_whole(
+    source: str, first: str, last: str, tokenizer: Tokenizer
+) -> None:
+    tokenizer = dataclasses.replace(tokenizer, stop_ids=(tokenizer.eos_id, tokenizer.pad_id))
+    assert trained_text(HELLO, source, tokenizer) == first + last
+    assert trained_text(HELLO, source, tokenizer, "LastAssistant") == last
+    assert trained_text(HELLO, source, tokenizer, num_given=3) == last
+    assert trained_text(HELLO[:4], source, tokenizer) == first
+
+
+def test_calls_and_answers_are_found_where_thoughts_before_them_are_left_out_later(tokenizer: Tokenizer) -> None:
+    def call(**arguments: Any) -> dict[str, Any]:
+        function = {"name": "look_up", "arguments": arguments}
+        return {"role": "assistant", "content": "", "thoughts": "hm", "tool_calls": [{"function": function}]}
+
+    messages: list[dict[str, Any]] = [
+        HELLO[1], call(), {"role": "tool", "content": "1"}, call(n=1), {"role": "tool", "content": "2"}, HELLO[2],
+        *HELLO[3:],
+    ]  # fmt: skip
+    expected = [
+        '<call>{"name": "look_up", "arguments": {}}</call>', '<call>{"name": "look_up", "arguments": {"n": 1}}</call>',
+        " Grüße 😀 ", "<think></think>Ciao",
+    ]  # fmt: skip
+    assert trained_text(messages, THINKS_LAST, tokenizer) == "".join(f"{answer}<|im_end|>" for answer in expected)
+
+
+def test_answers_are_found_among_messages_that_are_all_alike(tokenizer: Tokenizer) -> None:
+    messages = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user", "assistant", "assistant")]
+    assert trained_text(messages, THINKS_LAST, tokenizer) == "Hi<|im_end|>Hi<|im_end|><think></think>Hi<|im_end|>"
 
 
 def test_an_answer_without_an_end_is_given_one_to_learn(tokenizer: Tokenizer) -> None:
@@ -127,10 +199,24 @@ def test_a_template_that_fails_says_why(source: str, message: str, tokenizer: To
         template(source, tokenizer).render(HELLO)
 
 
-def test_a_template_that_rewrites_the_past_is_refused(tokenizer: Tokenizer) -> None:
-    source = "{{ messages | length }} messages: {% for message in messages %}{{ message.content }} {% endfor %}"
-    with pytest.raises(TemplateError, match=r"messages\[2\]: the chat template does not write the conversation"):
+def test_answers_are_found_where_the_beginning_tells_how_long_the_conversation_is(tokenizer: Tokenizer) -> None:
+    source = "{{ messages | length }} messages:\n" + CHATML
+    assert trained_text(HELLO, source, tokenizer) == " Grüße 😀 <|im_end|>Ciao<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for message in messages | reverse %}{{ message.content }} {% endfor %}",
+        "{{ messages | length }} messages, the last is {{ messages[-1].content }}",
+        CHATML + "{{ messages | map(attribute='content') | join }}",
+    ],
+    ids=["backwards", "left out", "repeated"],
+)
+def test_a_template_that_hides_where_answers_are_is_refused(source: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(TemplateError, match=r"messages\[\d\]: the chat template does not show where this message ends"):
         trained_text(HELLO, source, tokenizer)
+    assert trained_text(HELLO, source, tokenizer, "All")
 
 
 def test_a_template_that_is_not_jinja_names_the_line(tokenizer: Tokenizer) -> None:

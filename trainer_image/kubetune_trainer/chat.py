@@ -2,11 +2,15 @@
 
 Two ways to know what the assistant said. A template that marks it with `{% generation %}` is taken at its word. Any
 other is rendered up to each message: what an answer adds behind the assistant's header is the answer with its end.
+Some templates write an answer in another way once the conversation goes on. Then the text up to a message is compared
+with the whole from the end of that message's content on.
 """
 
 import datetime as dt
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import jinja2
@@ -26,6 +30,8 @@ Span = tuple[int, int]
 ASSISTANT = "assistant"
 _BEGIN, _END = "\ue0f0", "\ue0f1"
 """Around what a template marks as generated, until the text is taken apart; from Unicode's private use area."""
+_CONTENT_END = "\ue0f2"
+"""Put behind a message's content to see where that ends in the text; from the same area."""
 
 
 class TemplateError(Exception):
@@ -111,42 +117,129 @@ def encode_messages(
         num_given: How many of the first messages are given; the answers among them are not trained.
 
     Raises:
-        TemplateError: The template fails, or its text does not grow with the messages, so that answers cannot be found.
+        TemplateError: The template fails, or an answer cannot be found in what it writes.
     """
     text, marked = template.render_marked(messages, tools=tools)
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)  # as a whole, as at inference
+    offsets = encoding.offsets
     stops = [tokenizer.decode([stop], skip_special_tokens=False) for stop in tokenizer.stop_ids]
     if train_on == "All":
         spans = [(0, len(text))]
     else:
-        spans = marked if template.marks_generation else list(_answers(messages, text, template, tools))
-        spans = [_up_to_end_of_turn(text, span, stops) for span in spans]
-        spans = spans[sum(message["role"] == ASSISTANT for message in messages[:num_given]) :]
-        spans = spans[-1:] if train_on == "LastAssistant" else spans
-    ids, trained = _encode(text, spans, tokenizer)
+        ends = [end for _, end in offsets]
+        written = _Written(messages=messages, tools=tools, template=template, text=text, token_ends=ends)
+        answers = _answers(written, marked, num_given=num_given, last_only=train_on == "LastAssistant")
+        spans = [_up_to_end_of_turn(text, span, stops) for span in answers]
+    trained = [any(first < end and begin < last for first, last in spans) for begin, end in offsets]
     if messages[-1]["role"] == ASSISTANT and not text.rstrip().endswith(tuple(stops)):
         # Without an end the model would never learn to stop.
-        return [*ids, tokenizer.eos_id], [*trained, True]
-    return ids, trained
+        return [*encoding.ids, tokenizer.eos_id], [*trained, True]
+    return encoding.ids, trained
 
 
-def _answers(
-    messages: Sequence[Message], text: str, template: ChatTemplate, tools: Sequence[Any] | None
-) -> Iterator[Span]:
-    """Finds each answer: it begins behind the header that asks for it and ends where the conversation goes on."""
-    for number, message in enumerate(messages):
-        if message["role"] != ASSISTANT:
-            continue
-        head = template.render(messages[:number], tools=tools, add_generation_prompt=True)
-        upto = text if number == len(messages) - 1 else template.render(messages[: number + 1], tools=tools)
-        if not upto.startswith(head):
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """A conversation as its template writes it."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Any] | None
+    template: ChatTemplate
+    text: str
+    token_ends: Sequence[int]
+    """Where each token of the text ends, in characters."""
+
+    def answer(self, number: int) -> Span:
+        """Finds an answer: it begins behind the header that asks for it and ends where the conversation goes on."""
+        before, upto = self.messages[:number], self.text
+        if number < len(self.messages) - 1:
+            upto = self._render(self.messages[: number + 1])
+        if self.text.startswith(upto):
             # Some templates write no header, or begin the answer to come with something of their own.
-            head = template.render(messages[:number], tools=tools)
-        if not (text.startswith(upto) and upto.startswith(head)):
-            raise TemplateError(
-                f"messages[{number}]: the chat template does not write the conversation up to here as a beginning of "
-                "the whole, so the answer cannot be found in it; mark answers with {% generation %} in the template"
-            )
-        yield len(head), len(upto)
+            for prompt in (True, False):
+                head = self._render(before, add_generation_prompt=prompt)
+                if upto.startswith(head):
+                    return len(head), len(upto)
+        begin = self.begin_of_answer(number)
+        end_of_content, end = self._shared_with(self.messages[: number + 1], number)
+        if begin > end_of_content:
+            raise _not_found(number)
+        return begin, end
+
+    def begin_of_answer(self, number: int) -> int:
+        """Finds the end of the header that asks for an answer."""
+        head = self._render(self.messages[:number], add_generation_prompt=True)
+        if self.text.startswith(head):
+            return len(head)
+        if not number:
+            raise _not_found(number)
+        return self._shared_with(self.messages[:number], number - 1, add_generation_prompt=True)[1]
+
+    def _shared_with(self, beginning: Sequence[Message], number: int, **prompt: bool) -> Span:
+        """Finds what stands behind a message's content both in the text and in the render of a beginning."""
+        after = self._behind(self.messages, number)
+        other = self._behind(beginning, number, **prompt)
+        same = (one == two for one, two in zip(after, other, strict=False))
+        num_shared = len(list(itertools.takewhile(bool, same)))
+        if not self.text.endswith(after[num_shared:]):
+            raise _not_found(number)
+        begin = len(self.text) - len(after)
+        end = begin + num_shared
+        if num_shared < len(other):
+            # Two special tokens may begin alike: only whole tokens count.
+            end = max((token_end for token_end in self.token_ends if begin <= token_end <= end), default=begin)
+        return begin, end
+
+    def _behind(self, messages: Sequence[Message], number: int, **prompt: bool) -> str:
+        """Returns what is written behind the content of a message."""
+        changed = [*messages[:number], _with_content_end(messages[number]), *messages[number + 1 :]]
+        _, found, after = self._render(changed, **prompt).partition(_CONTENT_END)
+        if not found:
+            raise _not_found(number)
+        return after
+
+    def _render(self, messages: Sequence[Message], **prompt: bool) -> str:
+        return self.template.render(messages, tools=self.tools, **prompt)
+
+
+def _answers(written: _Written, marked: Sequence[Span], *, num_given: int, last_only: bool) -> Sequence[Span]:
+    """Finds the answers that are not given, or the last of them; a template's marks come before all else."""
+    numbers = [number for number, message in enumerate(written.messages) if message["role"] == ASSISTANT]
+    wanted = [number for number in numbers if number >= num_given]
+    wanted = wanted[-1:] if last_only else wanted
+    if not written.template.marks_generation:
+        return [written.answer(number) for number in wanted]
+    if wanted == numbers:
+        return marked
+    # One answer may have several marks: their place tells whose they are, not their number.
+    begin = written.begin_of_answer(wanted[0]) if wanted else len(written.text)
+    return [span for span in marked if span[1] > begin]
+
+
+def _with_content_end(message: Message) -> Message:
+    """Puts the sign behind the last that a message says: its content, or what it calls a tool with."""
+    calls = message.get("tool_calls")
+    last = calls[-1] if isinstance(calls, list) and calls else None
+    function = last.get("function", last) if isinstance(last, Mapping) else None
+    if not (isinstance(calls, list) and isinstance(last, Mapping) and isinstance(function, Mapping)):
+        return {**message, "content": _ended(message.get("content"))}
+    function = {**function, "arguments": _ended(function.get("arguments"))}
+    call = {**last, "function": function} if "function" in last else function
+    return {**message, "tool_calls": [*calls[:-1], call]}
+
+
+def _ended(value: Any) -> Any:
+    if isinstance(value, list):
+        return [*value, {"type": "text", "text": _CONTENT_END}]
+    if isinstance(value, Mapping):
+        return {**value, "end": _CONTENT_END}
+    return f"{value or ''}{_CONTENT_END}"
+
+
+def _not_found(number: int) -> TemplateError:
+    return TemplateError(
+        f"messages[{number}]: the chat template does not show where this message ends in the conversation, so answers "
+        "cannot be told from the rest; mark answers with {% generation %} in the template"
+    )
 
 
 def _up_to_end_of_turn(text: str, span: Span, stops: Sequence[str]) -> Span:
@@ -158,13 +251,6 @@ def _up_to_end_of_turn(text: str, span: Span, stops: Sequence[str]) -> Span:
         if text.startswith(stop, end):
             return begin, end + len(stop)
     return span
-
-
-def _encode(text: str, spans: Sequence[Span], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Encodes the text as a whole, as at inference; a token is trained if any of it lies in a span."""
-    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-    trained = [any(first < end and begin < last for first, last in spans) for begin, end in encoding.offsets]
-    return encoding.ids, trained
 
 
 def _take_marks_out(text: str) -> tuple[str, list[Span]]:
