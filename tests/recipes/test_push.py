@@ -1,16 +1,18 @@
 """An output goes to the Hub when it is safe; what a failed push leaves to do is the push alone."""
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
 from kubetune_trainer import hub
 from kubetune_trainer.config import load_config
-from kubetune_trainer.errors import ConfigError
+from kubetune_trainer.errors import ConfigError, StorageError
 from kubetune_trainer.push import push_output
 from tests.recipes.gang import Gang, Zygote
 from tests.recipes.tiny import write_config
@@ -112,6 +114,49 @@ def test_a_card_that_the_hub_does_not_take_is_the_users_to_mend(
 def test_a_hub_that_stumbles_is_asked_again(place: Path, server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.failing_uploads = 1
     assert push_here(place, server, monkeypatch) == {"repo": "team/bot", "commit": server.commits[0]["oid"]}
+
+
+EARLIER = [
+    {"model.safetensors"},
+    {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"},
+    {"adapter_config.json", "adapter_model.safetensors"},
+    {"model.gguf", "model.pte", "chat_template.jinja", "vocab.json", "merges.txt", "lineage.json"},
+]
+OWN = {"README.md", "LICENSE", ".gitattributes", "notes[1].md", "eval.json", "onnx/model.safetensors", "my.safetensors"}
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own use of its HTTP client
+@pytest.mark.parametrize("earlier", EARLIER, ids=["one file", "shards", "adapters", "other formats"])
+def test_an_output_takes_the_place_of_another_and_of_nothing_else(
+    place: Path, server: HubServer, monkeypatch: pytest.MonkeyPatch, earlier: set[str]
+) -> None:
+    server.repos[REPO] = dict.fromkeys(earlier | OWN | {"config.json"}, b"earlier")
+    pushed = push_here(place, server, monkeypatch)
+    files = {path.name: path.read_bytes() for path in (place / "model").iterdir()}
+    assert server.repos[REPO] == dict.fromkeys(OWN, b"earlier") | files
+    assert [commit["oid"] for commit in server.commits] == [(pushed or {})["commit"]], "all in one commit"
+
+
+def test_a_hub_that_takes_a_connection_and_says_nothing_is_not_waited_for(
+    place: Path, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "SILENCE_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server.url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(StorageError, match=r"pushToHub\.repo team/bot on the Hub: the Hub cannot be reached"):
+            push_here(place, server, monkeypatch)
+
+
+@pytest.mark.parametrize("error", [ConnectionError, TimeoutError])
+def test_a_network_that_fails_below_xet_is_no_crash(
+    place: Path, server: HubServer, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error("Network error: Request error")  # hf_xet's words; it tries for minutes before it says them
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", fail)
+    with pytest.raises(StorageError, match="the Hub cannot be reached: Network error"):
+        push_here(place, server, monkeypatch)
 
 
 def push_here(

@@ -57,6 +57,9 @@ class HubServer:
             self.send(request, 503, {})
             return
         parts = request.path.partition("?")[0].strip("/").split("/")
+        if parts[0] == "api" and parts[4:5] == ["tree"]:
+            self.answer_tree(request, repo="/".join(parts[1:4]))
+            return
         if parts[0] == "api":
             self.answer_info(request, repo="/".join(parts[1:4]), revision="/".join(parts[5:]) or "main")
             return
@@ -78,6 +81,21 @@ class HubServer:
                 "cardData": self.cards.get(repo),
             }
             self.send(request, 200, {}, json.dumps(info).encode())
+
+    def answer_tree(self, request: BaseHTTPRequestHandler, *, repo: str) -> None:
+        """All files, or those at the top and its folders."""
+        if self.is_hidden(request, repo):
+            self.send(request, 401, {"X-Error-Code": "RepoNotFound"})
+            return
+        is_whole = "recursive=true" in request.path.lower()
+        files = {path: content for path, content in self.repos[repo].items() if is_whole or "/" not in path}
+        told = [
+            {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
+            for path, content in files.items()
+        ]
+        folders = sorted({path.partition("/")[0] for path in self.repos[repo].keys() - files.keys()})
+        told += [{"type": "directory", "path": folder, "oid": "0" * 40} for folder in folders]
+        self.send(request, 200, {"Content-Type": "application/json"}, json.dumps(told).encode())
 
     def answer_file(self, request: BaseHTTPRequestHandler, *, repo: str, revision: str, path: str) -> None:
         if self.is_hidden(request, repo):
@@ -172,6 +190,8 @@ class HubServer:
     def commit(self, request: BaseHTTPRequestHandler, body: bytes, *, repo: str) -> None:
         lines = [json.loads(line) for line in body.splitlines()]
         [header] = [line["value"] for line in lines if line["key"] == "header"]
+        for value in (line["value"] for line in lines if line["key"] == "deletedFile"):
+            del self.repos[repo][value["path"]]
         for value in (line["value"] for line in lines if line["key"] == "file"):
             assert value["encoding"] == "base64"
             self.repos[repo][value["path"]] = base64.b64decode(value["content"])

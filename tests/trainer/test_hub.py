@@ -1,12 +1,14 @@
 """Models and datasets come from a server that speaks the Hub's API, fixed to the commit that a branch stood for."""
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import file_download
 
 from kubetune_trainer import hub
 from kubetune_trainer.config import HubModel, SecretKey, load_config
@@ -151,3 +153,26 @@ def test_a_hub_that_stays_away_is_tried_again_later(server: HubServer, tmp_path:
     server.stop()
     with pytest.raises(StorageError, match="the Hub cannot be reached"):
         prepare_run(tmp_path)
+
+
+@pytest.mark.usefixtures("server")
+def test_a_hub_that_takes_a_connection_and_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "SILENCE_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(StorageError, match=r"model team/tiny .* the Hub cannot be reached"):
+            find_repo(HubModel(repo="team/tiny"), kind="model")
+
+
+@pytest.mark.parametrize("error", [ConnectionError, TimeoutError])
+def test_a_network_that_fails_below_xet_is_no_crash(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error("Network error")
+
+    repo = find_repo(HubModel(repo="team/tiny"), kind="model")
+    monkeypatch.setattr(file_download, "http_get", fail)
+    with pytest.raises(StorageError, match=r"model\.safetensors: the Hub cannot be reached: Network error"):
+        repo.download("model.safetensors", tmp_path / "here")
+    assert server.downloads == []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import huggingface_hub
 from huggingface_hub import errors
+from huggingface_hub.utils._http import default_client_factory
 
 from kubetune_trainer.errors import ConfigError, DataError, StorageError
 from kubetune_trainer.storage import read_secret
@@ -24,8 +25,12 @@ if TYPE_CHECKING:
 RepoType = Literal["model", "dataset"]
 PAUSES_SECONDS: Final = (1.0, 4.0, 15.0)
 """Between the tries of one request; after the last the Hub counts as unavailable."""
+SILENCE_SECONDS: Final = 60.0
+"""How long one connection may stay without a word; a file may take as long as it takes."""
 REFUSALS: Final = frozenset({400, 401, 403, 422})
 """Statuses that another try would only repeat."""
+UNREACHABLE: Final = (errors.HTTPError, ConnectionError, TimeoutError)
+"""What is raised where the network fails; the builtin ones are those of hf_xet, which brings large files."""
 
 Result = TypeVar("Result")
 
@@ -79,7 +84,7 @@ def find_repo(source: "HubModel", *, kind: RepoType) -> HubRepo:
     token = token_of(source.token_secret)
     api = huggingface_hub.HfApi(endpoint=endpoint(), token=token or False)
     found = ask_hub(
-        lambda: api.repo_info(source.repo, revision=source.revision, repo_type=kind, timeout=30),
+        lambda: api.repo_info(source.repo, revision=source.revision, repo_type=kind),
         what=f"{kind} {source.repo} at revision {source.revision} on the Hub",
     )
     return HubRepo(
@@ -124,6 +129,25 @@ def ask_hub(request: Callable[[], Result], *, what: str) -> Result:
         return request()
 
 
+def _client() -> Any:
+    client = default_client_factory()
+    client.event_hooks["request"].append(_bound)
+    return client
+
+
+def _bound(request: Any) -> None:
+    # huggingface_hub's client waits for ever, and some of its calls ask for that themselves: a Hub that takes a
+    # connection and says nothing would hold the job until its deadline. Each connect, read and write is bounded here.
+    given = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        phase: SILENCE_SECONDS if given.get(phase) is None else given[phase]
+        for phase in ("connect", "read", "write", "pool")
+    }
+
+
+huggingface_hub.set_client_factory(_client)
+
+
 @contextmanager
 def _translated(what: str) -> Iterator[None]:
     """Says in our errors whose turn it is."""
@@ -146,6 +170,6 @@ def _translated(what: str) -> Iterator[None]:
             said = f": {error.server_message}" if error.server_message else ""
             raise ConfigError(f"{what}: the Hub refused with status {status}{said}", hint=access) from error
         raise StorageError(f"{what}: the Hub answered with status {status}") from error
-    except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+    except (*UNREACHABLE, errors.LocalEntryNotFoundError) as error:
         hint = "The model and the data may also lie in storage: model.uri, dataset.sources[].uri."
         raise StorageError(f"{what}: the Hub cannot be reached: {error}", hint=hint) from error

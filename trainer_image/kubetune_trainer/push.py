@@ -2,25 +2,37 @@
 
 The output is safe by then. An attempt that only failed to push leaves the next one nothing but the push: the lineage in
 the run's folder is written when all outputs are whole, and says so. Files that have arrived are not sent again: large
-ones lie at the Hub under their hash, and a commit that would change nothing is not made.
+ones lie at the Hub under their hash, and a commit that would change nothing is not made. The commit also deletes what
+another output has left of its model; whatever else lies in the repository stays.
 """
 
+import glob
+import re
 from typing import Any, Final
 
 import huggingface_hub
-from huggingface_hub import CommitInfo, errors
+from huggingface_hub import CommitInfo
 
 from kubetune_trainer.checkpoint import find_checkpoint
 from kubetune_trainer.config import FineTuneConfig
 from kubetune_trainer.errors import ConfigError, StorageError
-from kubetune_trainer.hub import ask_hub, endpoint, token_of
+from kubetune_trainer.export.huggingface import COMPANION_FILES
+from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from kubetune_trainer.hub import UNREACHABLE, ask_hub, endpoint, token_of
 from kubetune_trainer.lineage import stored_lineage
-from kubetune_trainer.names import CHECKPOINTS_DIR, COMPLETE_MARKER
+from kubetune_trainer.model.weights import GGUF_FILE, INDEX_FILE, PROGRAM_FILE
+from kubetune_trainer.names import CHECKPOINTS_DIR, COMPLETE_MARKER, LINEAGE_FILE
 from kubetune_trainer.report import attempt, report, write_termination_message
 from kubetune_trainer.storage import download_tree, open_store, scratch_dir
 
 IGNORED: Final = (COMPLETE_MARKER, ".*")
 """What may lie in an output's folder and is no part of it."""
+SHARD: Final = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+SINGLE_FILES: Final = frozenset(
+    {INDEX_FILE, GGUF_FILE, PROGRAM_FILE, ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, LINEAGE_FILE}
+)
+LEGAL: Final = ("LICENSE", "NOTICE", "USE_POLICY")
+"""How files begin that lie beside an output and are never deleted: a repository's own have the same names."""
 
 
 def push_output(config: FineTuneConfig, outputs: list[dict[str, Any]]) -> dict[str, str] | None:
@@ -58,9 +70,10 @@ def push_output(config: FineTuneConfig, outputs: list[dict[str, Any]]) -> dict[s
                 folder_path=folder,
                 commit_message=f"{config.title}: output {asked.output}",
                 ignore_patterns=list(IGNORED),
+                delete_patterns=[glob.escape(path) for path in _model_files(api, asked.repo)] or None,
             )
         except RuntimeError as error:  # what befell one of the files is its cause
-            if isinstance(error.__cause__, errors.HTTPError):
+            if isinstance(error.__cause__, UNREACHABLE):
                 raise error.__cause__ from error
             raise StorageError(f"{what}: {error}") from error
         except ValueError as error:  # the library's own check of the card, or of the files
@@ -69,6 +82,19 @@ def push_output(config: FineTuneConfig, outputs: list[dict[str, Any]]) -> dict[s
     pushed = {"repo": asked.repo, "commit": ask_hub(upload, what=what).oid}
     report("push", **pushed)
     return pushed
+
+
+def _model_files(api: huggingface_hub.HfApi, repo: str) -> list[str]:
+    """Return the files of a repository that an output may have; those that it does not have are another model's.
+
+    They would win: transformers loads a model.safetensors rather than shards, and adapters on top of either.
+    """
+    return [file.path for file in api.list_repo_tree(repo) if _is_of_a_model(file.path)]
+
+
+def _is_of_a_model(path: str) -> bool:
+    is_companion = COMPANION_FILES.fullmatch(path) and not path.startswith(LEGAL)
+    return bool(is_companion or SHARD.fullmatch(path) or path in SINGLE_FILES)
 
 
 def outputs_to_push(config: FineTuneConfig) -> list[dict[str, Any]] | None:
