@@ -211,7 +211,7 @@ REFUSED = {
     "attention_dropout must be 0, got 0.1": {"attention_dropout": 0.1},
     "quantization_config must be None, got {'quant_method': 'gptq'}": {"quantization_config": {"quant_method": "gptq"}},
     "rope_interleaved must be False, got True": {"rope_interleaved": True},
-    "hidden_size is missing": {"hidden_size": None},
+    "hidden_size must be a positive integer, got None": {"hidden_size": None},
     "num_hidden_layers must be a positive integer, got '3'": {"num_hidden_layers": "3"},
     "vocab_size must be a positive integer, got 0": {"vocab_size": 0},
     "num_attention_heads must be a multiple of num_key_value_heads, got 4 and 3": {"num_key_value_heads": 3},

@@ -12,8 +12,7 @@ from typing import Any, Final
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.model.config import CONFIG_FILE, Activation, Experts, ModelConfig
 from kubetune_trainer.model.rope import Rope
-
-Config = Mapping[str, Any]
+from kubetune_trainer.model.values import Config, flag, mapping, positive_number, whole_number
 
 SLIDING: Final = "sliding_attention"
 FULL: Final = "full_attention"
@@ -95,36 +94,36 @@ def read_family(config: Config) -> ModelConfig:
 def _llama(config: Config, *, theta: float = 10000.0, act: str = "silu", partial_rope: bool = False) -> ModelConfig:
     """Llama 2 and 3, SmolLM2, TinyLlama and their kin; what all other families are told apart from."""
     _only(config, UNSUPPORTED | {"hidden_act": (act,)})
-    num_heads = _positive(config, "num_attention_heads")
-    hidden_size = _positive(config, "hidden_size")
-    num_layers = _positive(config, "num_hidden_layers")
-    num_kv_heads = _positive(config, "num_key_value_heads", default=num_heads)
+    num_heads = whole_number(config, "num_attention_heads")
+    hidden_size = whole_number(config, "hidden_size")
+    num_layers = whole_number(config, "num_hidden_layers")
+    num_kv_heads = whole_number(config, "num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
         raise DataError(
             f"{CONFIG_FILE}: num_attention_heads must be a multiple of num_key_value_heads, "
             f"got {num_heads} and {num_kv_heads}"
         )
-    max_positions = _positive(config, "max_position_embeddings", default=2048)
+    max_positions = whole_number(config, "max_position_embeddings", default=2048)
     head_dim = _head_dim(config, hidden_size=hidden_size, num_heads=num_heads)
     rope = Rope.from_hf(
         config, max_positions=max_positions, head_dim=head_dim, theta=theta, may_be_partial=partial_rope
     )
-    attention_bias = bool(config.get("attention_bias"))
+    attention_bias = flag(config, "attention_bias")
     return ModelConfig(
         family=config["model_type"],
-        vocab_size=_positive(config, "vocab_size"),
+        vocab_size=whole_number(config, "vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=_positive(config, "intermediate_size"),
+        intermediate_size=whole_number(config, "intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_positions=max_positions,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tied_embeddings=bool(config.get("tie_word_embeddings")),
+        norm_eps=positive_number({"rms_norm_eps": 1e-6} | config, "rms_norm_eps"),
+        tied_embeddings=flag(config, "tie_word_embeddings"),
         qkv_bias=attention_bias,
         output_bias=attention_bias,
-        mlp_bias=bool(config.get("mlp_bias")),
+        mlp_bias=flag(config, "mlp_bias"),
         ropes=(rope,) * num_layers,
         windows=(None,) * num_layers,
         activation=ACTIVATIONS[act],
@@ -142,7 +141,7 @@ def _mixtral(config: Config) -> ModelConfig:
     _only(config, {"router_jitter_noise": (0, None)})
     plain = _without_biases(config, theta=1_000_000.0)
     experts = Experts(
-        num_experts=_positive(config, "num_local_experts"),
+        num_experts=whole_number(config, "num_local_experts"),
         num_chosen=_chosen(config, "num_local_experts"),
         intermediate_size=plain.intermediate_size,
         normalized=True,
@@ -168,18 +167,19 @@ def _qwen3_moe(config: Config) -> ModelConfig:
     count = "num_experts" if "num_experts" in config else "num_local_experts"
     config = {"max_position_embeddings": 32768, "sliding_window": 4096} | config
     plain = _llama(config)
-    step, dense = _positive(config, "decoder_sparse_step", default=1), config.get("mlp_only_layers") or []
-    if not isinstance(dense, list):
+    step, dense = whole_number(config, "decoder_sparse_step", default=1), config.get("mlp_only_layers")
+    dense = [] if dense is None else dense
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise DataError(f"{CONFIG_FILE}: mlp_only_layers must be a list of layers, got {dense!r}")
     experts = Experts(
-        num_experts=_positive(config, count),
+        num_experts=whole_number(config, count),
         num_chosen=_chosen(config, count),
-        intermediate_size=_positive(config, "moe_intermediate_size"),
-        normalized=bool(config.get("norm_topk_prob")),
+        intermediate_size=whole_number(config, "moe_intermediate_size"),
+        normalized=flag(config, "norm_topk_prob"),
         names="Qwen",
         layers=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(plain.num_layers)),
     )
-    windows = _one_window(config) if config.get("use_sliding_window") else plain.windows
+    windows = _one_window(config) if flag(config, "use_sliding_window") else plain.windows
     return replace(plain, mlp_bias=False, query_key_norm="Head", windows=windows, experts=experts)
 
 
@@ -206,9 +206,9 @@ def _gemma2(config: Config) -> ModelConfig:
     return replace(
         plain,
         norm_places="Around",
-        attention_scale=_number(config, "query_pre_attn_scalar") ** -0.5,
-        attention_softcap=_number_or_none(config, "attn_logit_softcapping"),
-        logit_softcap=_number_or_none(config, "final_logit_softcapping"),
+        attention_scale=positive_number(config, "query_pre_attn_scalar") ** -0.5,
+        attention_softcap=_bound(config, "attn_logit_softcapping"),
+        logit_softcap=_bound(config, "final_logit_softcapping"),
         windows=_windows(config, default=[SLIDING if (i + 1) % 2 else FULL for i in range(plain.num_layers)]),
     )
 
@@ -219,22 +219,26 @@ def _gemma3(config: Config) -> ModelConfig:
     transformers reads a soft bound of attention for them and does not apply it: one that is there is refused.
     """
     _only(config, {"attn_logit_softcapping": (None,)})
-    pattern = _positive(config, "sliding_window_pattern", default=6)
-    num_layers = _positive(config, "num_hidden_layers")
+    pattern = whole_number(config, "sliding_window_pattern", default=6)
+    num_layers = whole_number(config, "num_hidden_layers")
     config = {
         "max_position_embeddings": 131_072,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "layer_types": [SLIDING if (i + 1) % pattern else FULL for i in range(num_layers)],
     } | {key: value for key, value in config.items() if key != "layer_types" or value is not None}
-    by_kind = config.get("rope_parameters") or {}
+    by_kind = mapping(config, "rope_parameters")
+    for key, value in by_kind.items():
+        if key not in (FULL, SLIDING):  # transformers does not look at it
+            raise DataError(f"{CONFIG_FILE}: rope_parameters must be of {FULL} and {SLIDING}, got {key} {value!r}")
     flat = {key: value for key, value in config.items() if key != "rope_parameters"}
     plain = _gemma2({key: value for key, value in flat.items() if key not in {"rope_scaling", "rope_theta"}})
     sizes = {"max_positions": plain.max_positions, "head_dim": plain.head_dim}
-    far_given = dict(by_kind.get(FULL) or {}) | dict(config.get("rope_scaling") or {})
+    far_given = {**mapping(by_kind, FULL, within="rope_parameters."), **mapping(config, "rope_scaling")}
     far = Rope.from_hf(flat | {"rope_scaling": far_given}, theta=1_000_000.0, **sizes)
-    near_given = {"rope_theta": config.get("rope_local_base_freq", 10_000.0)} | dict(by_kind.get(SLIDING) or {})
-    near = Rope.from_hf({"rope_scaling": near_given}, **sizes)
+    near_given = mapping(by_kind, SLIDING, within="rope_parameters.")
+    near_theta = positive_number(config, "rope_local_base_freq", default=10_000.0)
+    near = Rope.from_hf({"rope_scaling": near_given}, theta=near_theta, **sizes)
     ropes = tuple(far if window is None else near for window in plain.windows)
     return replace(plain, query_key_norm="Head", ropes=ropes)
 
@@ -243,11 +247,11 @@ def _phi3(config: Config) -> ModelConfig:
     """Phi-3, 3.5, 4 and 4-mini: fused projections, and maybe only a part of each head that is turned."""
     config = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096} | config
     for key in ("rope_scaling", "rope_parameters"):
-        given = config.get(key) or {}
+        given = mapping(config, key)
         kind = given.get("rope_type", given.get("type"))
-        if kind in {"su", "yarn"}:  # names that the first files have for it
-            config[key] = dict(given) | {"rope_type": "longrope"}
-        elif kind not in {None, "default", "longrope"}:
+        if kind in ("su", "yarn"):  # names that the first files have for it
+            config[key] = {**given, "rope_type": "longrope"}
+        elif kind not in (None, "default", "longrope"):
             raise DataError(f"{CONFIG_FILE}: rope_type must be default or longrope for phi3, got {kind!r}")
     return replace(_without_biases(config, partial_rope=True), fused_projections=True, windows=_one_window(config))
 
@@ -256,15 +260,17 @@ def _smollm3(config: Config) -> ModelConfig:
     """SmolLM3: every fourth layer, or as the file says, does not look at positions."""
     config = {"max_position_embeddings": 32768, "tie_word_embeddings": True} | config
     plain = _llama(config, theta=2_000_000.0)
-    every = _positive(config, "no_rope_layer_interval", default=4)
-    turned = config.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(plain.num_layers)]
+    every = whole_number(config, "no_rope_layer_interval", default=4)
+    turned = config.get("no_rope_layers")
+    if turned is None or turned == []:
+        turned = [int((i + 1) % every != 0) for i in range(plain.num_layers)]
     is_list = isinstance(turned, list) and len(turned) >= plain.num_layers
     if not is_list or not all(each in (0, 1) for each in turned):
         raise DataError(
             f"{CONFIG_FILE}: no_rope_layers must be a 0 or 1 for each of {plain.num_layers} layers, got {turned!r}"
         )
     turned = turned[: plain.num_layers]
-    windowed = bool(config.get("use_sliding_window")) and config.get("sliding_window") is not None
+    windowed = flag(config, "use_sliding_window") and config.get("sliding_window") is not None
     default = [SLIDING if windowed and not each else FULL for each in turned]
     return replace(
         plain,
@@ -307,7 +313,7 @@ def _without_biases(config: Config, *, theta: float = 10000.0, partial_rope: boo
 
 def _one_window(config: Config) -> tuple[int | None, ...]:
     """The same window for all layers."""
-    num_layers = _positive(config, "num_hidden_layers")
+    num_layers = whole_number(config, "num_hidden_layers")
     kind = FULL if config.get("sliding_window") is None else SLIDING
     _only(config, {"layer_types": (None, [kind] * num_layers)})
     return _windows(config, default=[kind] * num_layers)
@@ -315,14 +321,13 @@ def _one_window(config: Config) -> tuple[int | None, ...]:
 
 def _upper_windows(config: Config) -> tuple[int | None, ...]:
     """Qwen's rule: the layers from max_window_layers on have a window, if they are to have one at all."""
-    config = {"sliding_window": 4096} | config
-    if not config.get("use_sliding_window"):
-        config["sliding_window"] = None
-    first = config.get("max_window_layers", 28)
-    layers = range(_positive(config, "num_hidden_layers"))
-    return _windows(
-        config, default=[SLIDING if config["sliding_window"] is not None and i >= first else FULL for i in layers]
-    )
+    config = {"sliding_window": 4096, "max_window_layers": 28} | config
+    num_layers = first = whole_number(config, "num_hidden_layers")
+    if not flag(config, "use_sliding_window"):
+        del config["sliding_window"]
+    if config.get("sliding_window") is not None:
+        first = whole_number(config, "max_window_layers", least=0)
+    return _windows(config, default=[SLIDING if i >= first else FULL for i in range(num_layers)])
 
 
 def _windows(config: Config, *, default: list[str]) -> tuple[int | None, ...]:
@@ -330,13 +335,13 @@ def _windows(config: Config, *, default: list[str]) -> tuple[int | None, ...]:
     kinds = config.get("layer_types")
     if kinds is None:
         kinds = default
-    if not isinstance(kinds, list) or len(kinds) != len(default) or not set(kinds) <= {SLIDING, FULL}:
+    if not isinstance(kinds, list) or len(kinds) != len(default) or not all(kind in (SLIDING, FULL) for kind in kinds):
         raise DataError(
             f"{CONFIG_FILE}: layer_types must be {SLIDING} or {FULL} for each of {len(default)} layers, got {kinds!r}"
         )
     if SLIDING not in kinds:
         return (None,) * len(kinds)
-    window = _positive(config, "sliding_window")
+    window = whole_number(config, "sliding_window")
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
@@ -353,36 +358,18 @@ def _head_dim(config: Config, *, hidden_size: int, num_heads: int) -> int:
             f"{CONFIG_FILE}: hidden_size must be a multiple of num_attention_heads where head_dim is not given, "
             f"got {hidden_size} and {num_heads}"
         )
-    head_dim = _positive(config, "head_dim", default=hidden_size // num_heads)
+    head_dim = whole_number(config, "head_dim", default=hidden_size // num_heads)
     if head_dim % 2:
         raise DataError(f"{CONFIG_FILE}: head_dim must be even, got {head_dim}")
     return head_dim
 
 
 def _chosen(config: Config, count: str) -> int:
-    chosen = _positive(config, "num_experts_per_tok")
+    chosen = whole_number(config, "num_experts_per_tok")
     if chosen > config[count]:
         raise DataError(f"{CONFIG_FILE}: num_experts_per_tok must be at most {count}, got {chosen} and {config[count]}")
     return chosen
 
 
-def _positive(config: Config, key: str, *, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise DataError(f"{CONFIG_FILE}: {key} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise DataError(f"{CONFIG_FILE}: {key} must be a positive integer, got {value!r}")
-    return value
-
-
-def _number(config: Config, key: str) -> float:
-    value = config[key]
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise DataError(f"{CONFIG_FILE}: {key} must be a positive number, got {value!r}")
-    return float(value)
-
-
-def _number_or_none(config: Config, key: str) -> float | None:
-    return None if config[key] is None else _number(config, key)
+def _bound(config: Config, key: str) -> float | None:
+    return None if config[key] is None else positive_number(config, key)

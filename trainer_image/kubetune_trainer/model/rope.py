@@ -8,12 +8,14 @@ part of it.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kubetune_trainer.errors import DataError
+from kubetune_trainer.model.values import flag, is_positive, mapping, positive_number, whole_number
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 PARAMETERS: Final = {
@@ -22,6 +24,11 @@ PARAMETERS: Final = {
     "mscale_all_dim", "short_factor", "long_factor", "finetuned",
 }  # fmt: skip
 """What a file may say of a rotary position embedding; the last is a note that changes nothing."""
+ORIGINAL: Final = "original_max_position_embeddings"
+WITHIN: Final = "rope parameter "
+"""How messages begin that name one of them."""
+
+_number = partial(positive_number, within=WITHIN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +84,7 @@ class Rope:
         Raises:
             DataError: The kind is not supported or one of its parameters is missing or impossible.
         """
-        given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        given = mapping(config, "rope_scaling") or mapping(config, "rope_parameters")
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in get_args(RopeKind):
             raise DataError(f"config.json: rope_type must be one of {', '.join(get_args(RopeKind))}, got {kind!r}")
@@ -91,31 +98,33 @@ class Rope:
         )
         if kind == "default":
             return plain
-        original = config.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
-        stretched = max_positions / original if kind in {"yarn", "longrope"} and original else None
+        written = config if config.get(ORIGINAL) is not None else given
+        original = whole_number(written, ORIGINAL, default=max_positions, least=2, within=WITHIN)
+        stretched = max_positions / original if kind in {"yarn", "longrope"} and written.get(ORIGINAL) else None
         scaled = cls(
             kind=kind,
             theta=plain.theta,
             rotated_part=plain.rotated_part,
             factor=_number(given, "factor", default=stretched),
-            original_max_positions=original if original and kind != "dynamic" else max_positions,
+            original_max_positions=max_positions if kind == "dynamic" else original,
         )
         return scaled._with_parameters(given, head_dim=head_dim)
 
     def _with_parameters(self, given: Mapping[str, Any], *, head_dim: int) -> "Rope":
         """Add what only one kind has."""
+        if self.kind == "dynamic":
+            _check(head_dim * self.rotated_part >= 4, "rope_type", "another where 2 dimensions turn", self.kind)
         if self.kind == "llama3":
-            return replace(
-                self,
-                low_frequency_factor=_number(given, "low_freq_factor"),
-                high_frequency_factor=_number(given, "high_freq_factor"),
-            )
+            low, high = _number(given, "low_freq_factor"), _number(given, "high_freq_factor")
+            _check(low < high, "high_freq_factor", f"more than low_freq_factor {low}", high)
+            return replace(self, low_frequency_factor=low, high_frequency_factor=high)
         if self.kind == "yarn":
+            _check(self.theta > 1, "rope_theta", "more than 1 with yarn", self.theta)
             return replace(
                 self,
                 beta_fast=_number(given, "beta_fast", default=32.0),
                 beta_slow=_number(given, "beta_slow", default=1.0),
-                truncate=bool(given.get("truncate", True)),
+                truncate=flag({"truncate": True, **given}, "truncate", within=WITHIN),
                 attention_scaling=_yarn_attention_scaling(given, self.factor),
             )
         if self.kind == "longrope":
@@ -242,15 +251,14 @@ def _rotated_part(part: Any, *, head_dim: int, may_be_partial: bool) -> float:
 
 def _factors(given: Mapping[str, Any], key: str, *, length: int) -> tuple[float, ...]:
     factors = given.get(key)
-    is_list = isinstance(factors, list) and all(
-        isinstance(each, int | float) and not isinstance(each, bool) and each > 0 for each in factors
-    )
-    if not isinstance(factors, list) or not is_list or len(factors) != length:
-        raise DataError(
-            f"config.json: rope parameter {key} must be a list of {length} positive numbers, "
-            f"one for each pair of rotated dimensions, got {factors!r}"
-        )
-    return tuple(map(float, factors))
+    is_right = isinstance(factors, list) and len(factors) == length and all(map(is_positive, factors))
+    _check(is_right, key, f"a list of {length} positive numbers, one for each pair of rotated dimensions", factors)
+    return tuple(map(float, factors or ()))
+
+
+def _check(holds: bool, key: str, rule: str, value: object) -> None:
+    if not holds:
+        raise DataError(f"config.json: {WITHIN}{key} must be {rule}, got {value!r}")
 
 
 def _longrope_attention_scaling(given: Mapping[str, Any], factor: float, original: int) -> float:
@@ -271,14 +279,3 @@ def _yarn_attention_scaling(given: Mapping[str, Any], factor: float) -> float:
         every, all_dims = _number(given, "mscale"), _number(given, "mscale_all_dim")
         return yarn_attention_scaling(factor, weight=every) / yarn_attention_scaling(factor, weight=all_dims)
     return yarn_attention_scaling(factor)
-
-
-def _number(given: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
-    value = given.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise DataError(f"config.json: rope parameter {key} is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise DataError(f"config.json: rope parameter {key} must be a positive number, got {value!r}")
-    return float(value)
