@@ -9,6 +9,13 @@ from kubetune_trainer.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
 
+F = {"name": "f", "arguments": {"x": 1}}
+
+
+def called(*functions: dict[str, Any]) -> dict[str, Any]:
+    calls = [{"type": "function", "function": function} for function in functions]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
 
 @pytest.mark.parametrize(
     ("columns", "mapping", "expected"),
@@ -51,6 +58,17 @@ def test_columns_of_no_format_are_named_with_what_each_format_needs() -> None:
         ({"conversations": [{"from": "tool", "value": "1"}]}, "ShareGPT",
          Chat(messages=[{"role": "tool", "content": "1"}])),
         ({"conversations": [USER, ANSWER]}, "ShareGPT", Chat(messages=[USER, ANSWER])),
+        ({"conversations": [{"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                            {"from": "observation", "value": "2"}]}, "ShareGPT",
+         Chat(messages=[called(F), {"role": "tool", "content": "2"}])),
+        ({"conversations": [{"from": "function_call", "value":
+                             '[{"name": "f", "arguments": "{\\"x\\": 1}"}, {"name": "g", "arguments": {}}]'}]},
+         "ShareGPT", Chat(messages=[called(F, {"name": "g", "arguments": {}})])),
+        ({"messages": [called({"name": "f", "arguments": '{"x": 1}'})]}, "Messages", Chat(messages=[called(F)])),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"x": 1}'}]}]}, "Messages",
+         Chat(messages=[{"role": "assistant", "tool_calls": [F]}])),
+        *[({"messages": [called({"name": "f", "arguments": broken})]}, "Messages",
+           Chat(messages=[called({"name": "f", "arguments": broken})])) for broken in ("", "{x", "[1]", None)],
         ({"instruction": "Hi", "output": "Ho"}, "Alpaca", Chat(messages=[USER, ANSWER])),
         (
             {"instruction": "Add", "input": "1+1", "output": "2", "system": "Be brief."},
@@ -88,6 +106,11 @@ def test_a_mapped_column_is_read_under_the_datas_own_name() -> None:
         ({"conversations": [{"from": "human"}]}, "ShareGPT", r"conversations\[0\] must have from and value"),
         ({"conversations": [{"from": "me", "value": "Hi"}]}, "ShareGPT",
          r"conversations\[0\]\.from must be one of human, user, gpt, .*, got 'me'"),
+        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "ShareGPT",
+         r"conversations\[0\]\.value is not JSON: Expecting value at column 1"),
+        *[({"conversations": [{"from": "function_call", "value": value}]}, "ShareGPT",
+           r"conversations\[0\]\.value must be JSON of \{name, arguments\} or a list of them, got ")
+          for value in ("[]", "1", '{"name": "f"}', '["f"]')],
         ({"messages": [USER], "tools": "{"}, "Messages", "tools is not JSON: Expecting property name"),
         ({"messages": [USER], "tools": '["a'}, "Messages", "tools is not JSON: Unterminated string starting at column"),
         ({"messages": [USER], "tools": "{}"}, "Messages", r"tools must be a list of tools, got \{\}"),

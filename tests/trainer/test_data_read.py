@@ -1,5 +1,6 @@
 """Files of every kind give the same records, and a broken one is named with its line."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ RECORDS = [{"text": "Grüße"}, {"text": "b"}, {"text": None}]
 
 def write(folder: Path, name: str) -> Path:
     path = folder / name
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(write(folder, name.removesuffix(".gz")).read_bytes()))
+        return path
     if name.endswith(".parquet"):
         parquet.write_table(pa.Table.from_pylist(RECORDS), path, row_group_size=2)
     elif name.endswith(".csv"):
@@ -27,7 +31,13 @@ def write(folder: Path, name: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "bom.jsonl", "a.ndjson", "lines.json", "list.json", "a.csv", "a.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.jsonl", "bom.jsonl", "a.ndjson", "lines.json", "list.json", "a.csv", "a.parquet",
+        "a.jsonl.gz", "bom.jsonl.gz", "lines.json.gz", "list.json.gz", "a.csv.gz",
+    ],
+)  # fmt: skip
 def test_every_kind_of_file_gives_the_same_records(name: str, tmp_path: Path) -> None:
     records = [record for _, record in read_records(write(tmp_path, name), name=f"s3://data/{name}")]
     assert [{"text": record["text"]} for record in records] == RECORDS
@@ -63,6 +73,13 @@ def test_a_record_knows_its_place(name: str, places: list[str], tmp_path: Path) 
         ("a.csv", b"a,b\n1,2\n3\n", r"s3://data/a\.csv line 3 must have a cell for each of the columns a, b"),
         ("a.csv", b"a,b\n1,2,3\n", r"s3://data/a\.csv line 2 must have a cell for each of the columns a, b"),
         ("a.csv", b'a,b\n"1"2,3\n', r"s3://data/a\.csv line 2 is not CSV: "),
+        ("a.jsonl.gz", b'{"text": "a"}\n', r"s3://data/a\.jsonl\.gz is not a whole gzip file: Not a gzipped file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9],
+            r"s3://data/a\.jsonl\.gz is not a whole gzip file: Compressed file ended",
+        ),
+        ("a.json.gz", gzip.compress(b'["a"]', mtime=0), r"s3://data/a\.json\.gz item 1 must be an object, got str"),
         ("a.csv", b"a\n\xff\n", r"s3://data/a\.csv is not UTF-8: byte 2 is 0xff"),
         ("a.txt", b"a", r"s3://data/a\.txt must be a file of type \.jsonl, \.ndjson, \.json, \.csv, \.parquet"),
     ],
@@ -94,6 +111,13 @@ def test_records_come_before_the_file_is_read_to_its_end(tmp_path: Path) -> None
     assert next(read_records(tmp_path / "a.jsonl", name="a.jsonl")) == ("a.jsonl line 1", {"text": "a"})
 
 
+def test_a_packed_file_is_unpacked_as_it_is_read(tmp_path: Path) -> None:
+    lines = b"".join(b'{"text": "%d"}\n' % number for number in range(100_000))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines)[:-9])
+    first = next(read_records(tmp_path / "a.jsonl.gz", name="a.jsonl.gz"))
+    assert first == ("a.jsonl.gz line 1", {"text": "0"}), "its end, which is cut off, was not asked for"
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
@@ -108,3 +132,10 @@ def test_records_come_before_the_file_is_read_to_its_end(tmp_path: Path) -> None
 )
 def test_a_location_means_a_file_a_folder_or_what_matches(pattern: Any, expected: list[str]) -> None:
     assert choose_files(["b.jsonl", "a/1.jsonl", "a/2.parquet", "a/README.md"], pattern) == expected
+
+
+def test_files_of_a_folder_that_describe_it_or_are_hidden_are_no_data() -> None:
+    data = ["a.json", "b/train.jsonl.gz"]
+    others = ["dataset_infos.json", "b/dataset_info.json", "config.json", ".cache/a.jsonl", "b/._train.jsonl", "a.gz"]
+    assert choose_files([*data, *others], "") == data
+    assert choose_files([*data, *others], "config.json") == ["config.json"]

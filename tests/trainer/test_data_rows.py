@@ -91,7 +91,7 @@ def prepared_rows(folder: Path, tmp_path: Path, overrides: Sequence[str] = (), n
         ([],
          "4ff019de7c2ec51b", "", [261, 209, 51779, 48.53, 1, 92]),
         (["dataset.packing=None", "dataset.validation.fraction=0.2"],
-         "7ed56e78fa1d2f1b", "45c51706ce0ad4a2", [261, 260, 41262, 47.92, 1, 92]),
+         "740fb3c7b18da91e", "f2c332588b9c60dd", [261, 258, 41282, 48.48, 1, 92]),
         (["dataset.overlong=Split", "dataset.validation.fraction=0.1"],
          "45311b7915f796ed", "091f6c5db2b1cbe3", [261, 209, 52806, 50.2, 1, 0]),
         (["dataset.overlong=Drop", "dataset.train_on=LastAssistant"],
@@ -136,6 +136,16 @@ def test_of_several_wrong_records_the_first_is_named(folder: Path, tmp_path: Pat
     (tmp_path / "wrong.jsonl").write_text("\n".join(lines))
     source = f"[{{name: wrong, uri: {{location: 'file://{tmp_path}/wrong.jsonl'}}}}]"
     with pytest.raises(DataError, match=r"dataset source wrong: .*wrong\.jsonl line 21: text must be text, got 3"):
+        prepared_rows(folder, tmp_path, [f"dataset.sources={source}"])
+
+
+@pytest.mark.usefixtures("processes")
+def test_half_of_a_character_is_named_by_other_processes_too(folder: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "a"})] * 100
+    lines[50] = r'{"text": "cut \ud83d off"}'
+    (tmp_path / "cut.jsonl").write_text("\n".join(lines))
+    source = f"[{{name: cut, uri: {{location: 'file://{tmp_path}/cut.jsonl'}}}}]"
+    with pytest.raises(DataError, match=r"dataset source cut: .*cut\.jsonl line 51: text has half of a character"):
         prepared_rows(folder, tmp_path, [f"dataset.sources={source}"])
 
 

@@ -28,10 +28,66 @@ FILES = ["README.md", "de/all.jsonl", "en/a.jsonl", "en/b.jsonl", "x.jsonl"]
         (FILES, CARD, None, "train", ["de/all.jsonl"]),
         (FILES, CARD, "en", "train", ["en/a.jsonl", "en/b.jsonl"]),
         (FILES, CARD, "en", "test", ["x.jsonl"]),
+        (["data.jsonl", "dataset_infos.json", "config.json", ".hidden/a.jsonl"], {}, None, "train", ["data.jsonl"]),
+        (["helpful/train.jsonl.gz", "helpful/test.jsonl.gz"], {}, None, "train", ["helpful/train.jsonl.gz"]),
     ],
 )  # fmt: skip
 def test_a_split_is_found(paths: list[str], card: Any, config: str | None, split: str, expected: list[str]) -> None:
     assert split_files(paths, card=card, config=config, split=split, repo="team/data") == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("data/**/train-*.parquet", ["data/en/old/train-1.parquet", "data/train-0.parquet"]),
+        ("**/*.parquet", ["data/en/old/train-1.parquet", "data/train-0.parquet"]),
+        ("data/**", ["data/a.json", "data/en/old/train-1.parquet", "data/train-0.parquet"]),
+        ("data/*", ["data/a.json", "data/train-0.parquet"]),
+        ("./data/train-*", ["data/train-0.parquet"]),
+        ("data/", ["data/a.json", "data/en/old/train-1.parquet", "data/train-0.parquet"]),
+        ("*.json*", ["b.jsonl"]),
+        ("config.json", ["config.json"]),
+        (["b.jsonl", "data/train-[0-9].parquet"], ["b.jsonl", "data/train-0.parquet"]),
+    ],
+)
+def test_a_pattern_of_the_card_means_what_it_means_to_datasets(pattern: Any, expected: list[str]) -> None:
+    files = [
+        "b.jsonl", "config.json", "dataset_infos.json", "data/train-0.parquet", "data/en/old/train-1.parquet",
+        "data/a.json", "data/.old/train-2.parquet",
+    ]  # fmt: skip
+    card = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": pattern}]}]}
+    assert split_files(files, card=card, config=None, split="train", repo="team/data") == expected
+
+
+FOLDERS = {
+    "configs": [
+        {"config_name": "en", "data_dir": "english"},
+        {"config_name": "dev", "data_dir": "./dev/*/"},
+        {"config_name": "fr", "data_dir": "french", "data_files": [{"split": "train", "path": "a*.jsonl"}]},
+    ]
+}
+IN_FOLDERS = [
+    "english/a.jsonl", "english/test.jsonl", "dev/1/a.jsonl", "dev/2/a.jsonl", "french/a.jsonl", "french/b.jsonl",
+    "a.jsonl",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "split", "expected"),
+    [
+        ("en", "train", ["english/a.jsonl"]),
+        ("en", "test", ["english/test.jsonl"]),
+        ("dev", "train", ["dev/1/a.jsonl", "dev/2/a.jsonl"]),
+        ("fr", "train", ["french/a.jsonl"]),
+    ],
+)
+def test_a_config_may_be_a_folder(config: str, split: str, expected: list[str]) -> None:
+    assert split_files(IN_FOLDERS, card=FOLDERS, config=config, split=split, repo="team/data") == expected
+
+
+def test_of_several_folders_one_must_be_chosen() -> None:
+    with pytest.raises(DataError, match=r"has the configs en, dev, fr; hub\.config must be one of them"):
+        split_files(IN_FOLDERS, card=FOLDERS, config=None, split="train", repo="team/data")
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,7 @@ def leave_as_it_is(_: Project) -> None:
 
 
 LONG = conversation("Why?", "x" * 600)
+ALPACA = {"instruction": "Add", "context": "1+1", "output": "2"}
 
 
 @pytest.mark.parametrize(
@@ -286,6 +287,8 @@ LONG = conversation("Why?", "x" * 600)
          "dataset source questions: {data} line 1: the columns question, answer match no format: Messages needs "),
         (set_records(conversation("a"), {"text": "b"}), [],
          "dataset source questions: {data} line 2: messages must be a list of messages, got None"),
+        (set_records(*9 * [ALPACA]), ["dataset.sources.0.columns={input: contxt}"],
+         "dataset source questions: dataset.sources[].columns.input is contxt, and no record has that column"),
         (leave_as_it_is, ["dataset.chat_template=\"{{ raise_exception('no users here') }}\""],
          "dataset source questions: {data} line 1: the chat template fails: no users here"),
         (leave_as_it_is, ["dataset.chat_template='{% if %}'"], "the chat template is not jinja: line 1: "),
@@ -314,6 +317,23 @@ def test_what_is_wrong_is_named(
     error = project.error(*overrides)
     assert (error.exit_code, error.reason) == (65, "DataInvalid")
     assert str(error).startswith(message.format(data=f"file://{project.data}", model=project.model))
+
+
+def test_a_mapped_column_may_be_in_some_records_only(project: Project) -> None:
+    write_lines(project.data, [*299 * [{"instruction": "Add", "output": "2"}], ALPACA])
+    config = project.config("dataset.sources.0.columns={input: context}", "dataset.packing=None")
+    rows = fetch(prepare(config, report=project.report), config).train_data
+    assert len(rows[299].tokens) == len(rows[0].tokens) + len("\n\n1+1")
+
+
+def test_a_table_without_a_mapped_column_is_refused_at_its_first_record(project: Project) -> None:
+    project.data = project.folder / "train.csv"
+    project.data.write_text("instruction,context,output\nAdd,1+1,2\n1,2\n")
+    error = project.error("dataset.sources.0.columns={input: contxt}")
+    assert str(error) == (
+        "dataset source questions: dataset.sources[].columns.input is contxt, and no record has that column; "
+        "the first has instruction, context, output"
+    )
 
 
 def test_a_model_without_a_template_asks_for_one(project: Project) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 from kubetune_trainer.chat import ChatTemplate, TemplateError, encode_messages
 from kubetune_trainer.config import Dataset
 from kubetune_trainer.data.formats import Chat, Format, RecordError, RowKind, Text, convert
+from kubetune_trainer.data.half_characters import half_character
 from kubetune_trainer.data.preference import answer_of, join_pair, judged, pair_of
 from kubetune_trainer.data.read import Record
 from kubetune_trainer.data.store import Row
+from kubetune_trainer.data.tool_calls import takes_text, with_text
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.tokenizer import Tokenizer
 
@@ -60,7 +62,7 @@ class EncodedChunk:
     lengths: np.ndarray
     """Tokens of each sample."""
     digests: np.ndarray
-    """For each a number made from the tokens of its record; equal records have equal ones."""
+    """For each a number made from all that is kept of its record; where that is equal, so are the numbers."""
     counts: Counts
     """What became of the records."""
 
@@ -79,6 +81,7 @@ class ChunkEncoder:
         self._dataset, self._tokenizer, self._rows = dataset, tokenizer, rows
         source = dataset.chat_template or tokenizer.chat_template
         self._template = ChatTemplate(source, tokenizer.special_tokens) if source else None
+        self._calls_as_text = self._template is not None and takes_text(self._template)
         self._starts_with_bos = tokenizer.encode("a", add_special_tokens=True)[:1] == [tokenizer.bos_id]
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
@@ -90,13 +93,21 @@ class ChunkEncoder:
         counts, pieces, digests = Counts(), list[Row](), list[int]()
         for place, record in chunk.records:
             try:
-                cut, digest = self._pieces(record, chunk, counts)
+                cut = self._pieces(record, chunk, counts)
             except (RecordError, TemplateError, DataError) as error:
                 message = f"dataset source {chunk.source}: {place}: {error}"
                 raise DataError(message, hint=getattr(error, "hint", "")) from error
+            except TypeError as error:  # what tokenizers raise for text that is none
+                field = half_character(record)
+                if field is None:
+                    raise
+                raise DataError(
+                    f"dataset source {chunk.source}: {place}: {field} has half of a character (a lone surrogate)",
+                    hint="Remove it: a text was cut within a character such as an emoji.",
+                ) from error
             counts.samples += 1
             pieces += cut
-            digests += [digest] * len(cut)
+            digests += [_digest(cut)] * len(cut)
         return EncodedChunk(
             tokens=_joined([piece.tokens for piece in pieces]),
             labels=_joined([piece.labels for piece in pieces]),
@@ -106,19 +117,17 @@ class ChunkEncoder:
             counts=counts,
         )
 
-    def _pieces(self, record: Record, chunk: Chunk, counts: Counts) -> tuple[list[Row], int]:
-        """Returns what becomes of a record, and a digest that is the same for equal ones."""
+    def _pieces(self, record: Record, chunk: Chunk, counts: Counts) -> list[Row]:
+        """Returns what becomes of a record."""
         if chunk.format == "Preference":
             pair = pair_of(record, mapping=chunk.columns)
             chosen, rejected = self._encode(pair.chosen), self._encode(pair.rejected)
             of_record = self._of_two_answers if self._rows == "Answers" else self._of_pair
-            return of_record(chosen, rejected, counts), _digest(join_pair(chosen, rejected))
+            return of_record(chosen, rejected, counts)
         if chunk.format == "UnpairedPreference":
             answer, good = answer_of(record, mapping=chunk.columns)
-            sample = self._encode(answer)
-            return [judged(piece, is_good=good) for piece in self._cut(sample, counts)], _digest(sample)
-        sample = self._encode(convert(record, chunk.format, mapping=chunk.columns))
-        return self._cut(sample, counts), _digest(sample)
+            return [judged(piece, is_good=good) for piece in self._cut(self._encode(answer), counts)]
+        return self._cut(self._encode(convert(record, chunk.format, mapping=chunk.columns)), counts)
 
     def _of_pair(self, chosen: Row, rejected: Row, counts: Counts) -> list[Row]:
         """Returns a pair; it is left out whole where one of its sides is."""
@@ -143,7 +152,7 @@ class ChunkEncoder:
             raise DataError("the model has no chat template", hint="Give one in dataset.chatTemplate.")
         return Row.of(
             *encode_messages(
-                sample.messages,
+                [with_text(message) for message in sample.messages] if self._calls_as_text else sample.messages,
                 tokenizer=self._tokenizer,
                 template=self._template,
                 train_on=self._dataset.train_on,
@@ -153,15 +162,22 @@ class ChunkEncoder:
         )
 
     def _encode_text(self, text: Text) -> Row:
-        """Encodes plain text with the beginning that the model knows, if any, and an end that it shall learn."""
+        """Encodes plain text with the beginning that the model knows, if any, and an end that it shall learn.
+
+        Prompt and completion are encoded as one text: apart, some tokenizers put a space before each. A token with
+        characters of both is trained, as in conversations and by TRL.
+        """
         tokenizer = self._tokenizer
-        prompt = tokenizer.encode(text.prompt)
-        completion = tokenizer.encode(text.completion)
-        ids = prompt + completion
+        encoding = tokenizer.backend.encode(text.prompt + text.completion, add_special_tokens=False)
+        ids = encoding.ids
+        if self._dataset.train_on == "All" or not text.prompt:
+            trained = [True] * len(ids)
+        else:
+            border = len(text.prompt)
+            trained = [end > border for _, end in encoding.offsets]
         begin = [tokenizer.bos_id] if self._starts_with_bos and ids[:1] != [tokenizer.bos_id] else []
-        end = [] if completion[-1:] == [tokenizer.eos_id] else [tokenizer.eos_id]
-        trained = [self._dataset.train_on == "All"] * len(prompt) + [True] * len(completion + end)
-        return Row.of([*begin, *ids, *end], [*[False] * len(begin), *trained])
+        end = [] if text.completion and ids[-1:] == [tokenizer.eos_id] else [tokenizer.eos_id]
+        return Row.of([*begin, *ids, *end], [*[False] * len(begin), *trained, *[True] * len(end)])
 
     def _cut(self, sample: Row, counts: Counts) -> list[Row]:
         """Applies dataset.overlong, and leaves out what has nothing to learn in it."""
@@ -184,8 +200,12 @@ class ChunkEncoder:
         return learned
 
 
-def _digest(sample: Row) -> int:
-    return int.from_bytes(hashlib.blake2b(sample.tokens.tobytes(), digest_size=8).digest(), "little")
+def _digest(pieces: Sequence[Row]) -> int:
+    """Returns a number made from what is kept of a record: those that differ behind the cut alone are copies."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for piece in pieces:
+        hashed.update(piece.tokens.tobytes())
+    return int.from_bytes(hashed.digest(), "little")
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -16,7 +16,7 @@ from kubetune_trainer.data import workers
 from kubetune_trainer.data.chunks import Chunk, ChunkEncoder, Counts
 from kubetune_trainer.data.formats import Format, RowKind, detect
 from kubetune_trainer.data.pack import pack
-from kubetune_trainer.data.read import Record
+from kubetune_trainer.data.read import Record, is_table
 from kubetune_trainer.data.sources import OpenSource
 from kubetune_trainer.data.store import DataStore, DataWriter
 from kubetune_trainer.errors import DataError
@@ -98,13 +98,16 @@ class SampleEncoder:
         format_: Format | None = None
         records: list[tuple[str, Record]] = []
         failure: DataError | None = None
+        mapped = _MappedColumns(opened)
         try:
             for place, record in opened.records():
+                mapped.look_at(record)
                 format_ = format_ or self._format(opened, place, record)
                 records.append((place, record))
                 if len(records) == workers.CHUNK_SAMPLES:
                     yield self._chunk(opened, records, format_)
                     records = []
+            mapped.check()
         except DataError as error:
             failure = error
         if records and format_ is not None:
@@ -135,6 +138,44 @@ class SampleEncoder:
                 f"dataset source {opened.source.name}: none of its {counts.samples} samples has a token to train on",
                 hint="Look at dataset.trainOn, dataset.maxSequenceLength and dataset.overlong.",
             )
+
+
+class _MappedColumns:
+    """Looks for the columns that a source maps: a misspelt one would silently leave out what it should bring.
+
+    A table has its columns in every record. Other files need not, so there the last record decides.
+    """
+
+    def __init__(self, opened: OpenSource) -> None:
+        self._source = opened.source
+        self._are_tables = all(is_table(file.name) for file in opened.files)
+        self._missing = set(opened.source.columns.values())
+        self._first: Record = {}
+
+    def look_at(self, record: Record) -> None:
+        """Takes note of a record's columns.
+
+        Raises:
+            DataError: The record is of a table, and a column is missing.
+        """
+        self._first = self._first or record
+        if self._missing:
+            self._missing -= record.keys()
+            if self._are_tables:
+                self.check()
+
+    def check(self) -> None:
+        """Looks whether a column is still missing.
+
+        Raises:
+            DataError: It is, and there are records.
+        """
+        for field, column in self._source.columns.items():
+            if column in self._missing and self._first:
+                raise DataError(
+                    f"dataset source {self._source.name}: dataset.sources[].columns.{field} is {column}, and no record "
+                    f"has that column; the first has {', '.join(self._first)}"
+                )
 
 
 def hold_out(sources: Sequence[TokenizedSource], *, fraction: float) -> np.ndarray:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from kubetune_trainer.data.tool_calls import as_object, with_objects
 from kubetune_trainer.errors import DataError
 
 Format = Literal["Messages", "ShareGPT", "Alpaca", "PromptCompletion", "Text", "Preference", "UnpairedPreference"]
@@ -34,7 +35,7 @@ REQUIRED: Mapping[Format, tuple[str, ...]] = {
 SHAREGPT_ROLES: Final = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool",
-    "observation": "tool",
+    "observation": "tool", "function_call": "assistant",
 }  # fmt: skip
 """What ShareGPT's own words for speakers are in the words of chat templates."""
 
@@ -145,7 +146,22 @@ def _message(turn: Any, *, place: str) -> Mapping[str, Any]:
         raise RecordError(f"{place} must have from and value, got {_shown(turn)}")
     if turn.get("from") not in SHAREGPT_ROLES:
         raise RecordError(f"{place}.from must be one of {', '.join(SHAREGPT_ROLES)}, got {_shown(turn.get('from'))}")
+    if turn["from"] == "function_call":
+        calls = _calls(turn["value"], place=f"{place}.value")
+        return {"role": SHAREGPT_ROLES["function_call"], "content": "", "tool_calls": calls}
     return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
+
+
+def _calls(text: str, *, place: str) -> list[Mapping[str, Any]]:
+    """Returns tool calls, of the JSON that LLaMA-Factory defines: one {name, arguments}, or a list of them."""
+    value = _from_json(text, place)
+    functions, asked = value if isinstance(value, list) else [value], {"name", "arguments"}
+    if not functions or not all(isinstance(each, Mapping) and asked <= set(each) for each in functions):
+        raise RecordError(f"{place} must be JSON of {{name, arguments}} or a list of them, got {_shown(text)}")
+    return [
+        {"type": "function", "function": {"name": each["name"], "arguments": as_object(each["arguments"])}}
+        for each in functions
+    ]
 
 
 class Fields:
@@ -181,26 +197,30 @@ class Fields:
         return [(f"{self.column(field)}[{number}]", item) for number, item in enumerate(value)]
 
     def messages(self, field: str) -> list[Mapping[str, Any]]:
-        """A list of messages."""
+        """A list of messages, the arguments of their tool calls as objects."""
         items = self.items(field)
         for place, message in items:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise RecordError(f"{place} must have role and content, got {_shown(message)}")
             if message.get("content") is None and not message.get("tool_calls"):
                 raise RecordError(f"{place}.content is missing")
-        return [message for _, message in items]
+        return [with_objects(message) for _, message in items]
 
     def tools(self) -> list[Any] | None:
         """What the assistant may call: a list, or a list written as JSON, as tables that cannot hold one have it."""
         value = self.optional("tools")
         if isinstance(value, str):
-            try:
-                value = json.loads(value) if value else None
-            except json.JSONDecodeError as error:
-                raise RecordError(f"{self.column('tools')} is not JSON: {json_complaint(error)}") from error
+            value = _from_json(value, self.column("tools")) if value else None
         if value is not None and not isinstance(value, list):
             raise RecordError(f"{self.column('tools')} must be a list of tools, got {_shown(value)}")
         return value or None
+
+
+def _from_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{place} is not JSON: {json_complaint(error)}") from error
 
 
 def json_complaint(error: json.JSONDecodeError) -> str:

@@ -54,7 +54,7 @@ from kubetune_trainer.names import COMPLETE_MARKER, REPORT_FILE, TERMINATION_MES
 from kubetune_trainer.prepared import read_prepared, write_prepared
 from kubetune_trainer.report import Report
 from kubetune_trainer.storage import Store, download_tree, open_store, scratch_dir, upload_tree
-from kubetune_trainer.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from kubetune_trainer.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from kubetune_trainer.vocabulary import grown, growth_by_adapter, growth_by_tokens, ids_of
 
 TRAIN_DIR = "train"
@@ -62,7 +62,7 @@ VALIDATION_DIR = "validation"
 DATA_FILE = "data.json"
 MESSAGE_BYTES = TERMINATION_MESSAGE_BYTES - 256
 """What `Prepared.message` may take; the rest is for what every message has."""
-ROWS_FORMAT = 2
+ROWS_FORMAT = 3
 """Part of the key of tokenized data; a change to how rows are made or what is kept beside them makes it another."""
 
 
@@ -196,8 +196,9 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
     _check_first_adapters(first_adapters, config, folder, report=report)
     others = locate_others(config, tokenizer=tokenizer, report=report)
     sources = [open_source(source, config=config) for source in config.dataset.sources]
-    bring_tokens = [found for found in (adapter, first_adapters) if found and TOKENIZER_FILE in found.etags]
-    data = _prepare_data(config, sources, model=model, bring_tokens=bring_tokens, tokenizer=tokenizer, report=report)
+    decide = (TOKENIZER_FILE, CHAT_TEMPLATE_FILE)
+    bring = [found for found in (adapter, first_adapters) if found and any(file in found.etags for file in decide)]
+    data = _prepare_data(config, sources, model=model, bring_tokens=bring, tokenizer=tokenizer, report=report)
     prepared = Prepared(
         **dict(data),
         report=directory.uri(REPORT_FILE),

@@ -1,11 +1,17 @@
-"""Records from json, jsonl, csv and parquet files, one at a time; whatever is wrong names the file and the line."""
+"""Records from json, jsonl, csv and parquet files, one at a time; whatever is wrong names the file and the line.
+
+All but parquet may be compressed with gzip. A file is never unpacked as a whole, except one that is a single list.
+"""
 
 import csv
 import fnmatch
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 from pyarrow import parquet
@@ -13,7 +19,11 @@ from pyarrow import parquet
 from kubetune_trainer.data.formats import json_complaint
 from kubetune_trainer.errors import DataError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+_GZIP = ".gz"
+_TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
+SUFFIXES = (*_TEXT_SUFFIXES, ".parquet", *(suffix + _GZIP for suffix in _TEXT_SUFFIXES))
+NO_DATA = frozenset({"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"})
+"""Files that describe a dataset; the `datasets` library leaves out the same."""
 PARQUET_BATCH_ROWS = 1024
 CSV_FIELD_BYTES = 2**27
 """The longest cell of a csv file; longer ones are broken quotes."""
@@ -35,18 +45,25 @@ def read_records(file: Path, *, name: str) -> Iterator[tuple[str, Record]]:
     """
     if not name.endswith(SUFFIXES):
         raise DataError(f"{name} must be a file of type {', '.join(SUFFIXES)}")
-    if name.endswith(".parquet"):
-        records = _read_parquet(file, name)
-    elif name.endswith(".csv"):
-        records = _read_csv(file, name)
-    elif name.endswith(".json") and _begins_with_a_list(file):
-        records = _read_json_list(file, name)
-    else:
-        records = _read_lines(file, name)
-    for place, record in records:
-        if not isinstance(record, Mapping):
-            raise DataError(f"{place} must be an object, got {type(record).__name__}")
-        yield place, record
+    try:
+        for place, record in _read_parquet(file, name) if name.endswith(".parquet") else _read_text(file, name):
+            if not isinstance(record, Mapping):
+                raise DataError(f"{place} must be an object, got {type(record).__name__}")
+            yield place, record
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{name} is not a whole gzip file: {error}") from error
+
+
+def is_table(name: str) -> bool:
+    """Whether a file is of a kind in which every record has all columns."""
+    return name.removesuffix(_GZIP).endswith((".csv", ".parquet"))
+
+
+def is_data(path: str) -> bool:
+    """Whether a file among others is data: of a known type, no description of the dataset, and not hidden."""
+    parts = path.split("/")
+    is_hidden = any(part.startswith((".", "__")) for part in parts)
+    return path.endswith(SUFFIXES) and parts[-1] not in NO_DATA and not is_hidden
 
 
 def choose_files(paths: list[str], pattern: str) -> list[str]:
@@ -61,11 +78,25 @@ def choose_files(paths: list[str], pattern: str) -> list[str]:
     if pattern in paths:
         return [pattern]
     prefix = f"{pattern.rstrip('/')}/" if pattern else ""
-    return sorted(path for path in paths if path.startswith(prefix) and path.endswith(SUFFIXES))
+    return sorted(path for path in paths if path.startswith(prefix) and is_data(path))
 
 
-def _begins_with_a_list(file: Path) -> bool:
-    with file.open("rb") as stream:
+def _open(file: Path, name: str) -> IO[bytes]:
+    """Opens a file, unpacked if its name says that it is packed."""
+    return gzip.open(file) if name.endswith(_GZIP) else file.open("rb")
+
+
+def _read_text(file: Path, name: str) -> Iterator[tuple[str, Any]]:
+    kind = name.removesuffix(_GZIP)
+    if kind.endswith(".csv"):
+        return _read_csv(file, name)
+    if kind.endswith(".json") and _begins_with_a_list(file, name):
+        return _read_json_list(file, name)
+    return _read_lines(file, name)
+
+
+def _begins_with_a_list(file: Path, name: str) -> bool:
+    with _open(file, name) as stream:
         while block := stream.read(4096):
             if text := block.lstrip(b"\xef\xbb\xbf \t\r\n"):
                 return text.startswith(b"[")
@@ -73,7 +104,7 @@ def _begins_with_a_list(file: Path) -> bool:
 
 
 def _read_lines(file: Path, name: str) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as stream:
+    with _open(file, name) as stream:
         for number, line in enumerate(stream, start=1):
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if text.strip():
@@ -96,7 +127,8 @@ def _parse(text: bytes, place: str) -> Any:
 def _read_json_list(file: Path, name: str) -> Iterator[tuple[str, Any]]:
     """Reads a file that is one list; JSON has no way to do that by halves, so it stands in memory."""
     try:
-        records = json.loads(file.read_text(encoding="utf-8-sig"))
+        with _open(file, name) as stream:
+            records = json.loads(stream.read().decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(f"{name} line {error.lineno} is not JSON: {json_complaint(error)}") from error
     except UnicodeDecodeError as error:
@@ -108,7 +140,7 @@ def _read_json_list(file: Path, name: str) -> Iterator[tuple[str, Any]]:
 def _read_csv(file: Path, name: str) -> Iterator[tuple[str, Any]]:
     """Reads a file whose first line names the columns; every cell is text, and an empty one is None."""
     csv.field_size_limit(CSV_FIELD_BYTES)
-    with file.open(encoding="utf-8-sig", newline="") as stream:
+    with io.TextIOWrapper(_open(file, name), encoding="utf-8-sig", newline="") as stream:
         table = csv.DictReader(stream, strict=True)
         try:
             for record in table:

@@ -5,12 +5,13 @@ As the `datasets` library does it: the README's `configs` decide where there are
 
 import fnmatch
 import itertools
+import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from kubetune_trainer.data.read import SUFFIXES
+from kubetune_trainer.data.read import SUFFIXES, is_data
 from kubetune_trainer.errors import ConfigError, DataError
 
 _SPLIT = re.compile(r"^(?P<name>[\w.-]+)(\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\])?$")
@@ -66,12 +67,11 @@ def split_files(
         DataError: There is no such configuration or split.
     """
     files = sorted(path for path in paths if path.endswith(SUFFIXES))
-    configs = [entry for entry in card.get("configs") or () if entry.get("data_files")]
+    configs = [entry for entry in card.get("configs") or () if entry.get("data_files") or entry.get("data_dir")]
     if configs:
-        patterns = _patterns(_choose_config(configs, config, repo=repo), split)
-        found = [path for path in files if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)]
+        found = _of_config(_choose_config(configs, config, repo=repo), files, split)
     else:
-        found = _by_name([path for path in files if config is None or path.startswith(f"{config}/")], split)
+        found = _of_folder(config or "", files, split)
     if not found:
         shown = ", ".join(files[:8]) or "none"
         of_config = f" of config {config}" if config else ""
@@ -91,9 +91,17 @@ def _choose_config(configs: Sequence[Mapping[str, Any]], name: str | None, *, re
     return configs[names.index(name)]
 
 
-def _patterns(config: Mapping[str, Any], split: str) -> list[str]:
+def _of_config(config: Mapping[str, Any], files: Sequence[str], split: str) -> list[str]:
+    """Returns a configuration's files of a split: those its patterns name, or those of its folder by their names."""
+    folder = config.get("data_dir") or "."
+    if not config.get("data_files"):
+        return _of_folder(folder, files, split)
+    patterns = [f"{folder}/{pattern}" for pattern in _patterns(config["data_files"], split)]
+    return [path for path in files if any(_matches(path, pattern) for pattern in patterns)]
+
+
+def _patterns(data_files: Any, split: str) -> list[str]:
     """Returns a configuration's file patterns for a split; without names of splits all is `train`."""
-    data_files = config["data_files"]
     if isinstance(data_files, str):
         data_files = [data_files]
     if all(isinstance(entry, str) for entry in data_files):
@@ -102,12 +110,30 @@ def _patterns(config: Mapping[str, Any], split: str) -> list[str]:
     return [path for entry in paths for path in ([entry] if isinstance(entry, str) else entry)]
 
 
-def _by_name(paths: Sequence[str], split: str) -> list[str]:
-    named = re.compile(rf"(^|[/_.\-]){re.escape(split)}([/_.\-]|$)")
-    found = [path for path in paths if named.search(path)]
+def _of_folder(folder: str, files: Sequence[str], split: str) -> list[str]:
+    """Returns the files of a split by their names below a folder, which may be a pattern; "" is the repository."""
+    depth = len([part for part in folder.split("/") if part not in ("", ".")])
+    names = {path: "/".join(path.split("/")[depth:]) for path in files if _matches(path, f"./{folder}/")}
+    of_split = re.compile(rf"(^|[/_.\-]){re.escape(split)}([/_.\-]|$)")
+    found = [path for path, name in names.items() if of_split.search(name)]
     if found or split != "train":
         return found
-    return [path for path in paths if not _OTHER_SPLITS.search(path)]
+    return [path for path, name in names.items() if not _OTHER_SPLITS.search(name)]
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether a pattern means a file: itself, or data that it stands for. One that ends in a slash is a folder."""
+    wanted = posixpath.normpath(f"{pattern}**" if pattern.endswith("/") else pattern)
+    return path == wanted or (is_data(path) and _part_by_part(path.split("/"), wanted.split("/")))
+
+
+def _part_by_part(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """As `glob`: `*` stays within a part of the path, `**` means any number of parts."""
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(_part_by_part(path[number:], pattern[1:]) for number in range(len(path) + 1))
+    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _part_by_part(path[1:], pattern[1:])
 
 
 def _index(edge: str | None, total: int | None) -> int | None:
