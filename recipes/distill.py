@@ -1,6 +1,10 @@
 """Teach a language model to say what a larger one would say: distillation, with all weights or adapters.
 
     torchrun --nproc-per-node 2 recipes/distill.py --config recipes/configs/smollm2_distill.yaml training.max_steps=10
+    kubetune run FILE     # a FineTuneJob with recipe Distillation, as in examples/distill.yaml
+
+Features: forward, reverse and symmetric divergence; temperature; cross entropy beside it; a teacher that is sharded as
+the student is; and those of `finetune.py`, but for QAT.
 
 The script reads as `finetune.py` does: `main` is the run, `train` is the loop, and what follows are its parts. At every
 trained token the student's distribution over the next token is drawn to that of a frozen teacher, which has seen the
@@ -25,6 +29,8 @@ from kubetune_trainer.training.outputs import export, finish
 from kubetune_trainer.training.progress import Progress
 from kubetune_trainer.training.step import (
     check_finite,
+    check_validation,
+    check_weights,
     clipped_grad_norm,
     count_trained_tokens,
     divide_gradients,
@@ -32,6 +38,8 @@ from kubetune_trainer.training.step import (
     seed_dropout,
     set_learning_rate,
     share_gradients,
+    validation_due,
+    validation_left,
     validation_rows,
 )
 
@@ -82,14 +90,17 @@ def train(job: Job, teacher: Decoder, first_step: int) -> None:
         told = means(totals.measures, num_tokens=totals.trained_tokens)
         progress.report_step(step, loss=totals.loss, tokens=totals.tokens, grad_norm=grad_norm, **told)
         checkpointer.advance(totals.uploaded_step)
-        if step == job.total_steps or step % (training.validate_every_steps or job.total_steps) == 0:
+        if validation_due(job, step) and not totals.stop:  # who is told to stop may have no time for it
             validate(job, teacher, step)
         if totals.stop or totals.save or step == job.total_steps:
+            check_weights(job, step)
             checkpointer.save(step, model, optimizer)
         if totals.stop:
             checkpointer.finish()
             raise PreemptedError(f"{job.config.title}: stopped after step {step}, which is saved")
     checkpointer.finish()
+    if validation_left(job, first_step):
+        validate(job, teacher, first_step)
 
 
 def micro_batches(job: Job, step: int) -> list[Batch]:
@@ -139,8 +150,9 @@ def validate(job: Job, teacher: Decoder, step: int) -> None:
             sums[:3] += torch.stack(distilled).cpu()
             sums[3] += batch.trained_tokens
     loss, *measures, num_tokens = gather_vector(sums.tolist()).sum(dim=0).tolist()
-    told = means(measures, num_tokens=num_tokens)
-    report("validation", step=step, validation_loss=loss / max(1, num_tokens), **told)
+    mean, told = loss / max(1, num_tokens), means(measures, num_tokens=num_tokens)
+    check_validation(job, step, loss=mean)
+    report("validation", step=step, validation_loss=mean, **told)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """Teach a language model which of two answers is the better one: DPO, ORPO or SimPO.
 
     torchrun --nproc-per-node 2 recipes/dpo.py --config recipes/configs/smollm2_dpo.yaml training.max_steps=10
+    kubetune run FILE     # a FineTuneJob with recipe DPO, ORPO or SimPO
+
+Features: sigmoid, IPO and hinge losses; smoothed labels; a reference of one's own; rewards beside the loss; and those
+of `finetune.py`, but for QAT and packed rows.
 
 The script reads as `finetune.py` does: `main` is the run, `train` is the loop, and what follows are its parts. All
 three methods raise the probability of the chosen answer over that of the rejected one. DPO measures both against a
@@ -12,7 +16,6 @@ Shapes: P pairs of a micro batch, B = 2 P answers of which the first half is cho
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -23,22 +26,25 @@ from kubetune_trainer.data.store import DataStore
 from kubetune_trainer.distributed import exchange, gather_vector
 from kubetune_trainer.errors import PreemptedError
 from kubetune_trainer.log_probabilities import label_log_probabilities
-from kubetune_trainer.lora import without_adapters
-from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.names import IGNORE_LABEL, PADDING_DOCUMENT
 from kubetune_trainer.preference import Preferred, dpo, orpo, simpo
 from kubetune_trainer.report import report, run
-from kubetune_trainer.training.job import Job, begin, build_frozen, resume
+from kubetune_trainer.training.job import Job, begin, resume
 from kubetune_trainer.training.outputs import export, finish
 from kubetune_trainer.training.progress import Progress
+from kubetune_trainer.training.reference import Reference, build_reference
 from kubetune_trainer.training.step import (
     check_finite,
+    check_validation,
+    check_weights,
     clipped_grad_norm,
     global_rows,
     micro_batch_rows,
     seed_dropout,
     set_learning_rate,
     share_gradients,
+    validation_due,
+    validation_left,
     validation_rows,
 )
 
@@ -46,23 +52,14 @@ from kubetune_trainer.training.step import (
 def main(arguments: Sequence[str]) -> None:
     """The whole run, from nothing or from where the last attempt stopped, to its outputs."""
     with begin(arguments, description=__doc__, recipes=["DPO", "ORPO", "SimPO"]) as job:
-        reference = build_reference(job)
+        reference = build_reference(job, "dpo.reference") if job.config.dpo is not None else None
         first_step = resume(job)
         with job.stop.deferred():
             train(job, reference, first_step)
         finish(job, export(job))
 
 
-def build_reference(job: Job) -> Decoder | None:
-    """DPO's frozen reference; None for the other methods, and where it is the trained model without its adapters."""
-    if (other := job.local.others.get("dpo.reference")) is not None:
-        return build_frozen(job, other.model_dir)
-    if job.config.dpo is None or job.config.lora is not None:
-        return None
-    return build_frozen(job, job.local.model_dir)
-
-
-def train(job: Job, reference: Decoder | None, first_step: int) -> None:
+def train(job: Job, reference: Reference | None, first_step: int) -> None:
     """The training loop: micro batches, one exchange between the ranks, one optimizer step, then whatever is due."""
     training, model, optimizer, checkpointer = job.config.training, job.model, job.optimizer, job.checkpointer
     progress = Progress(job, first_step)
@@ -75,7 +72,7 @@ def train(job: Job, reference: Decoder | None, first_step: int) -> None:
         loss_sum, measures = torch.zeros((), dtype=torch.float64), torch.zeros(NUM_MEASURES, dtype=torch.float64)
         for number, batch in enumerate(batches):
             share_gradients(job, is_last=number == len(batches) - 1)
-            by_reference = reference_log_probabilities(job, reference, batch)
+            by_reference = reference_log_probabilities(reference, batch)
             seed_dropout(training.seed, step, number, job.world.data_rank)
             preferred, cross_entropy = judge(job, batch, by_reference)
             # Both are means over the whole step, so that they do not depend on how it is divided.
@@ -101,14 +98,17 @@ def train(job: Job, reference: Decoder | None, first_step: int) -> None:
         told = rewards(totals.measures, num_pairs=training.global_batch_size)
         progress.report_step(step, loss=totals.loss_sum, tokens=totals.tokens, grad_norm=grad_norm, **told)
         checkpointer.advance(totals.uploaded_step)
-        if step == job.total_steps or step % (training.validate_every_steps or job.total_steps) == 0:
+        if validation_due(job, step) and not totals.stop:  # who is told to stop may have no time for it
             validate(job, reference, step)
         if totals.stop or totals.save or step == job.total_steps:
+            check_weights(job, step)
             checkpointer.save(step, model, optimizer)
         if totals.stop:
             checkpointer.finish()
             raise PreemptedError(f"{job.config.title}: stopped after step {step}, which is saved")
     checkpointer.finish()
+    if validation_left(job, first_step):
+        validate(job, reference, first_step)
 
 
 def micro_batches(job: Job, step: int) -> list[Batch]:
@@ -122,12 +122,11 @@ def collate_pairs(job: Job, data: DataStore, rows: Sequence[int]) -> Batch:
     return collate([*chosen, *rejected], pad_id=job.pad_id).to(job.world.device)
 
 
-def reference_log_probabilities(job: Job, reference: Decoder | None, batch: Batch) -> Tensor | None:
+def reference_log_probabilities(reference: Reference | None, batch: Batch) -> Tensor | None:
     """What the reference makes of each answer, (B); None for methods that ask no reference."""
-    if job.config.dpo is None:
+    if reference is None:
         return None
-    model = job.model if reference is None else reference
-    with torch.no_grad(), without_adapters(model) if reference is None else nullcontext():
+    with reference.asked() as model:
         return label_log_probabilities(model, batch, batch.labels).sum(dim=1)
 
 
@@ -197,7 +196,7 @@ def rewards(measures: Sequence[float], *, num_pairs: float) -> dict[str, float]:
 
 
 @torch.no_grad()
-def validate(job: Job, reference: Decoder | None, step: int) -> None:
+def validate(job: Job, reference: Reference | None, step: int) -> None:
     """Reports the mean loss over the held-out pairs; every rank takes part in every forward pass."""
     data = job.local.validation_data
     if data is None:
@@ -207,13 +206,14 @@ def validate(job: Job, reference: Decoder | None, step: int) -> None:
     for rows in validation_rows(job, len(data)):
         # A rank with nothing left computes a pair again, for FSDP's sake, and counts none of it.
         batch = collate_pairs(job, data, rows or [0])
-        preferred, cross_entropy = judge(job, batch, reference_log_probabilities(job, reference, batch))
+        preferred, cross_entropy = judge(job, batch, reference_log_probabilities(reference, batch))
         if rows:
             told_tokens = sum(num_told_tokens(data, row) for row in rows)
             sums[:4] += torch.tensor([preferred.losses.sum(), len(rows), cross_entropy, told_tokens])
             sums[4:] += measured(preferred)
     loss, num_pairs, cross_entropy, told_tokens, *measures = gather_vector(sums.tolist()).sum(dim=0).tolist()
     mean = loss / max(1, num_pairs) + cross_entropy / max(1, told_tokens)
+    check_validation(job, step, loss=mean)
     report("validation", step=step, validation_loss=mean, **rewards(measures, num_pairs=num_pairs))
 
 

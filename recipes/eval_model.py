@@ -1,6 +1,10 @@
 """Evaluate a language model with lm_eval's tasks: multiple choice, perplexity, generated answers; judge the results.
 
     torchrun --nproc-per-node 2 recipes/eval_model.py --config recipes/configs/smollm2_eval.yaml tasks.0.limit=20
+    kubetune run FILE     # an EvalJob, as in examples/evaluate.yaml
+
+Features: lm_eval's tasks and groups, and tasks of one's own; solved examples; chat templates; an adapter beside the
+model; several ranks; answers kept over restarts; gates on a metric or against another job's results.
 
 The script reads from top to bottom: `main` meets the other ranks, `evaluate` is the run (get the model and the tasks,
 answer, judge, store), and what follows are its parts. Clone it and change it: `kubetune recipes cp eval_model`.
@@ -38,6 +42,7 @@ from kubetune_trainer.evaluate.results import (
 from kubetune_trainer.evaluate.run import ask
 from kubetune_trainer.evaluate.tasks import load_tasks
 from kubetune_trainer.evaluate.work import Crew
+from kubetune_trainer.generation import read_repetition_penalty
 from kubetune_trainer.lineage import record_lineage
 from kubetune_trainer.logs import keep_log
 from kubetune_trainer.model.weights import load_model
@@ -121,6 +126,7 @@ def set_up(config: EvalConfig, world: World, stop: StopSignal) -> tuple[Local, C
         answers=Answers(open_store(config.run.directory, s3=config.storage.s3), fingerprint=str(fingerprint)),
         world=world,
         stop=stop,
+        repetition_penalty=read_repetition_penalty(model_dir),
     )
     return Local(prepared=prepared, model_dir=base_dir, adapter_dir=adapter_dir), crew
 

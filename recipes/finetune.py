@@ -1,6 +1,11 @@
 """Fine-tune a language model on examples (SFT, or QAT with rounded weights): all of its weights, or LoRA adapters.
 
     torchrun --nproc-per-node 2 recipes/finetune.py --config recipes/configs/smollm2_lora.yaml training.max_steps=10
+    kubetune run examples/local.yaml     # a FineTuneJob with recipe SFT, which is the default, or QAT
+
+Features: all weights, LoRA, DoRA and QLoRA; packed rows; a validation every so many steps; fp32 and bf16; FSDP, copies
+of the model (HSDP) and split layers; activations computed again or kept in the host's memory; compiled layers; moments
+in 8 or 4 bits; checkpoints on disk or S3; outputs for Hugging Face, PEFT and other formats.
 
 The script reads from top to bottom: `main` is the run (get the data and the model, resume, train, export), `train` is
 the loop, and what follows are its parts. What every recipe has beside its loop is in `kubetune_trainer.training`. Clone
@@ -25,6 +30,8 @@ from kubetune_trainer.training.outputs import export, finish
 from kubetune_trainer.training.progress import Progress
 from kubetune_trainer.training.step import (
     check_finite,
+    check_validation,
+    check_weights,
     clipped_grad_norm,
     count_trained_tokens,
     divide_gradients,
@@ -32,6 +39,8 @@ from kubetune_trainer.training.step import (
     seed_dropout,
     set_learning_rate,
     share_gradients,
+    validation_due,
+    validation_left,
     validation_rows,
 )
 
@@ -79,14 +88,17 @@ def train(job: Job, first_step: int) -> None:
 
         progress.report_step(step, loss=totals.loss, tokens=totals.tokens, grad_norm=grad_norm)
         checkpointer.advance(totals.uploaded_step)
-        if step == job.total_steps or step % (training.validate_every_steps or job.total_steps) == 0:
+        if validation_due(job, step) and not totals.stop:  # who is told to stop may have no time for it
             validate(job, step)
         if totals.stop or totals.save or step == job.total_steps:
+            check_weights(job, step)
             checkpointer.save(step, model, optimizer)
         if totals.stop:
             checkpointer.finish()
             raise PreemptedError(f"{job.config.title}: stopped after step {step}, which is saved")
     checkpointer.finish()
+    if validation_left(job, first_step):
+        validate(job, first_step)
 
 
 def micro_batches(job: Job, step: int) -> list[Batch]:
@@ -117,7 +129,9 @@ def validate(job: Job, step: int) -> None:
             loss_sum += loss.item()
             trained_tokens += batch.trained_tokens
     total, tokens = gather_vector([loss_sum, trained_tokens]).sum(dim=0).tolist()
-    report("validation", step=step, validation_loss=total / max(1, tokens))
+    loss = total / max(1, tokens)
+    check_validation(job, step, loss=loss)
+    report("validation", step=step, validation_loss=loss)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """Teach a language model good answers and unteach it bad ones, each by itself: KTO.
 
     torchrun --nproc-per-node 2 recipes/kto.py --config recipes/configs/smollm2_kto.yaml training.max_steps=10
+    kubetune run FILE     # a FineTuneJob with recipe KTO
+
+Features: answers without a counterpart, or pairs taken apart; weights of good and bad answers; a reference of one's
+own; rewards and divergence beside the loss; and those of `finetune.py`, but for QAT and packed rows.
 
 The script reads as `dpo.py` does. An answer is worth what the model gives it over a reference model, and is measured
 against how far the model is from the reference over all: the divergence. That is estimated once before each step, over
-all of its rows, each with the answer of the row before it, which is hardly one to its prompt. The estimate has no
+all of its rows, each with the answer of another row before it, which is hardly one to its prompt. The estimate has no
 gradient and is the same on all ranks. The loss is in `kubetune_trainer.preference`.
 
 Shapes: B answers of a micro batch, T tokens.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -20,23 +23,27 @@ from kubetune_trainer.data.preference import is_good, with_answer_of
 from kubetune_trainer.data.sampler import Batch, collate
 from kubetune_trainer.data.store import DataStore
 from kubetune_trainer.distributed import exchange, gather_vector
-from kubetune_trainer.errors import PreemptedError
+from kubetune_trainer.errors import DataError, PreemptedError
 from kubetune_trainer.log_probabilities import label_log_probabilities
-from kubetune_trainer.lora import without_adapters
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.preference import Judged, kto
 from kubetune_trainer.report import report, run
-from kubetune_trainer.training.job import Job, begin, build_frozen, resume
+from kubetune_trainer.training.job import Job, begin, resume
 from kubetune_trainer.training.outputs import export, finish
 from kubetune_trainer.training.progress import Progress
+from kubetune_trainer.training.reference import Reference, build_reference
 from kubetune_trainer.training.step import (
     check_finite,
+    check_validation,
+    check_weights,
     clipped_grad_norm,
     global_rows,
     micro_batch_rows,
     seed_dropout,
     set_learning_rate,
     share_gradients,
+    validation_due,
+    validation_left,
     validation_rows,
 )
 
@@ -44,21 +51,29 @@ from kubetune_trainer.training.step import (
 def main(arguments: Sequence[str]) -> None:
     """The whole run, from nothing or from where the last attempt stopped, to its outputs."""
     with begin(arguments, description=__doc__, recipes=["KTO"]) as job:
-        reference = build_reference(job)
+        check_answers(job)
+        reference = build_reference(job, "kto.reference")
         first_step = resume(job)
         with job.stop.deferred():
             train(job, reference, first_step)
         finish(job, export(job))
 
 
-def build_reference(job: Job) -> Decoder | None:
-    """The frozen reference; None where it is the trained model without its adapters."""
-    if (other := job.local.others.get("kto.reference")) is not None:
-        return build_frozen(job, other.model_dir)
-    return None if job.config.lora is not None else build_frozen(job, job.local.model_dir)
+def check_answers(job: Job) -> None:
+    """Refuses data of a single answer: with it the divergence would be estimated from an answer to its own prompt.
+
+    Raises:
+        DataError: The training data or the held-out data have one row.
+    """
+    for field, data in (("sources", job.local.train_data), ("validation", job.local.validation_data)):
+        if data is not None and len(data) < 2:
+            raise DataError(
+                f"{job.config.title}: dataset.{field} must give recipe KTO at least 2 answers, got {len(data)}",
+                hint="The divergence is estimated from answers to the prompts of others.",
+            )
 
 
-def train(job: Job, reference: Decoder | None, first_step: int) -> None:
+def train(job: Job, reference: Reference, first_step: int) -> None:
     """The training loop: the divergence, micro batches, one exchange, one optimizer step, then whatever is due."""
     training, model, optimizer, checkpointer = job.config.training, job.model, job.optimizer, job.checkpointer
     data = job.local.train_data
@@ -73,7 +88,7 @@ def train(job: Job, reference: Decoder | None, first_step: int) -> None:
         loss_sum, measures = torch.zeros((), dtype=torch.float64), torch.zeros(NUM_MEASURES, dtype=torch.float64)
         for number, (rows, batch) in enumerate(zip(mine, batches, strict=True)):
             share_gradients(job, is_last=number == len(batches) - 1)
-            by_reference = reference_log_probabilities(job, reference, batch)
+            by_reference = reference_log_probabilities(reference, batch)
             seed_dropout(training.seed, step, number, job.world.data_rank)
             good = goodness(job, data, rows)
             judged = judge(job, batch, good, by_reference=by_reference, divergence=divergence)
@@ -100,20 +115,23 @@ def train(job: Job, reference: Decoder | None, first_step: int) -> None:
         told = {"divergence": divergence, **rewards(totals.measures)}
         progress.report_step(step, loss=totals.loss_sum, tokens=totals.tokens, grad_norm=grad_norm, **told)
         checkpointer.advance(totals.uploaded_step)
-        if step == job.total_steps or step % (training.validate_every_steps or job.total_steps) == 0:
+        if validation_due(job, step) and not totals.stop:  # who is told to stop may have no time for it
             validate(job, reference, step)
         if totals.stop or totals.save or step == job.total_steps:
+            check_weights(job, step)
             checkpointer.save(step, model, optimizer)
         if totals.stop:
             checkpointer.finish()
             raise PreemptedError(f"{job.config.title}: stopped after step {step}, which is saved")
     checkpointer.finish()
+    if validation_left(job, first_step):
+        validate(job, reference, first_step)
 
 
 @torch.no_grad()
 def estimate_divergence(
     job: Job,
-    reference: Decoder | None,
+    reference: Reference,
     data: DataStore,
     mine: Sequence[Sequence[int]],
     everyone: Sequence[int],
@@ -127,22 +145,35 @@ def estimate_divergence(
         reference: As for `train`.
         data: Where the rows are.
         mine: This rank's rows, a list for each round; empty where it has nothing left.
-        everyone: All ranks' rows in order; each gets the answer of the one before it.
+        everyone: All ranks' rows in order; each gets the answer of another, see `others_answers`.
     """
     job.model.eval()
-    before = dict(zip(everyone, [everyone[-1], *everyone[:-1]], strict=True))
+    other = others_answers(everyone, num_rows=len(data))
     sums = torch.zeros(2, dtype=torch.float64)
     for rows in mine:
         mixed = [
-            with_answer_of(data[row], data[before[row]], max_length=job.config.dataset.max_sequence_length)
+            with_answer_of(data[row], data[other[row]], max_length=job.config.dataset.max_sequence_length)
             for row in rows or everyone[:1]
         ]
         batch = collate(mixed, pad_id=job.pad_id).to(job.world.device)
-        ratios_B = log_probabilities(job.model, batch) - reference_log_probabilities(job, reference, batch)
+        ratios_B = log_probabilities(job.model, batch) - reference_log_probabilities(reference, batch)
         if rows:
             sums += torch.tensor([ratios_B.double().sum().item(), len(rows)], dtype=torch.float64)
     total, num_rows = gather_vector(sums.tolist()).sum(dim=0).tolist()
     return max(0.0, total / num_rows)
+
+
+def others_answers(rows: Sequence[int], *, num_rows: int) -> dict[int, int]:
+    """Whose answer each row gets: that of the closest other one before it, the first ones from the end.
+
+    A batch that reaches into the next pass may have a row twice, even nothing else; the next row of the data serves
+    then, so that no answer is paired with its own prompt.
+    """
+    found = {}
+    for at, row in enumerate(rows):
+        before = (rows[at - distance] for distance in range(1, len(rows)))
+        found[row] = next((other for other in before if other != row), (row + 1) % num_rows)
+    return found
 
 
 def collate_answers(job: Job, data: DataStore, rows: Sequence[int]) -> Batch:
@@ -160,10 +191,9 @@ def log_probabilities(model: Decoder, batch: Batch) -> Tensor:
     return label_log_probabilities(model, batch, batch.labels).sum(dim=1)
 
 
-def reference_log_probabilities(job: Job, reference: Decoder | None, batch: Batch) -> Tensor:
+def reference_log_probabilities(reference: Reference, batch: Batch) -> Tensor:
     """What the reference makes of each answer, (B)."""
-    model = job.model if reference is None else reference
-    with torch.no_grad(), without_adapters(model) if reference is None else nullcontext():
+    with reference.asked() as model:
         return log_probabilities(model, batch)
 
 
@@ -202,7 +232,7 @@ def rewards(measures: Sequence[float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def validate(job: Job, reference: Decoder | None, step: int) -> None:
+def validate(job: Job, reference: Reference, step: int) -> None:
     """Reports the mean loss over the held-out answers; every rank takes part in every forward pass."""
     data = job.local.validation_data
     if data is None:
@@ -213,14 +243,15 @@ def validate(job: Job, reference: Decoder | None, step: int) -> None:
     for rows in rounds:
         # A rank with nothing left computes an answer again, for FSDP's sake, and counts none of it.
         batch, good = collate_answers(job, data, rows or [0]), goodness(job, data, rows or [0])
-        by_reference = reference_log_probabilities(job, reference, batch)
+        by_reference = reference_log_probabilities(reference, batch)
         judged = judge(job, batch, good, by_reference=by_reference, divergence=divergence)
         if rows:
             sums[:2] += torch.tensor([judged.losses.sum(), len(rows)])
             sums[2:] += measured(judged, good)
     loss, num_answers, *measures = gather_vector(sums.tolist()).sum(dim=0).tolist()
-    told = {"divergence": divergence, **rewards(measures)}
-    report("validation", step=step, validation_loss=loss / max(1, num_answers), **told)
+    mean, told = loss / max(1, num_answers), {"divergence": divergence, **rewards(measures)}
+    check_validation(job, step, loss=mean)
+    report("validation", step=step, validation_loss=mean, **told)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """Prepares a run: looks at the model, gets its data ready, estimates the memory. Needs no accelerator.
 
-    python recipes/prepare.py --config CONFIG.yaml [field=value ...]
+    python recipes/prepare.py --config recipes/configs/smollm2_lora.yaml training.max_steps=10
+    kubetune run FILE     # a job of any kind: prepares it first, and then runs its recipe
+
+Features: revisions pinned to commits; models copied into the workspace; data read, written out by the chat template,
+tokenized on several cores, packed and described on a page; memory estimated.
 
 Runs once before the work, whatever kind of job it is. What it leaves in the run's folder makes every attempt work with
 the same model on the same data.

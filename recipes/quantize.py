@@ -1,6 +1,10 @@
 """Quantize a language model: write it in smaller forms, load each again, and measure what it costs.
 
     python recipes/quantize.py --config recipes/configs/smollm2_int8.yaml verify.samples=8
+    kubetune run FILE     # a QuantizeJob, as in examples/quantize.yaml
+
+Features: CompressedTensors, GGUF, TorchAO and ExecuTorch; weights rounded by data (GPTQ); an adapter merged first; each
+output loaded again and compared with the model; gates on what it costs.
 
 The script reads from top to bottom: `main` reads the config, `quantize` is the run (get the model, make and measure
 each output, judge them, say where they come from), and what follows are its parts. Clone it and change it: `kubetune

@@ -1,5 +1,6 @@
 """The rules that hold the tree in shape: what may be named how, imported where, and how long a recipe may be."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -63,6 +64,19 @@ def test_a_recipe_is_under_600_lines_and_has_no_trainer_class(recipe: Path) -> N
     text = recipe.read_text()
     assert text.count("\n") < 600
     assert not re.search(r"^class \w*(Trainer|Recipe)\b", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_says_how_to_start_it_in_two_ways_and_what_it_can_do(recipe: Path) -> None:
+    told = ast.get_docstring(ast.parse(recipe.read_text())) or ""
+    commands = [line.split("#")[0].split() for line in told.splitlines() if line.startswith("    ")]
+    ways = [command for command in commands if command[0] in {"torchrun", "python", "kubetune"}]
+    assert len(ways) >= 2, "commands, each a line that is set in"
+    assert f"recipes/{recipe.name}" in {word for command in ways for word in command}
+    for word in (word for command in ways for word in command if word.startswith(("recipes/", "examples/"))):
+        assert (ROOT / word).is_file(), word
+    [features] = [part for part in told.split("\n\n") if part.startswith("Features: ")]
+    assert features.count(";") >= 2
 
 
 def test_recipes_are_scripts_and_not_a_package() -> None:

@@ -51,7 +51,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "the minimal manifest": {},
     "a recipe for preferences with its block": {
         "spec__recipe": "DPO",
-        "spec__dpo": {"loss": "IPO", "beta": "0.2", "labelSmoothing": "0.1"},
+        "spec__dpo": {"loss": "IPO", "beta": "0.2", "labelSmoothing": "0.00"},
         "spec__dataset__sources__0__format": "Preference",
         "spec__dataset__packing": "None",
     },
@@ -367,6 +367,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "labels that are as often wrong as right": (
         {"spec__recipe": "DPO", "spec__dpo": {"labelSmoothing": "0.5"}},
         'must be a number in quotes, from 0 to below 0.5, for example "0.1"',
+    ),
+    "smoothing of a loss that has no labels": (
+        {"spec__recipe": "DPO", "spec__dpo": {"loss": "Hinge", "labelSmoothing": "0.1"}},
+        "labelSmoothing must be 0 with loss: IPO or Hinge",
+    ),
+    "single answers in a step of KTO": (
+        {"spec__recipe": "KTO", "spec__training__globalBatchSize": 1},
+        "spec.training.globalBatchSize must be at least 2 with recipe: KTO and with spec.kto",
+    ),
+    "single answers in a step of a script for KTO": (
+        {
+            "spec__recipe": "Custom",
+            "spec__custom": {"script": {"path": "/my.py"}},
+            "spec__kto": {},
+            "spec__training__globalBatchSize": 1,
+        },
+        "spec.training.globalBatchSize must be at least 2 with recipe: KTO and with spec.kto",
     ),
     "too many steps to look into": (
         {"spec__training__profile": {"numSteps": 21}},

@@ -80,6 +80,9 @@ def test_what_fits_exits_with_0(job: Path, kubetune: Any) -> None:
     ("options", "message"),
     [
         (["--device-memory", "much"], "--device-memory must be a size such as 24GiB or 80GB, got 'much'"),
+        (["--device-memory", "infGiB"], "--device-memory must be a size such as 24GiB or 80GB, got 'infGiB'"),
+        (["--device-memory", "1e400"], "--device-memory must be a size such as 24GiB or 80GB, got '1e400'"),
+        (["--device-memory", "NaN"], "--device-memory must be a size such as 24GiB or 80GB, got 'NaN'"),
         (["--suggest"], "--suggest needs --device-memory, for example 24GiB"),
     ],
 )

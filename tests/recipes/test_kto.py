@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from recipes.kto import others_answers
 from tests.recipes.gang import Gang, Zygote
 from tests.recipes.tiny import write_answers, write_config, write_model
 
@@ -73,6 +74,32 @@ def test_pairs_are_a_good_answer_and_a_bad_one_each(zygote: Zygote, tiny: Path) 
     dataset = {"sources": sources, "max_sequence_length": 64}
     pairs = run(zygote, tiny, "kto-pairs", "training.max_steps=2", dataset=dataset)
     assert curve(pairs) == curve(answers)
+
+
+def test_data_of_one_answer_is_refused(zygote: Zygote, tiny: Path) -> None:
+    write_answers(tiny / "kto-few.jsonl", pairs=tiny / "preferences.jsonl")
+    lines = (tiny / "kto-few.jsonl").read_text().splitlines(keepends=True)
+    (tiny / "kto-one.jsonl").write_text(lines[0])
+    one = [{"name": "one", "uri": {"location": f"file://{tiny}/kto-one.jsonl"}}]
+    few = [{"name": "few", "uri": {"location": f"file://{tiny}/kto-few.jsonl"}}]
+    for name, sources, held_out in (("sources", one, None), ("validation", few, {"sources": one})):
+        dataset = {"sources": sources, "validation": held_out, "max_sequence_length": 64}
+        gang = run(zygote, tiny, f"kto-one-{name}", dataset=dataset)
+        assert gang.wait() == [65], gang.stderr()
+        assert f"dataset.{name} must give recipe KTO at least 2 answers, got 1" in gang.message()["message"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "given"),
+    [
+        ([4, 0, 7], {4: 7, 0: 4, 7: 0}),
+        ([1, 0, 0, 1], {1: 0, 0: 1}),  # where a pass ends and the next one begins
+        ([4, 4], {4: 5}),
+        ([9, 9], {9: 0}),
+    ],
+)
+def test_no_answer_is_paired_with_its_own_prompt(rows: list[int], given: dict[int, int]) -> None:
+    assert others_answers(rows, num_rows=10) == given
 
 
 def test_answers_are_measured_against_the_model_that_the_reference_names(zygote: Zygote, tiny: Path) -> None:

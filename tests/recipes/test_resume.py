@@ -151,3 +151,34 @@ def test_a_run_can_begin_with_another_runs_checkpoint(zygote: Zygote, place: Pat
         assert second.events("resume")[0]["step"] == 4
         assert list(second.losses()) == [5, 6]
         assert (place / "runs" / name / "checkpoints" / "step-6" / "COMPLETE").exists()
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_another_runs_checkpoint_that_leaves_no_step_is_refused(zygote: Zygote, place: Path, steps: int) -> None:
+    config = write_config(place / "run.yaml")
+    Gang.start(zygote, place / "first", config, "training.max_steps=4", "run.name=first").succeed()
+    begin = f"checkpoint.resume_from.uri=file://{place}/runs/first/checkpoints"
+    gang = Gang.start(zygote, place / "second", config, f"training.max_steps={steps}", begin, ranks=RANKS)
+    assert gang.wait() == [64, 64], gang.stderr()
+    assert gang.message()["message"] == (
+        f"FineTuneJob local/run: checkpoint.resume_from must be of a step below the run's total of {steps}, "
+        f"got step 4 of file://{place}/runs/first/checkpoints/step-4"
+    )
+
+
+def test_a_run_that_began_with_anothers_checkpoint_finishes_again(zygote: Zygote, place: Path) -> None:
+    config = write_config(place / "run.yaml")
+    Gang.start(zygote, place / "first", config, "training.max_steps=4", "run.name=first").succeed()
+    begin = f"checkpoint.resume_from.uri=file://{place}/runs/first/checkpoints"
+    for name, trained in (("second", [5, 6]), ("again", [])):
+        gang = Gang.start(zygote, place / name, config, "training.max_steps=6", begin).succeed()
+        assert list(gang.losses()) == trained
+
+
+def test_a_checkpoint_of_another_config_says_at_which_step_training_goes_on(zygote: Zygote, place: Path) -> None:
+    config = write_config(place / "run.yaml")
+    Gang.start(zygote, place / "first", config, "training.max_steps=4", "run.name=first").succeed()
+    begin = f"checkpoint.resume_from.uri=file://{place}/runs/first/checkpoints"
+    gang = Gang.start(zygote, place / "second", config, "training.max_steps=5", "training.seed=1", begin).succeed()
+    told = "was saved under another config or script: training goes on after step 4, with the rows that this run has"
+    assert any(told in event["message"] for event in gang.events("warning"))

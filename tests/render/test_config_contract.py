@@ -232,7 +232,13 @@ REFERENCE = {"hub": {"repo": "a/b", "revision": "main"}}
 @pytest.mark.parametrize(
     ("recipe", "block", "given", "expected"),
     [
-        ("DPO", "dpo", {"loss": "IPO", "labelSmoothing": "0.1"}, {"loss": "IPO", "beta": 0.1, "label_smoothing": 0.1}),
+        (
+            "DPO",
+            "dpo",
+            {"beta": "0.2", "labelSmoothing": "0.1"},
+            {"loss": "Sigmoid", "beta": 0.2, "label_smoothing": 0.1},
+        ),
+        ("DPO", "dpo", {"loss": "IPO"}, {"loss": "IPO", "beta": 0.1, "label_smoothing": 0.0}),
         ("DPO", "dpo", {"reference": {"hub": {"repo": "a/b"}}}, {"reference": REFERENCE}),
         ("ORPO", "orpo", None, {"beta": 0.1}),
         (

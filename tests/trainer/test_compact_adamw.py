@@ -1,11 +1,14 @@
 """Moments in few bits and weights rounded by chance: against torch's and torchao's AdamW, in bytes and in the mean."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 
 from kubetune_trainer.compact_adamw import MOMENTS, Codebook, CompactAdamW, decode, encode, round_by_chance
 from kubetune_trainer.optim import StepInBackward
+from tests.trainer import rounding_ranks
 
 STEPS = 8
 
@@ -125,6 +128,19 @@ def test_small_steps_of_bf16_weights_are_lost_by_the_nearest_and_kept_by_chance(
         moved[seed] = 1 - weight.float().mean().item()
     assert moved[None] == 0
     assert moved[3] == pytest.approx(20 * 1e-4, rel=0.1)
+
+
+@pytest.mark.parametrize(("num_ranks", "replicate"), [(2, 2), (4, 2)])
+def test_copies_of_a_shard_are_rounded_alike_and_shards_are_not(tmp_path: Path, num_ranks: int, replicate: int) -> None:
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "tests.trainer.rounding_ranks"])
+    multiprocessing.start_processes(
+        rounding_ranks.run, args=(tmp_path, num_ranks, replicate), nprocs=num_ranks, start_method="forkserver"
+    )
+    parts = [torch.load(tmp_path / f"part-{rank}.pt") for rank in range(num_ranks)]
+    shards = num_ranks // replicate
+    for rank, part in enumerate(parts):
+        for other in range(rank):
+            assert torch.equal(part, parts[other]) == (rank % shards == other % shards), (rank, other)
 
 
 def test_steps_in_backward_are_the_same_and_leave_no_gradient() -> None:

@@ -110,6 +110,12 @@ def test_an_override_reaches_into_a_list(tmp_path: Path) -> None:
         (["model.uri.location=/data"], "model.uri.location"),
         (["workspace.uri=ftp://x"], "workspace.uri"),
         (["lora.dropout=1.0"], "lora.dropout must be less than 1, got 1.0"),
+        (["recipe=DPO", "dpo={loss: IPO, label_smoothing: 0.1}"],
+         "dpo label_smoothing must be 0 with loss IPO, got 0.1"),
+        (["recipe=DPO", "dpo={loss: Hinge, label_smoothing: 0.1}"],
+         "dpo label_smoothing must be 0 with loss Hinge, got 0.1"),
+        (["recipe=KTO", "training.global_batch_size=1"],
+         "training.global_batch_size must be at least 2 with kto, got 1: the divergence is estimated from answers to"),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_refused_by_name_rule_and_value(tmp_path: Path, overrides: list[str], message: str) -> None:

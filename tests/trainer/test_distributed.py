@@ -1,5 +1,6 @@
 """Ranks agree on a step's totals, notice lost peers, and stop where nothing is lost."""
 
+import errno
 import os
 import signal
 import socket
@@ -75,13 +76,32 @@ def test_a_lost_peer_is_told_from_a_bug(error: RuntimeError, lost: bool) -> None
     assert is_peer_loss(error) is lost
 
 
-def test_memory_that_torch_does_not_get_is_out_of_memory_on_every_device() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported asynchronously", 2),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:1\nFailed to CUDA calloc 608 bytes: out of memory"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("unable to mmap 100 bytes from file </model>: Cannot allocate memory (12)"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+    ids=["torch", "CUDA", "cuBLAS", "NCCL", "C++", "mmap", "kernel"],
+)
+def test_words_for_too_little_memory_are_out_of_memory_and_no_lost_peer(error: Exception) -> None:
+    known = report._known(error)
+    assert known is not None
+    assert (known.exit_code, known.reason) == (71, "OutOfMemory")
+    assert not is_peer_loss(error)
+
+
+def test_memory_that_torch_does_not_get_on_a_cpu_is_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as on_cpu:
         torch.empty(2**50)
-    for error in (on_cpu.value, torch.OutOfMemoryError("CUDA out of memory")):
-        known = report._known(error)
-        assert known is not None
-        assert (known.exit_code, known.reason) == (71, "OutOfMemory")
+    known = report._known(on_cpu.value)
+    assert known is not None
+    assert (known.exit_code, known.reason) == (71, "OutOfMemory")
     assert report._known(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 

@@ -156,6 +156,19 @@ def test_a_reference_is_counted_where_it_is_a_model_of_its_own(
     assert found.get("reference") == (None if expected is None else pytest.approx(expected, rel=0.02))
 
 
+@pytest.mark.parametrize("recipe", ["DPO", "KTO", "SFT"])
+def test_a_copy_of_the_first_adapters_is_counted_where_they_are_the_reference(recipe: str, tmp_path: Path) -> None:
+    begun = (f"recipe={recipe}", "run.num_nodes=2", "lora={rank: 64, adapter: {uri: {location: 's3://runs/adapter'}}}")
+    found = parts(estimate_memory(config(tmp_path, *begun), SHAPE).message)
+    adapters = found["optimizer"] / 2
+    assert found.get("reference") == (None if recipe == "SFT" else pytest.approx(adapters, rel=0.01))
+    away = config(tmp_path, *begun, "training.cpu_offload=true")
+    plain = config(tmp_path, *begun[:2], "lora={rank: 64}", "training.cpu_offload=true")
+    assert "reference" not in parts(estimate_memory(away, SHAPE).message.partition(";")[0])
+    more = host_bytes(away, SHAPE) - host_bytes(plain, SHAPE)
+    assert more == (0 if recipe == "SFT" else pytest.approx(adapters, rel=0.01))
+
+
 def test_the_tables_of_the_page_about_memory_are_what_the_estimate_says(tmp_path: Path) -> None:
     lines = (ROOT / "docs" / "memory.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| Llama-")]

@@ -4,9 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from kubetune_trainer.errors import ConfigError
-from kubetune_trainer.lora import apply_lora, init_lora, lora_scale, lora_state_dict
+from kubetune_trainer.lora import (
+    apply_lora,
+    copy_adapters,
+    init_lora,
+    lora_scale,
+    lora_state_dict,
+    reference_adapters,
+    without_adapters,
+)
 from kubetune_trainer.model import Decoder, build_model, load_model, load_weights, read_config
 from tests.trainer.tiny import make_folder, random_tokens
 
@@ -95,6 +104,31 @@ def test_dropout_acts_in_training_only(model: Decoder) -> None:
     with torch.no_grad():
         assert torch.equal(model.eval()(tokens), model(tokens))
         assert not torch.equal(model.train()(tokens), model(tokens))
+
+
+def test_kept_adapters_come_without_dropout_and_go_and_leave_the_trained_ones_bit_for_bit(model: Decoder) -> None:
+    apply_lora(model, rank=4, alpha=8, dropout=0.5, has_magnitude=True, trained_ids=[3, 9])
+    tokens, adapters = random_tokens(2, 10), [weight for weight in model.parameters() if weight.requires_grad]
+
+    def change() -> Tensor:
+        with torch.no_grad():
+            for weight in adapters:
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+            return model.eval()(tokens)
+
+    first, kept = change(), copy_adapters(model)
+    change()
+    trained = [weight.clone() for weight in adapters]
+    model.train()
+    for _ in range(2):
+        with torch.no_grad(), reference_adapters(model, kept):
+            assert torch.equal(model(tokens), first)
+        assert model.training
+        assert all(map(torch.equal, adapters, trained))
+    with torch.no_grad(), reference_adapters(model, {}):
+        base = model(tokens)
+    with torch.no_grad(), without_adapters(model):
+        assert torch.equal(base, model(tokens))
 
 
 def test_first_values_depend_on_the_seed_alone(tmp_path: Path) -> None:

@@ -63,6 +63,15 @@ def test_smoothed_dpo_is_that_of_trl() -> None:
     torch.testing.assert_close(ours.losses, theirs, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("loss", ["IPO", "Hinge"])
+def test_losses_that_know_no_wrong_labels_refuse_smoothing(loss: Any) -> None:
+    tokens = torch.ones(4)
+    with pytest.raises(ValueError, match=f"label_smoothing must be 0 with loss {loss}, got 0.1"):
+        dpo(
+            CHOSEN, REJECTED, chosen_tokens_P=tokens, rejected_tokens_P=tokens, beta=0.4, loss=loss, label_smoothing=0.1
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("loss", ["Sigmoid", "IPO", "Hinge"])
 def test_dpo_of_two_models_is_that_of_trl(tmp_path: Path, loss: Any) -> None:
     folders = (tmp_path / "policy", tmp_path / "reference")

@@ -3,7 +3,8 @@
 A moment in few bits is a code for each number, its place in a codebook, and in fp32 the largest number of each block of
 a row. Blocks lie inside rows: a shard of rows has whole ones and a checkpoint suits any number of ranks. Weights
 in bf16 are rounded by chance (arXiv 2010.06192): rounded to the nearest, they would not see a step that is much smaller
-than they are. Chance is a function of seed, step, weight and rank, so that a resumed run has the same.
+than they are. Chance is a function of seed, step, weight and shard: a resumed run has the same, and so have the ranks
+that hold copies of a shard.
 
 Every update is computed in fp32 by the kernel that plain AdamW uses, some rows at a time.
 
@@ -16,13 +17,12 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.optim.adamw import adamw
 
-from kubetune_trainer.distributed import local_part
+from kubetune_trainer.distributed import local_part, shard_number
 
 BLOCKS: Final = {8: 256, 4: 128}
 """Numbers that share a scale, by bits, as torchao has them."""
@@ -181,8 +181,8 @@ class CompactAdamW(torch.optim.Optimizer):
     def _randomness(self, weight: Tensor, *, step: int) -> torch.Generator | None:
         if self._rounding_seed is None or weight.dtype != torch.bfloat16:
             return None
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        digest = hashlib.sha256(repr((self._rounding_seed, step, self._numbers[weight], rank)).encode()).digest()
+        drawn_for = self._rounding_seed, step, self._numbers[weight], shard_number(weight)
+        digest = hashlib.sha256(repr(drawn_for).encode()).digest()
         return torch.Generator(weight.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 

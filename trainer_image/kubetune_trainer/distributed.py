@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from kubetune_trainer.errors import PeerLostError, TrainerError
+from kubetune_trainer.errors import PeerLostError, TrainerError, is_out_of_memory
 from kubetune_trainer.names import ENV_SCRATCH
 
 RENDEZVOUS_SECONDS: Final = 300.0
@@ -181,9 +181,10 @@ def _words_of(error: RuntimeError) -> str:
 def is_peer_loss(error: RuntimeError) -> bool:
     """Whether an error is what a collective raises when a rank at its other end is gone.
 
-    Gloo raises plain RuntimeErrors, so its words are all there is to go by.
+    Gloo raises plain RuntimeErrors, so its words are all there is to go by. A collective that finds no memory on this
+    rank has lost nobody.
     """
-    if isinstance(error, torch.OutOfMemoryError | NotImplementedError | RecursionError):
+    if is_out_of_memory(error) or isinstance(error, NotImplementedError | RecursionError):
         return False
     return isinstance(error, dist.DistError) or bool(_PEER_LOST.search(str(error)))
 
@@ -203,6 +204,17 @@ def barrier() -> None:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Returns this rank's part of a tensor, which shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_number(tensor: torch.Tensor) -> int:
+    """Returns which of a tensor's parts this rank has, from 0; ranks with copies of a part have the same number."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    mesh, number = tensor.device_mesh, 0
+    for axis, placement in enumerate(tensor.placements):
+        if not placement.is_replicate():
+            number = number * mesh.size(axis) + mesh.get_local_rank(axis)
+    return number
 
 
 def gather_vector(values: list[float]) -> torch.Tensor:

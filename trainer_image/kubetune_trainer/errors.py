@@ -7,20 +7,36 @@ TrainerError
 ├── StorageError        69  the object store did not answer after retries
 ├── OutOfMemoryError    71  the device, or the process, has no more memory to give
 ├── PreemptedError      75  asked to stop; a checkpoint was written
-├── NonFiniteLossError  77  the loss became NaN or infinite
+├── NonFiniteLossError  77  a loss or a weight became NaN or infinite
 └── PeerLostError       78  another rank went away
 """
 
+import errno
+import re
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from kubetune_trainer.names import ExitCode
+
+_OUT_OF_MEMORY: Final = re.compile(
+    r"out of memory|can(no|')t allocate memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc", re.IGNORECASE
+)
+"""What torch says on the CPU, CUDA, cuBLAS, NCCL, C++ and the kernel; those of a GPU were not run by us."""
 
 
 def listed(items: Sequence[object], *, most: int) -> str:
     """Return the first of some items for a message, and how many there are beyond."""
     shown = ", ".join(str(item) for item in items[:most])
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short: for some of it torch has an error of its own, for the rest there are only words."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 class TrainerError(Exception):
@@ -82,7 +98,7 @@ class PreemptedError(TrainerError):
 
 
 class NonFiniteLossError(TrainerError):
-    """The loss or the gradient norm is NaN or infinite."""
+    """A loss, the gradient norm or a trained weight is NaN or infinite."""
 
     exit_code = ExitCode.NON_FINITE_LOSS
     reason = "NonFiniteLoss"

@@ -78,6 +78,8 @@ def estimate_parts(
     """
     shape, model, asked = _models(config, shape, others)
     beside = {field.rpartition(".")[2]: _asked_bytes(other, config) for field, other in asked.items()}
+    if _keeps_first_adapters(config) and not config.training.cpu_offload:
+        beside["reference"] = _first_adapters_bytes(config, model)
     moments = (moment | beside | {"runtime": RUNTIME_BYTES} for moment in _moments(config, shape, model))
     return max(moments, key=lambda moment: sum(moment.values()))
 
@@ -96,6 +98,7 @@ def host_bytes(config: FineTuneConfig, shape: ModelConfig, *, others: Mapping[st
         at_its_end = _moments(on_device, shape, model)[-1]
         away += sum(at_its_end[name] for name in ("weights", "gradients", "optimizer"))
         away += sum(_asked_bytes(other, on_device) for other in asked.values())
+        away += _first_adapters_bytes(config, model) if _keeps_first_adapters(config) else 0
     return away
 
 
@@ -113,6 +116,17 @@ def _models(
         if settings is not None and settings.reference is None and config.lora is None:
             asked[f"{block}.reference"] = shape
     return shape, model, asked
+
+
+def _keeps_first_adapters(config: FineTuneConfig) -> bool:
+    """Returns whether the reference is the trained model with the adapters that training began with."""
+    begins = config.lora is not None and config.lora.adapter is not None
+    return begins and any(block is not None and block.reference is None for block in (config.dpo, config.kto))
+
+
+def _first_adapters_bytes(config: FineTuneConfig, model: Decoder) -> int:
+    """Returns what a rank holds of a copy of the adapters."""
+    return _count_trained(model) * _kept_bytes(config) // _ranks(config)
 
 
 def _asked_bytes(shape: ModelConfig, config: FineTuneConfig) -> int:

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from kubetune_trainer.distributed import local_part
 from kubetune_trainer.errors import ConfigError
 from kubetune_trainer.quantize import nf4
 from kubetune_trainer.trained_tokens import IDS_SUFFIX, ROWS_SUFFIX, TokenAdapter, token_ids, train_tokens, with_rows
@@ -216,6 +218,47 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enabled = True
+
+
+def copy_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """Return this rank's parts of the adapters as they are now, for `reference_adapters`."""
+    return {name: local_part(weight.detach()).clone() for name, weight in model.named_parameters() if is_adapter(name)}
+
+
+@contextmanager
+def reference_adapters(model: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[None]:
+    """While the block runs, the model computes with adapters that were kept and no dropout; with none, as the base.
+
+    Not between a forward pass and its backward pass: values change places.
+
+    Args:
+        model: Has its own adapters again afterwards, bit for bit.
+        kept: What `copy_adapters` returned; empty means `without_adapters`.
+    """
+    if not kept:
+        with without_adapters(model):
+            yield
+        return
+    was_training = model.training
+    _exchange(model.eval(), kept)
+    try:
+        yield
+    finally:
+        _exchange(model.train(was_training), kept)
+
+
+def _exchange(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Let a model's adapters and kept ones change places, one by one, so that no third copy is needed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # else the next pass would compute with what the last one gathered
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name in kept:
+                mine = local_part(weight)
+                before = mine.clone()
+                mine.copy_(kept[name])
+                kept[name].copy_(before)
 
 
 def init_lora(model: nn.Module, *, seed: int) -> None:

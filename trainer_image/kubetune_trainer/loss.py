@@ -25,7 +25,9 @@ def sum_cross_entropy(
 ) -> Tensor:
     """Return the sum of the cross entropy over all labels that are not -100, an fp32 scalar.
 
-    The gradient is computed with the loss, chunk by chunk, so that the logits are made once and thrown away.
+    The gradient is computed with the loss, chunk by chunk, so that the logits are made once and thrown away. That of
+    the head is summed over chunks in the head's type. In bf16 it is 0.36 % off the exact one at 2,048 positions and
+    0.94 % at 16,384, where plain cross entropy, which sums once, is 0.20 % off.
 
     Args:
         hidden_BTD: The normalised residual stream.

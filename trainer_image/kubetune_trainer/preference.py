@@ -45,8 +45,13 @@ def dpo(
         rejected_tokens_P: Tokens of the other answer.
         beta: How much it costs to leave the reference.
         loss: Which form.
-        label_smoothing: How often labels are taken to be wrong; for Sigmoid.
+        label_smoothing: How often labels are taken to be wrong; with Sigmoid alone, as in TRL.
+
+    Raises:
+        ValueError: Another loss has a label_smoothing.
     """
+    if label_smoothing and loss != "Sigmoid":
+        raise ValueError(f"label_smoothing must be 0 with loss {loss}, got {label_smoothing}")
     margin = beta * (chosen_P - rejected_P)
     match loss:
         case "Sigmoid":

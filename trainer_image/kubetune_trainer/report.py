@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
-from kubetune_trainer.errors import DoesNotFitError, OutOfMemoryError, TrainerError
+from kubetune_trainer.errors import DoesNotFitError, OutOfMemoryError, TrainerError, is_out_of_memory
 from kubetune_trainer.names import (
     DEFAULT_TERMINATION_LOG,
     ENV_ATTEMPT,
@@ -101,9 +101,10 @@ class _Reporter:
         record = {"time": round(time.time(), 3), **{_camel(key): _json_safe(value) for key, value in fields.items()}}
         # On every rank: any of them may have to say how far it came.
         if event == "step":
-            self.last_step = {**_chosen(self.last_step, "validationLoss"), **record}
+            self.last_step = {**_chosen(self.last_step, "validationLoss", "validationStep"), **record}
         elif event == "validation":
-            self.last_step = {**self.last_step, **_chosen(record, "validationLoss")}
+            told = {**_chosen(record, "validationLoss"), "validationStep": record.get("step")}
+            self.last_step = {**self.last_step, **told}
         if not is_reporting_rank():
             return
         line = json.dumps({"event": event, **record}, ensure_ascii=False, allow_nan=False)
@@ -181,7 +182,7 @@ def report(event: str, **fields: Any) -> None:
 
 
 def last_step() -> dict[str, Any]:
-    """The last step's record as it was reported, with the last validation's loss; empty before the first."""
+    """The last step's record as it was reported, with the last validation's loss and step; empty before the first."""
     return dict(_reporter.last_step)
 
 
@@ -256,16 +257,10 @@ def _known(error: BaseException) -> TrainerError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = f" for {error.filename}" if error.filename else ""
         return DoesNotFitError(f"no space left on the disk{place}", hint="Give the pod or the volume more space.")
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         hint = "Give the process more memory, or let it compute less at a time: smaller batches, shorter sequences."
         return OutOfMemoryError(f"out of memory: {error}", hint=hint)
     return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short: torch has an error of its own for a device, and on the CPU only words."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def fit(record: Mapping[str, Any], *, limit: int = TERMINATION_MESSAGE_BYTES) -> bytes:

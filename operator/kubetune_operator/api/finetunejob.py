@@ -79,6 +79,14 @@ class Lora(ApiModel):
 class Dpo(ApiModel):
     """Direct preference optimization."""
 
+    rules = (
+        Rule(
+            cel="self.loss == 'Sigmoid' || double(self.labelSmoothing) == 0.0",
+            message="labelSmoothing must be 0 with loss: IPO or Hinge",
+            check=lambda value: value.loss == "Sigmoid" or float(value.label_smoothing) == 0,
+        ),
+    )
+
     loss: Literal["Sigmoid", "IPO", "Hinge"] = "Sigmoid"
     """Form of the loss."""
     beta: PositiveNumber = "0.1"
@@ -88,10 +96,10 @@ class Dpo(ApiModel):
         Field(max_length=24),
         matches(r"0(\.[0-4][0-9]*)?", message='must be a number in quotes, from 0 to below 0.5, for example "0.1"'),
     ] = "0.0"
-    """How often a pair is taken to be the wrong way round, with loss: Sigmoid."""
+    """How often a pair is taken to be the wrong way round. Above 0 only with loss: Sigmoid."""
     reference: ModelSource | None = None
     """The model that answers are measured against. Its tokenizer must be the model's. Unset: the model before
-    training."""
+    training, with lora.adapter where that is set."""
 
 
 class Orpo(ApiModel):
@@ -216,7 +224,7 @@ class Kto(ApiModel):
     """What the losses of bad answers are multiplied with."""
     reference: ModelSource | None = None
     """The model that answers are measured against. Its tokenizer must be the model's. Unset: the model before
-    training."""
+    training, with lora.adapter where that is set."""
 
 
 class Training(ApiModel):
@@ -335,7 +343,8 @@ class Checkpoint(ApiModel):
     mode: Literal["Async", "Sync"] = "Async"
     """Async uploads while training goes on."""
     resume_from: ResumeFrom | None = None
-    """A checkpoint of another run to begin with."""
+    """A checkpoint of another run to begin with. Its steps count: training goes on at the step after it, which has to
+    be one of the job's."""
 
 
 class Output(OutputBase):
@@ -514,6 +523,11 @@ class FineTuneJobSpec(JobSpec):
             cel="self.recipe != 'QAT' || has(self.qat)",
             message="spec.qat is required with recipe: QAT",
             check=lambda value: value.recipe != "QAT" or value.qat is not None,
+        ),
+        Rule(
+            cel="(self.recipe != 'KTO' && !has(self.kto)) || self.training.globalBatchSize > 1",
+            message="spec.training.globalBatchSize must be at least 2 with recipe: KTO and with spec.kto",
+            check=lambda value: (value.recipe != "KTO" and value.kto is None) or value.training.global_batch_size > 1,
         ),
         Rule(
             cel="!has(self.qat) || self.training.compile == 'None'",

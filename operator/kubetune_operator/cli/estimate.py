@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from decimal import InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +56,9 @@ def _parse_size(text: str) -> int:
     """Read a size: 24GiB, 24Gi, 24GB, 24G or bytes."""
     try:
         size = parse_quantity(text.strip().removesuffix("B"))
-    except (InvalidOperation, KeyError):
+    except (ArithmeticError, KeyError, ValueError):  # no number, no such unit, NaN or infinite
         size = 0
-    if size <= 0:
+    if not 0 < size < 2**63:
         raise SpecError(_PURPOSE, problems=[f"--device-memory must be a size such as 24GiB or 80GB, got {text!r}"])
     return size
 

@@ -360,6 +360,7 @@ class FineTuneConfig(JobConfig):
             raise ValueError("training.cpu_offload must be false with tuning QLoRA, got true")
         if self.tuning != "QLoRA" and self.lora is not None and self.lora.merge_base is not None:
             raise ValueError(f"lora.merge_base must be set only with tuning QLoRA, got tuning {self.tuning}")
+        self._check_kto()
         self._check_qat()
         adapters = [output.name for output in self.outputs if output.type == "PEFT"]
         if self.tuning == "Full" and adapters:
@@ -374,6 +375,13 @@ class FineTuneConfig(JobConfig):
         if self.push_to_hub is not None and self.push_to_hub.output not in names:
             raise ValueError(f"push_to_hub.output must be one of {', '.join(names)}, got {self.push_to_hub.output}")
         return self
+
+    def _check_kto(self) -> None:
+        if self.kto is not None and self.training.global_batch_size < 2:
+            raise ValueError(
+                f"training.global_batch_size must be at least 2 with kto, got {self.training.global_batch_size}: "
+                "the divergence is estimated from answers to the prompts of others"
+            )
 
     def _check_qat(self) -> None:
         if self.qat is None:

@@ -20,9 +20,15 @@ class Dpo(Block):
     beta: float = Field(default=0.1, gt=0)
     """How much it costs to leave the reference."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """How often a pair is taken to be the wrong way round; for Sigmoid."""
+    """How often a pair is taken to be the wrong way round; above 0 only with loss Sigmoid."""
     reference: Model | None = None
-    """The model that answers are measured against; unset means the model before training."""
+    """The model that answers are measured against; unset means the model before training, with lora.adapter if set."""
+
+    @model_validator(mode="after")
+    def _smooths_what_has_labels(self) -> Self:
+        if self.label_smoothing and self.loss != "Sigmoid":
+            raise ValueError(f"label_smoothing must be 0 with loss {self.loss}, got {self.label_smoothing}")
+        return self
 
 
 class Kto(Block):
@@ -35,7 +41,7 @@ class Kto(Block):
     undesirable_weight: float = Field(default=1.0, gt=0)
     """What the losses of bad answers are multiplied with."""
     reference: Model | None = None
-    """The model that answers are measured against; unset means the model before training."""
+    """The model that answers are measured against; unset means the model before training, with lora.adapter if set."""
 
 
 class Qat(Block):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from kubetune_trainer.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
+from kubetune_trainer.checkpoint import Checkpointer, Resumed, find_checkpoint, load_checkpoint
 from kubetune_trainer.compiled import check_compiler, keep_kernels
 from kubetune_trainer.config import FineTuneConfig, load_config
 from kubetune_trainer.data.prepare import Local, Prepared, fetch, prepare
@@ -241,6 +241,9 @@ def resume(job: Job) -> int:
 
     Returns:
         The step that is done already.
+
+    Raises:
+        ConfigError: The other run has no complete checkpoint, or one after which this run has no step left.
     """
     step, trained = _load_newest_checkpoint(job), sum(weight.numel() for weight in job.weights)
     report(
@@ -258,14 +261,20 @@ def resume(job: Job) -> int:
 
 def _load_newest_checkpoint(job: Job) -> int:
     config, scratch = job.config, scratch_dir() / f"rank-{job.world.rank}"
-    first = config.checkpoint.resume_from
-    for place in [f"{config.run.directory}/{CHECKPOINTS_DIR}", *([first.uri] if first else [])]:
+    own, first = f"{config.run.directory}/{CHECKPOINTS_DIR}", config.checkpoint.resume_from
+    for place in [own, *([first.uri] if first else [])]:
         store = open_store(place, s3=config.storage.s3)
         folder = broadcast_object(find_checkpoint(store) if job.world.is_first else None)
         if folder is not None:
             resumed = load_checkpoint(store, folder, model=job.model, optimizer=job.optimizer, scratch=scratch)
+            if place != own:
+                _check_steps_left(job, resumed)
             if resumed.record["configDigest"] != _digest(config):
-                report("warning", message=f"{resumed.uri} was saved under another config or script; the loss may jump")
+                report(
+                    "warning",
+                    message=f"{resumed.uri} was saved under another config or script: training goes on after "
+                    f"step {resumed.step}, with the rows that this run has from there; the loss may jump",
+                )
             report("resume", step=resumed.step, uri=resumed.uri)
             job.checkpointer.start_from(resumed)
             return resumed.step
@@ -274,6 +283,16 @@ def _load_newest_checkpoint(job: Job) -> int:
             f"{config.title}: checkpoint.resume_from.uri must hold a complete checkpoint, got {first.uri}"
         )
     return 0
+
+
+def _check_steps_left(job: Job, resumed: Resumed) -> None:
+    """Refuses another run's checkpoint that leaves this run nothing to train."""
+    if resumed.step >= job.total_steps:
+        raise ConfigError(
+            f"{job.config.title}: checkpoint.resume_from must be of a step below the run's total of {job.total_steps}, "
+            f"got step {resumed.step} of {resumed.uri}",
+            hint="The other run's steps count: raise training.max_steps or training.epochs, or begin with its outputs.",
+        )
 
 
 def _digest(config: FineTuneConfig) -> str:

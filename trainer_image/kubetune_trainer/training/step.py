@@ -11,6 +11,7 @@ from kubetune_trainer.data.sampler import Batch, rows_for_step
 from kubetune_trainer.distributed import gather_vector, local_part
 from kubetune_trainer.errors import NonFiniteLossError, listed
 from kubetune_trainer.optim import clip_grad_norm, learning_rate_factor
+from kubetune_trainer.report import last_step
 from kubetune_trainer.training.job import Job
 
 ROWS_IN_MESSAGE = 16
@@ -103,5 +104,46 @@ def check_finite(job: Job, step: int, *, loss: float, grad_norm: float) -> None:
         rows = listed(sorted(global_rows(job, step)), most=ROWS_IN_MESSAGE)
         raise NonFiniteLossError(
             f"{job.config.title}: step {step} has loss {loss} and gradient norm {grad_norm}, over rows {rows}",
+            hint="Lower training.learning_rate or look for broken samples; the last checkpoint is sound.",
+        )
+
+
+def validation_due(job: Job, step: int) -> bool:
+    """Whether the held-out data is due after a step: every so many, and after the last."""
+    return step == job.total_steps or step % (job.config.training.validate_every_steps or job.total_steps) == 0
+
+
+def validation_left(job: Job, first_step: int) -> bool:
+    """Whether an attempt that was stopped in the last step, and had no time for it, has left the validation to this."""
+    return first_step == job.total_steps and last_step().get("validationStep") != first_step
+
+
+def check_validation(job: Job, step: int, *, loss: float) -> None:
+    """Keeps a run whose validation went wrong from being saved or exported.
+
+    Raises:
+        NonFiniteLossError: The loss over the held-out data is NaN or infinite.
+    """
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(
+            f"{job.config.title}: validation after step {step} has loss {loss}",
+            hint="Lower training.learning_rate or look for broken samples in dataset.validation.",
+        )
+
+
+def check_weights(job: Job, step: int) -> None:
+    """Keeps weights that went wrong out of checkpoints and outputs: a loss would show them one step later.
+
+    Every rank looks at its own parts, once and without copies.
+
+    Raises:
+        NonFiniteLossError: A trained weight of some rank is NaN or infinite.
+    """
+    parts = [local_part(weight.detach()) for weight in job.weights]
+    ends = [end.float() for part in parts if part.numel() for end in part.aminmax()]  # both are NaN where a number is
+    is_finite = not ends or bool(torch.stack(ends).isfinite().all())
+    if gather_vector([float(is_finite)]).min().item() == 0:
+        raise NonFiniteLossError(
+            f"{job.config.title}: after step {step} trained weights are NaN or infinite",
             hint="Lower training.learning_rate or look for broken samples; the last checkpoint is sound.",
         )

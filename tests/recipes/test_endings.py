@@ -1,0 +1,106 @@
+"""How every training recipe ends when it is told to stop, and when its numbers are no numbers any more."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.recipes.gang import Gang, Zygote
+from tests.recipes.stopped_in_a_step import VALIDATION_SECONDS
+from tests.recipes.tiny import write_config
+
+RECIPES = ("finetune", "distill", "dpo", "kto")
+VALIDATION = "dataset.validation.fraction=0.25"
+OVERFLOW = "training.learning_rate=1e39"
+"""A step of this size is infinite in fp32."""
+
+
+def config_of(place: Path, recipe: str, **training: Any) -> Path:
+    """A short run of a recipe, with adapters of which each rank has a part."""
+    data = "preferences" if recipe in {"dpo", "kto"} else "pairs"
+    named = {"finetune": "SFT", "distill": "Distillation", "dpo": "DPO", "kto": "KTO"}
+    given: dict[str, Any] = {"recipe": named[recipe]}
+    if recipe == "distill":
+        given["distillation"] = {"teacher": {"uri": {"location": f"file://{place}/model"}}}
+    return write_config(
+        place / "run.yaml",
+        **given,
+        dataset={
+            "sources": [{"name": "data", "uri": {"location": f"file://{place}/{data}.jsonl"}}],
+            "max_sequence_length": 64,
+        },
+        training={
+            "max_steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "precision": "FP32",
+            **training,
+        },
+        outputs=[{"name": "merged", "type": "HuggingFace"}],
+    )  # fmt: skip
+
+
+def remains(place: Path, folder: str) -> list[str]:
+    return sorted(path.name for path in (place / "runs" / "run").glob(f"{folder}/*"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_stop_is_saved_without_a_validation_that_is_due(zygote: Zygote, place: Path, recipe: str) -> None:
+    config = config_of(place, recipe, max_steps=2, validate_every_steps=1)
+    first = Gang.start(
+        zygote, place / "first", config, VALIDATION, recipe=recipe, before="tests.recipes.stopped_in_a_step",
+        environment={"TEST_STOP_AT": "1"},
+    )  # fmt: skip
+    first.wait_for(lambda event: event["event"] == "step")
+    began = time.monotonic()
+    assert first.wait() == [75], first.stderr()
+    assert time.monotonic() - began < VALIDATION_SECONDS
+    assert first.events("validation") == []
+    assert remains(place, "checkpoints") == ["step-1"]
+    again = Gang.start(zygote, place / "again", config, VALIDATION, recipe=recipe).succeed()
+    assert [event["step"] for event in again.events("validation")] == [2]
+
+
+def test_a_stop_in_the_last_step_leaves_its_validation_to_the_next_attempt(zygote: Zygote, place: Path) -> None:
+    config = config_of(place, "finetune", max_steps=2)
+    first = Gang.start(
+        zygote, place / "first", config, VALIDATION, before="tests.recipes.stopped_in_a_step",
+        environment={"TEST_STOP_AT": "2"},
+    )  # fmt: skip
+    assert first.wait() == [75], first.stderr()
+    again = Gang.start(zygote, place / "again", config, VALIDATION).succeed()
+    [validation] = again.events("validation")
+    assert again.message()["progress"]["validationLoss"] == validation["validationLoss"]
+
+
+def test_a_finished_run_that_is_started_again_is_not_validated_again(zygote: Zygote, place: Path) -> None:
+    config = config_of(place, "finetune", max_steps=1)
+    first = Gang.start(zygote, place / "first", config, VALIDATION).succeed()
+    again = Gang.start(zygote, place / "again", config, VALIDATION).succeed()
+    assert (len(first.events("validation")), again.events("validation")) == (1, [])
+    assert again.message()["progress"] == first.message()["progress"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_weights_that_the_last_step_made_infinite_are_not_saved(zygote: Zygote, place: Path, recipe: str) -> None:
+    config = config_of(place, recipe, max_steps=1)
+    gang = Gang.start(zygote, place / "ranks", config, OVERFLOW, ranks=2, recipe=recipe)
+    assert gang.wait() == [77, 77], gang.stderr()
+    assert gang.message()["reason"] == "NonFiniteLoss"
+    assert "after step 1 trained weights are NaN or infinite" in gang.message()["message"]
+    assert remains(place, "checkpoints") == remains(place, "outputs") == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_validation_without_a_number_ends_the_run(zygote: Zygote, place: Path, recipe: str) -> None:
+    config = config_of(place, recipe, max_steps=1, learning_rate=1e30)
+    gang = Gang.start(zygote, place / "ranks", config, VALIDATION, ranks=2, recipe=recipe)
+    assert gang.wait() == [77, 77], gang.stderr()
+    assert "validation after step 1 has loss nan" in gang.message()["message"]
+    assert remains(place, "checkpoints") == remains(place, "outputs") == []
+
+
+def test_weights_of_a_checkpoint_that_are_no_numbers_are_not_exported(zygote: Zygote, place: Path) -> None:
+    config = config_of(place, "finetune", max_steps=1)
+    Gang.start(zygote, place / "first", config, ranks=2).succeed()
+    again = Gang.start(zygote, place / "again", config, ranks=2, before="tests.recipes.spoiled_resume")
+    assert again.wait() == [77, 77], again.stderr()
+    assert again.events("output") == []
