@@ -15,6 +15,7 @@ from typing import Any
 import boto3
 import pytest
 import torch
+import yaml
 from lm_eval.loggers import EvaluationTracker
 from moto.server import ThreadedMotoServer
 from peft import LoraConfig, get_peft_model
@@ -357,6 +358,39 @@ def test_an_adapter_with_a_token_of_its_own_is_merged_into_its_base(zygote: Zygo
     ours, theirs = results_of(place, "adapted")["results"], results_of(place, "merged")["results"]
     assert ours["pages"]["bits_per_byte,none"] == pytest.approx(theirs["pages"]["bits_per_byte,none"], rel=1e-5)
     assert ours["choice"]["acc,none"] == theirs["choice"]["acc,none"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_an_adapter_is_asked_through_the_chat_template_that_it_was_trained_with(zygote: Zygote, place: Path) -> None:
+    base = LlamaForCausalLM.from_pretrained(place / "model")
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(place / "adapter")
+    template = "{% for message in messages %}TRAINED {{ message.content }}{% endfor %}"
+    (place / "adapter" / "chat_template.jinja").write_text(template)
+    model = {"uri": {"location": f"file://{place}/model"}, "adapter": {"location": f"file://{place}/adapter"}}
+    tasks = [{"name": "write", "limit": 2}]
+    config = write_eval_config(place / "run.yaml", tasks=tasks, model=model, apply_chat_template=True)
+    start(zygote, place / "ranks", config).succeed()
+    for sample in samples_of(place, "write"):
+        assert sample["arguments"][0][0].startswith("TRAINED Question: ")
+    assert not (place / "model" / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("said_by", ["the model's folder", "the task"])
+def test_generated_answers_take_the_repetition_penalty_that_lm_evals_backend_takes(
+    zygote: Zygote, place: Path, said_by: str
+) -> None:
+    asked, file = {"tasks": ["write"], "limit": 15}, place / "model" / "generation_config.json"
+    without = [sample["resps"] for sample in by_lm_eval(place, **asked)["samples"]["write"]]
+    if said_by == "the task":
+        task = yaml.safe_load((place / "tasks" / "write.yaml").read_text())
+        task["generation_kwargs"]["repetition_penalty"] = 1.4
+        (place / "tasks" / "write.yaml").write_text(yaml.safe_dump(task))
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.4}))
+    theirs = [sample["resps"] for sample in by_lm_eval(place, **asked)["samples"]["write"]]
+    config = write_eval_config(place / "run.yaml", tasks=[{"name": "write", "limit": 15}])
+    start(zygote, place / "ranks", config).succeed()
+    assert [sample["resps"] for sample in samples_of(place, "write")] == theirs != without
 
 
 def test_a_group_of_tasks_is_one_more_result(zygote: Zygote, place: Path) -> None:

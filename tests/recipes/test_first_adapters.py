@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from kubetune_trainer import load_model
+from kubetune_trainer import load_model, load_tokenizer
 from tests.recipes.gang import Gang, Zygote
 from tests.recipes.tiny import write_config, write_messages, write_model
 
@@ -92,3 +92,23 @@ def test_settings_have_to_be_those_of_the_adapters(zygote: Zygote, tiny: Path) -
         gang = run(zygote, tiny, f"other-{number}", **blocks)
         assert gang.wait() == [64], gang.stderr()
         assert says in gang.message()["message"]
+
+
+def test_the_template_that_adapters_were_trained_with_goes_on_with_them(zygote: Zygote, tiny: Path) -> None:
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    step = "training.max_steps=1"
+    run(zygote, tiny, "without-template", step).succeed()
+    run(zygote, tiny, "with-template", step, f"dataset.chat_template='{template}'").succeed()
+    after = run(zygote, tiny, "after-template", step, **begun_with(tiny, "with-template")).succeed()
+    assert load_tokenizer(output(tiny, "after-template", "merged")).chat_template == template
+    assert (output(tiny, "after-template", "adapter") / "chat_template.jinja").read_text() == template
+    by_hand = run(
+        zygote,
+        tiny,
+        "template-by-hand",
+        step,
+        f"dataset.chat_template='{template}'",
+        **begun_with(tiny, "with-template"),
+    )
+    assert after.losses() == by_hand.succeed().losses(), "the rows are written by it as well"
+    assert not (output(tiny, "without-template", "adapter") / "chat_template.jinja").exists()

@@ -41,3 +41,20 @@ def test_steps_that_an_earlier_attempt_did_are_not_looked_into(zygote: Zygote, p
     assert list(again.losses()) == [4]
     assert again.events("profile") == []
     assert load_config(config).training_digest() == load_config(config, overrides=looking).training_digest()
+
+
+def test_a_look_ends_with_the_run_at_the_latest(zygote: Zygote, place: Path) -> None:
+    config = write_config(place / "run.yaml", training={"max_steps": 3, "global_batch_size": 2})
+    looking = ("training.profile.start_step=2", "training.profile.num_steps=10")
+    gang = Gang.start(zygote, place / "long", config, *looking).succeed()
+    [event] = gang.events("profile")
+    assert (event["firstStep"], event["step"]) == (2, 3)
+    assert Path(event["uri"].removeprefix("file://")).name == "steps-2-3.pt.trace.json.gz"
+
+
+def test_a_look_that_would_begin_after_the_run_is_told(zygote: Zygote, place: Path) -> None:
+    config = write_config(place / "run.yaml", training={"max_steps": 2, "global_batch_size": 2})
+    gang = Gang.start(zygote, place / "late", config, "training.profile.start_step=3").succeed()
+    assert gang.events("profile") == []
+    warned = [event["message"] for event in gang.events("warning")]
+    assert warned == ["training.profile.start_step must be at most the run's 2 steps for a profile, got 3"]

@@ -1,23 +1,20 @@
 """Generation continues each prompt by itself, stops where it should, and draws as it is told."""
 
+import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from kubetune_trainer import generate, load_model
-from kubetune_trainer.errors import DataError, ExitCode
-from kubetune_trainer.export.executorch import save_executorch
-from kubetune_trainer.export.gguf import save_gguf
+from kubetune_trainer.errors import DataError
+from kubetune_trainer.generation import choose_tokens, read_repetition_penalty, seeded, tokens_seen
 from kubetune_trainer.model import Decoder
-from tests.cluster.paths import ROOT
-from tests.recipes.tiny import write_tokenizer
-from tests.trainer.smollm2 import smollm2_folder
-from tests.trainer.tiny import make_folder, random_tokens
+from tests.trainer.families import make_folder as make_family_folder
+from tests.trainer.tiny import VOCAB_SIZE, make_folder, random_tokens
 
 PROMPTS = [random_tokens(1, length, seed=length)[0].tolist() for length in (3, 11, 6)]
 
@@ -51,7 +48,7 @@ def test_drawing_repeats_under_a_seed_and_differs_between_seeds(models: tuple[De
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-4}])
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-4}, {"temperature": 1e-38}])
 def test_drawing_from_the_likeliest_token_alone_is_greedy(
     models: tuple[Decoder, LlamaForCausalLM], narrow: dict[str, float]
 ) -> None:
@@ -72,87 +69,113 @@ def test_top_k_and_top_p_keep_the_likeliest_tokens(models: tuple[Decoder, LlamaF
         assert {answer[0] for answer in drawn} == set(likeliest[:wanted])
 
 
-def test_an_empty_prompt_is_refused(models: tuple[Decoder, LlamaForCausalLM]) -> None:
-    with pytest.raises(ValueError, match="at least one token"):
-        generate(models[0], [[5], []], max_new_tokens=1, stop_ids=[])
+@pytest.fixture(params=["longrope", "dynamic"])
+def stretched(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Decoder, Any]:
+    """A model whose angles depend on how long the text is, from 100 tokens on."""
+    config: dict[str, Any] = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+    config |= {"vocab_size": VOCAB_SIZE, "intermediate_size": 30, "num_hidden_layers": 3, "tie_word_embeddings": False}
+    rope: dict[str, Any] = {"rope_type": request.param, "rope_theta": 10000.0}
+    if request.param == "dynamic":
+        config |= {"rope_parameters": rope | {"factor": 2.0}, "max_position_embeddings": 100}
+        reference = make_family_folder(tmp_path, "llama", config)
+    else:
+        rope |= {"short_factor": [1.0 + 0.1 * pair for pair in range(4)]}
+        rope |= {"long_factor": [1.5 + 2.0 * pair for pair in range(4)]}
+        config |= {"rope_parameters": rope, "max_position_embeddings": 256, "original_max_position_embeddings": 100}
+        reference = make_family_folder(tmp_path, "phi3", config | {"pad_token_id": 0})
+    return load_model(tmp_path, dtype=torch.float32), reference
 
 
-def ask(*arguments: str | Path, typed: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "recipes" / "generate.py", *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True, input=typed)
-
-
-def test_a_conversation_remembers_what_was_said_until_it_begins_anew() -> None:
-    lines = ["My name is Rosa. Please say hello.", "What is my name? Just the name.", "", "/new", "What is 2+2?"]
-    typed = "".join(f"{line}\n" for line in lines)
-    done = ask("--model", smollm2_folder(), "--chat", "--max-new-tokens", "16", typed=typed)
-    assert done.returncode == 0, done.stderr
-    answers = done.stdout.splitlines()
-    assert len(answers) >= 3
-    assert "Rosa" in done.stdout
-    again = ask("--model", smollm2_folder(), "--prompt", lines[-1], "--max-new-tokens", "16")
-    assert done.stdout.endswith(again.stdout), "after /new it is asked as if for the first time"
-
-
-def test_a_conversation_needs_a_chat_template(tmp_path: Path) -> None:
-    make_folder(tmp_path, vocab_size=320)
-    write_tokenizer(tmp_path)
-    config = tmp_path / "tokenizer_config.json"
-    told = json.loads(config.read_text())
-    config.write_text(json.dumps(told | {"chat_template": None}))
-    done = ask("--model", tmp_path, "--chat", typed="hello\n")
-    assert done.returncode == ExitCode.DATA
-    assert "has no chat template; ask it with --prompt" in done.stderr
-
-
-def test_a_gguf_folder_is_talked_to_like_any_other(tmp_path: Path) -> None:
-    # F16 holds bf16's numbers, so that both have the same weights whatever the CPU computes in.
-    make_folder(tmp_path / "source", dtype=torch.bfloat16, vocab_size=320, hidden_size=64, intermediate_size=96)
-    write_tokenizer(tmp_path / "source")
-    save_gguf(tmp_path / "source", tmp_path / "gguf")
-    asked = ("--prompt", "the red cat", "--max-new-tokens", "5")
-    answers = [ask("--model", tmp_path / form, *asked) for form in ("source", "gguf")]
-    assert answers[0].stdout == answers[1].stdout, answers[1].stderr
-
-
-def test_an_executorch_program_is_talked_to_like_any_other(tmp_path: Path) -> None:
-    make_folder(tmp_path / "source", vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
-    write_tokenizer(tmp_path / "source")
-    save_executorch(tmp_path / "source", tmp_path / "program", max_sequence_length=48)
-    asked = ("--chat", "--max-new-tokens", "12")
-    answers = [ask("--model", tmp_path / form, *asked, typed="red cat\n" * 4) for form in ("source", "program")]
-    assert answers[1].returncode == 0, answers[1].stderr
-    first = answers[0].stdout.splitlines()[0]
-    assert answers[1].stdout.splitlines()[0] == first
-    assert "the model sees 48 tokens; /new begins anew" in answers[1].stderr
-    with pytest.raises(DataError, match=r"model.pte is an ExecuTorch program"):
-        load_model(tmp_path / "program")
-
-
-def test_the_recipe_answers_a_file_of_messages_in_its_order(tmp_path: Path) -> None:
-    questions = ["Name the capital of France. Answer with one word only, please, and nothing else.", "Say hello."]
-    records = [{"id": i, "messages": [{"role": "user", "content": text}]} for i, text in enumerate(questions)]
-    records[0]["messages"].append({"role": "assistant", "content": "Paris"})
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    output = tmp_path / "answers.jsonl"
-    done = ask(
-        *("--model", smollm2_folder(), "--prompts", tmp_path / "questions.jsonl"),
-        *("--output", output, "--max-new-tokens", "8", "--batch-size", "1"),
-    )
-    assert done.returncode == 0, done.stderr
-    answers = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [{key: answer[key] for key in ("id", "messages")} for answer in answers] == records
-    assert "Paris" in answers[0]["answer"]
-    assert "hello" in answers[1]["answer"].lower()
+def greedy_of_transformers(reference: Any, prompt: list[int], **options: Any) -> list[int]:
+    rotary = copy.deepcopy(reference.model.rotary_emb)  # which remembers the longest text it saw
+    tokens = torch.tensor([prompt])
+    reference.generation_config.eos_token_id = None
+    whole = reference.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, **options)
+    reference.model.rotary_emb = rotary
+    return whole[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
-    [('{"text": "a"}', "line 1 must have messages or a prompt, got the keys text"), ("{", "line 1")],
+    "lengths",
+    [
+        pytest.param((110, 130, 125, 121), id="all beyond the original context"),
+        pytest.param((90, 90, 95, 40, 99, 100, 101), id="some grow out of it"),
+        pytest.param((60, 70, 75, 72), id="all within"),
+    ],
 )
-def test_the_recipe_names_a_record_that_asks_nothing(tmp_path: Path, record: str, message: str) -> None:
-    (tmp_path / "questions.jsonl").write_text(record + "\n")
-    done = ask("--model", smollm2_folder(), "--prompts", tmp_path / "questions.jsonl")
-    assert done.returncode == ExitCode.DATA
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_prompts_with_a_common_beginning_are_answered_as_each_alone_whatever_their_lengths_do_to_angles(
+    stretched: tuple[Decoder, Any], lengths: tuple[int, ...]
+) -> None:
+    model, reference = stretched
+    beginning = random_tokens(1, 38, seed=50)[0].tolist()
+    prompts = [
+        beginning + random_tokens(1, length - 38, seed=number)[0].tolist() for number, length in enumerate(lengths)
+    ]
+    answers = generate(model, prompts, max_new_tokens=20, stop_ids=[])
+    assert answers == [generate(model, [prompt], max_new_tokens=20, stop_ids=[])[0] for prompt in prompts]
+    assert answers == [greedy_of_transformers(reference, prompt, max_new_tokens=20) for prompt in prompts]
+
+
+def test_an_answer_that_ended_stays_so_when_others_are_computed_anew(stretched: tuple[Decoder, Any]) -> None:
+    model, _ = stretched
+    prompts = [random_tokens(1, 95, seed=number)[0].tolist() for number in range(3)]
+    free = generate(model, prompts, max_new_tokens=20, stop_ids=[])
+    told: list[int] = []
+
+    def stop(answer: list[int]) -> bool:
+        told.append(len(answer))
+        return answer == free[1][:6]  # the last token of it is the first one beyond the original context
+
+    assert generate(model, prompts, max_new_tokens=20, stop_ids=[], stop=stop) == [free[0], free[1][:6], free[2]]
+    assert sorted(told) == sorted([*range(1, 21), *range(1, 7), *range(1, 21)])
+
+
+def test_a_repetition_penalty_is_that_of_transformers_for_each_row_of_a_batch(
+    models: tuple[Decoder, LlamaForCausalLM],
+) -> None:
+    model, reference = models
+    assert not any(0 in prompt for prompt in PROMPTS), "what fills rows up must not count as seen"
+    plain = generate(model, PROMPTS, max_new_tokens=20, stop_ids=[])
+    answers = generate(model, PROMPTS, max_new_tokens=20, stop_ids=[], repetition_penalty=1.3)
+    assert all(answer != other for answer, other in zip(answers, plain, strict=True))
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert answer == greedy_of_transformers(reference, prompt, max_new_tokens=20, repetition_penalty=1.3)
+
+
+def test_a_repetition_penalty_counts_a_beginning_that_is_computed_once(
+    models: tuple[Decoder, LlamaForCausalLM],
+) -> None:
+    model, _ = models
+    beginning = random_tokens(1, 30, seed=9)[0].tolist()
+    prompts = [[*beginning, *prompt] for prompt in PROMPTS * 2]
+    options = {"max_new_tokens": 10, "stop_ids": [], "repetition_penalty": 1.3}
+    assert generate(model, prompts, **options) == [generate(model, [prompt], **options)[0] for prompt in prompts]
+
+
+def test_a_repetition_penalty_comes_before_all_else_and_counts_a_token_once() -> None:
+    logits_BV, texts = torch.tensor([[2.0, -1.0, 1.7, 0.0]]), [[0, 0, 1]]
+    seen_BV = tokens_seen(texts, vocab_size=4, device="cpu")
+    drawing: dict[str, Any] = {"top_p": None, "generator": seeded(0, device="cpu"), "seen_BV": seen_BV}
+    for penalty, temperature, likeliest in ((1.0, 0.0, 0), (1.1, 0.0, 0), (1.3, 0.0, 2), (1.3, 1.0, 2), (0.5, 0.0, 0)):
+        chosen = choose_tokens(logits_BV, temperature=temperature, top_k=1, repetition_penalty=penalty, **drawing)
+        assert chosen.tolist() == [likeliest]
+
+
+@pytest.mark.parametrize(
+    ("told", "penalty"), [({}, 1.0), ({"repetition_penalty": 1.1}, 1.1), ({"repetition_penalty": None}, 1.0)]
+)
+def test_a_model_folder_says_its_repetition_penalty(tmp_path: Path, told: dict[str, Any], penalty: float) -> None:
+    assert read_repetition_penalty(tmp_path) == 1.0
+    (tmp_path / "generation_config.json").write_text(json.dumps(told))
+    assert read_repetition_penalty(tmp_path) == penalty
+
+
+def test_a_repetition_penalty_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 0}')
+    with pytest.raises(DataError, match=r"repetition_penalty must be a number above 0, got 0"):
+        read_repetition_penalty(tmp_path)
+
+
+def test_an_empty_prompt_is_refused(models: tuple[Decoder, LlamaForCausalLM]) -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(models[0], [[5], []], max_new_tokens=1, stop_ids=[])

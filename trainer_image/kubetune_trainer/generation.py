@@ -3,16 +3,23 @@
 Shapes: B prompts, T tokens, V vocab_size.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Final
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from kubetune_trainer.errors import DataError
 from kubetune_trainer.model.attention import KVCache
+from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.decoding import decoding
+from kubetune_trainer.model_json import read_json
 from kubetune_trainer.names import PADDING_DOCUMENT
+from kubetune_trainer.tokenizer import GENERATION_CONFIG_FILE
 
 Stop = Callable[[list[int]], bool]
 """Whether an answer, of which these tokens are there so far, is over."""
@@ -32,11 +39,14 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
 ) -> list[list[int]]:
     """Return what the model adds to each prompt.
 
-    What all prompts begin with is computed once, and rows whose answers are over leave the batch.
+    What all prompts begin with is computed once, and rows whose answers are over leave the batch. Where a text's length
+    decides about the angles of its positions, rows of different lengths are not mixed, and a text that grows out of
+    longrope's original context is computed anew with the long factors, as transformers does it for Phi-3.
 
     Args:
         model: In evaluation mode, not sharded.
@@ -47,40 +57,123 @@ def generate(
         temperature: 0 takes the likeliest token; above it tokens are drawn, the more evenly the higher it is.
         top_k: Only so many likeliest tokens are drawn from; unset means all.
         top_p: Only the likeliest tokens that together have this probability are drawn from; unset means all.
+        repetition_penalty: Above 1, tokens that prompt or answer have become less likely; 1 changes nothing.
         seed: Makes drawing repeatable; unset draws anew each time.
 
     Returns:
         The added token ids of each prompt, without the token of `stop_ids` that ended it.
     """
-    device = model.model.embed_tokens.weight.device
-    generator = seeded(seed, device=device)
+    if not all(prompts):
+        raise ValueError("A prompt must have at least one token")
+    choose = partial(
+        choose_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        generator=seeded(seed, device=model.model.embed_tokens.weight.device),
+    )
+    answers: list[list[int]] = [[] for _ in prompts]
     with decoding(model):
-        cache, shared = _begin(model, prompts, max_new_tokens=max_new_tokens)
-        tokens_BT, documents_BT, positions_BT = _left_padded([prompt[shared:] for prompt in prompts], device=device)
-        positions_BT = positions_BT + shared
-        answers: list[list[int]] = [[] for _ in prompts]
-        rows = list(range(len(prompts)))  # which answer each row of the batch belongs to
-        running = set(rows)
-        for _ in range(max_new_tokens):
-            logits_BV = model(
-                tokens_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache, last_only=True
-            )[:, -1]
-            chosen_B = choose_tokens(
-                logits_BV.float(), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-            )
-            for row, token in zip(rows, chosen_B.tolist(), strict=True):
-                if row in running and not goes_on(answers[row], token, stop_ids, stop):
-                    running.discard(row)
-            if not running:
-                break
-            tokens_BT, positions_BT = chosen_B[:, None], positions_BT[:, -1:] + 1
-            if temperature == 0.0 and len(running) <= len(rows) // 2:  # drawing would give the others other tokens
-                kept = [number for number, row in enumerate(rows) if row in running]
-                cache.keep(kept)
-                rows = [rows[number] for number in kept]
-                tokens_BT, positions_BT = tokens_BT[kept], positions_BT[kept]
-            documents_BT = torch.zeros_like(tokens_BT)
+        for group in _of_like_angles(model.config, prompts, max_new_tokens=max_new_tokens):
+            rows, left = group, max_new_tokens
+            while rows and left:
+                texts = [[*prompts[row], *answers[row]] for row in rows]
+                num_new = min(left, _until_switch(model.config, max(map(len, texts))))
+                running = _continue(
+                    model,
+                    texts,
+                    [answers[row] for row in rows],
+                    max_new_tokens=num_new,
+                    stop_ids=stop_ids,
+                    stop=stop,
+                    choose=choose,
+                    is_greedy=temperature == 0.0,
+                )
+                rows, left = [rows[number] for number in running], left - num_new
     return answers
+
+
+def _continue(
+    model: Decoder,
+    texts: Sequence[Sequence[int]],
+    answers: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    stop: Stop | None,
+    choose: Callable[..., Tensor],
+    is_greedy: bool,
+) -> list[int]:
+    """Add tokens to the answers that texts end with, from an empty cache; return which of them are not over."""
+    device = model.model.embed_tokens.weight.device
+    cache, shared = _begin(model, texts, max_new_tokens=max_new_tokens)
+    tokens_BT, documents_BT, positions_BT = _left_padded([text[shared:] for text in texts], device=device)
+    positions_BT = positions_BT + shared
+    seen_BV = tokens_seen(texts, vocab_size=model.config.vocab_size, device=device)
+    rows = list(range(len(texts)))  # which answer each row of the batch belongs to
+    running = set(rows)
+    for _ in range(max_new_tokens):
+        logits_BV = model(tokens_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache, last_only=True)[
+            :, -1
+        ]
+        chosen_B = choose(logits_BV.float(), seen_BV=seen_BV)
+        for row, token in zip(rows, chosen_B.tolist(), strict=True):
+            if row in running and not goes_on(answers[row], token, stop_ids, stop):
+                running.discard(row)
+        if not running:
+            break
+        tokens_BT, positions_BT = chosen_B[:, None], positions_BT[:, -1:] + 1
+        seen_BV.scatter_(1, tokens_BT, value=True)
+        if is_greedy and len(running) <= len(rows) // 2:  # drawing would give the others other tokens
+            kept = [number for number, row in enumerate(rows) if row in running]
+            cache.keep(kept)
+            rows = [rows[number] for number in kept]
+            tokens_BT, positions_BT, seen_BV = tokens_BT[kept], positions_BT[kept], seen_BV[kept]
+        documents_BT = torch.zeros_like(tokens_BT)
+    return sorted(running)
+
+
+def _of_like_angles(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
+) -> Iterable[list[int]]:
+    """Put rows together that may share a batch: its longest row decides about the angles of all."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        first = _angles_by(config, len(prompt))
+        is_settled = first == _angles_by(config, len(prompt) + max_new_tokens - 1)
+        groups.setdefault((first, None if is_settled else len(prompt)), []).append(row)
+    return groups.values()
+
+
+def _angles_by(config: ModelConfig, length: int) -> tuple[int, ...]:
+    """Return what a text's length decides about angles; lengths for which it is the same have the same angles."""
+    ropes = [rope for rope in dict.fromkeys(config.ropes) if rope is not None]
+    stretched = (max(length, rope.original_max_positions) for rope in ropes if rope.kind == "dynamic")
+    return *stretched, *(length > rope.original_max_positions for rope in ropes if rope.kind == "longrope")
+
+
+def _until_switch(config: ModelConfig, length: int) -> int:
+    """Return after how many more tokens a text must be computed anew, because its first tokens get other angles."""
+    limits = [rope.original_max_positions for rope in config.ropes if rope is not None and rope.kind == "longrope"]
+    return min((limit + 1 - length for limit in limits if limit >= length), default=sys.maxsize)
+
+
+def read_repetition_penalty(folder: Path) -> float:
+    """Return the penalty that a model folder asks for, as transformers takes it; 1 where it asks for none.
+
+    Raises:
+        DataError: It is not a number above 0.
+    """
+    file = folder / GENERATION_CONFIG_FILE
+    penalty = read_json(file).get("repetition_penalty") if file.is_file() else None
+    if penalty is None:
+        return 1.0
+    if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 < penalty < float("inf"):
+        raise DataError(
+            f"Model folder {folder}: {file.name}: repetition_penalty must be a number above 0, got {penalty!r}"
+        )
+    return float(penalty)
 
 
 def seeded(seed: int | None, *, device: torch.device | str) -> torch.Generator:
@@ -95,10 +188,9 @@ def seeded(seed: int | None, *, device: torch.device | str) -> torch.Generator:
 
 def _begin(model: Decoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> tuple[KVCache, int]:
     """Make the cache, with the prompts' common beginning in it where that pays; return how long that is."""
-    if not all(prompts):
-        raise ValueError("A prompt must have at least one token")
-    shared = common_length(prompts)
-    if shared * (len(prompts) - 1) < SHARED_TOKENS:
+    shared, longest = common_length(prompts), max(map(len, prompts))
+    is_worth_it = shared * (len(prompts) - 1) >= SHARED_TOKENS
+    if not is_worth_it or _angles_by(model.config, shared) != _angles_by(model.config, longest):
         shared = 0
     embedding = model.model.embed_tokens.weight
 
@@ -111,7 +203,7 @@ def _begin(model: Decoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: 
             device=embedding.device,
         )
 
-    whole = cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
+    whole = cache(len(prompts), longest + max_new_tokens)
     if shared:
         beginning = cache(1, shared)
         tokens_BT = torch.tensor([prompts[0][:shared]], device=embedding.device)
@@ -147,13 +239,41 @@ def _left_padded(prompts: Sequence[Sequence[int]], *, device: torch.device) -> t
     return tokens_BT.to(device), documents_BT.to(device), positions_BT.to(device)
 
 
+def tokens_seen(texts: Sequence[Sequence[int]], *, vocab_size: int, device: torch.device | str) -> Tensor:
+    """Return which tokens each text has, (B, V), for `choose_tokens`."""
+    seen_BV = torch.zeros(len(texts), vocab_size, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        seen_BV[row, list(text)] = True
+    return seen_BV.to(device)
+
+
 def choose_tokens(
-    logits_BV: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+    logits_BV: Tensor,
+    *,
+    seen_BV: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Choose the next token of each prompt from its logits (B, V); the arguments are those of `generate`."""
+    """Choose the next token of each prompt.
+
+    Args:
+        logits_BV: The model's.
+        seen_BV: Which tokens prompt and answer have so far.
+        temperature: As for `generate`, like all that follow.
+        top_k: Of the likeliest tokens.
+        top_p: Of the likeliest tokens, after `top_k`.
+        repetition_penalty: Comes first, as in transformers (CTRL, arXiv 1909.05858), and counts each token once.
+        generator: What draws.
+    """
+    if repetition_penalty != 1.0:
+        less_likely_BV = torch.where(logits_BV < 0, logits_BV * repetition_penalty, logits_BV / repetition_penalty)
+        logits_BV = torch.where(seen_BV, less_likely_BV, logits_BV)
     if temperature == 0.0:
         return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV / temperature
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature  # none becomes infinite
     if top_k is not None:
         smallest = logits_BV.topk(min(top_k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest, -torch.inf)

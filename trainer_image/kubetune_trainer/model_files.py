@@ -20,7 +20,7 @@ from kubetune_trainer.model.weights import GGUF_FILE, INDEX_FILE, WEIGHTS_FILE, 
 from kubetune_trainer.names import COMPLETE_MARKER
 from kubetune_trainer.report import Report
 from kubetune_trainer.storage import ObjectInfo, Store, open_store, scratch_dir
-from kubetune_trainer.tokenizer import TOKENIZER_FILE, TOKENIZER_FILES, Tokenizer, load_tokenizer
+from kubetune_trainer.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, TOKENIZER_FILES, Tokenizer, load_tokenizer
 from kubetune_trainer.vocabulary import grown, growth_by_adapter
 
 WEIGHT_SUFFIXES = frozenset(
@@ -169,8 +169,8 @@ def find_adapter(location: str, *, s3: S3Storage | None) -> FoundModel:
     _check_weights(store, files[ADAPTER_WEIGHTS_FILE])
     used = [ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE]
     told = _parse(store.read_bytes(ADAPTER_CONFIG_FILE), what=f"Adapter folder {location}: {ADAPTER_CONFIG_FILE}")
-    if told.get(TRAINED_IDS):
-        used += [name for name in TOKENIZER_FILES if name in files]
+    brought = TOKENIZER_FILES if told.get(TRAINED_IDS) else (CHAT_TEMPLATE_FILE,)
+    used += [name for name in brought if name in files]
     return FoundModel(location=store.uri(), etags={path: files[path].etag for path in used})
 
 
@@ -203,7 +203,7 @@ def fetch_model(model: FoundModel, *, s3: S3Storage | None, only_small: bool = F
 def fetch_merged(model: FoundModel, adapter: FoundModel | None, *, config: JobConfig) -> tuple[Path, Path | None, Path]:
     """Brings a model and its adapter to this machine and merges them, once per node.
 
-    Tokens that the adapter was trained with become the model's first.
+    Tokens and the chat template that the adapter was trained with become the model's first.
 
     Returns:
         The folders of the model, of the adapter, and of the two as one; the first and the last are the same without an
@@ -225,13 +225,13 @@ def fetch_merged(model: FoundModel, adapter: FoundModel | None, *, config: JobCo
 
 
 def with_adapters_tokens(base_dir: Path, adapter_dir: Path, *, key: str, with_weights: bool = True) -> Path:
-    """Returns a model's folder with the tokens that an adapter was trained with; the model's own if it has them."""
+    """Returns a model's folder with the tokens and the chat template of an adapter; the model's own if it has them."""
     growth = growth_by_adapter(base_dir, adapter_dir)
     return grown(base_dir, growth, below=scratch_dir() / "models", key=key, with_weights=with_weights)
 
 
 def fetch_small(model: FoundModel, adapter: FoundModel | None, *, config: JobConfig) -> Path:
-    """Returns a local folder with all of a model but its weights, and the tokens of the adapter that is merged into it.
+    """Returns a local folder with all of a model but its weights, with the tokens and the template of its adapter.
 
     Raises:
         DataError: A file has changed since the model was found.

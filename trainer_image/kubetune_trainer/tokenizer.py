@@ -98,6 +98,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
 
 
+def read_chat_template(folder: Path) -> str | None:
+    """Return the template of a model folder, None where it has none."""
+    return _chat_template(folder, _read_if_there(folder / TOKENIZER_CONFIG_FILE))
+
+
 def write_chat_template(folder: Path, template: str) -> None:
     """Make a template a folder's own: the file comes before what other files say, here and in transformers."""
     (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")

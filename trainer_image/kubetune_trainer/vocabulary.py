@@ -1,8 +1,10 @@
-"""Model folders with more tokens than they came with.
+"""Model folders with more tokens than they came with, or another chat template.
 
 A run that trains tokens (`lora.train_tokens`) adds those that its model lacks; adapters that were trained so bring the
 tokenizer with them. Either way a new folder is made beside the old one: its tokenizer has the tokens, its embedding and
-output head a row for each, and all that loads, trains and exports models finds a model like any other.
+output head a row for each, and all that loads, trains and exports models finds a model like any other. Adapters also
+bring the chat template that their data was written with; where that is all, the new folder links to the old one's
+weights.
 
 Rows that a padded embedding has to spare are used first; only what does not fit makes it longer, as transformers'
 `add_tokens` and `resize_token_embeddings` do. Rows of new tokens begin as the mean of all rows that were there.
@@ -29,10 +31,12 @@ from kubetune_trainer.model_json import read_json
 from kubetune_trainer.names import COMPLETE_MARKER
 from kubetune_trainer.tokenizer import (
     ADDED_TOKENS_FILE,
+    CHAT_TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     TOKENIZER_FILES,
     read_backend,
+    read_chat_template,
 )
 from kubetune_trainer.trained_tokens import TABLES
 
@@ -42,14 +46,14 @@ CHUNK_ROWS: Final = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """What makes a model folder one with more tokens."""
+    """What makes a model folder one with more tokens or another chat template."""
 
     size: int
     """Rows of its embedding."""
     new_ids: tuple[int, ...]
-    """Tokens that it did not have."""
+    """Tokens that it did not have; where there are none its weights stay."""
     files: Mapping[str, str] = field(repr=False)
-    """Text of the files of its tokenizer, by name."""
+    """Text of the files of its tokenizer that are others, by name."""
 
 
 def ids_of(folder: Path, tokens: Sequence[str]) -> tuple[int, ...]:
@@ -76,15 +80,28 @@ def growth_by_tokens(folder: Path, tokens: Sequence[str]) -> Growth | None:
 
 
 def growth_by_adapter(folder: Path, adapter: Path) -> Growth | None:
-    """Return what gives a model folder the tokens that adapters were trained with; None if it has them all.
+    """Return what gives a model folder the tokens and the chat template of adapters; None if it has them.
 
     Args:
         folder: The model's.
-        adapter: A PEFT folder; one that trained tokens has a tokenizer of its own.
+        adapter: A PEFT folder; one that trained tokens has a tokenizer of its own, and one whose data was written by
+            another template than the model's has that.
 
     Raises:
         DataError: The tokenizer has another id for a token of the model.
     """
+    tokens, template = _tokens_of(folder, adapter), adapter / CHAT_TEMPLATE_FILE
+    if not template.is_file():
+        return tokens
+    text = template.read_text(encoding="utf-8")
+    if tokens is None and read_chat_template(folder) == text:
+        return None
+    files = {} if tokens is None else tokens.files
+    return _growth(folder, {**files, template.name: text}, new_ids=() if tokens is None else tokens.new_ids)
+
+
+def _tokens_of(folder: Path, adapter: Path) -> Growth | None:
+    """Return what gives a model folder the tokens of adapters that trained some."""
     if not read_json(adapter / ADAPTER_CONFIG_FILE).get(TRAINED_IDS) or not (adapter / TOKENIZER_FILE).is_file():
         return None
     old, new = read_backend(folder).get_vocab(), read_backend(adapter).get_vocab()
@@ -123,21 +140,30 @@ def grown(folder: Path, growth: Growth | None, *, below: Path, key: str = "", wi
 
 
 def _growth(folder: Path, files: Mapping[str, str], *, new_ids: tuple[int, ...]) -> Growth:
-    return Growth(size=max(read_config(folder).vocab_size, max(new_ids) + 1), new_ids=new_ids, files=files)
+    return Growth(size=max(read_config(folder).vocab_size, max(new_ids, default=0) + 1), new_ids=new_ids, files=files)
 
 
 def _write(folder: Path, growth: Growth, target: Path, *, with_weights: bool) -> None:
     config = read_config(folder)
-    if with_weights:
+    if with_weights and growth.new_ids:
         with WeightFiles(folder, tied_embeddings=config.tied_embeddings) as files:
             save_huggingface(_tensors(files, growth), source_dir=folder, target_dir=target)
     else:
         copy_companions(folder, target)
+        if with_weights:
+            _link_weights(folder, target)
     for name, text in growth.files.items():
         (target / name).write_text(text, encoding="utf-8")
     if growth.size != config.vocab_size:
         told = read_json(folder / CONFIG_FILE) | {"vocab_size": growth.size}
         (target / CONFIG_FILE).write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _link_weights(folder: Path, target: Path) -> None:
+    """Let a folder have all files of another that it does not have itself."""
+    for file in folder.iterdir():
+        if file.is_file() and file.name != COMPLETE_MARKER and not (target / file.name).exists():
+            (target / file.name).symlink_to(file.resolve())
 
 
 def _tensors(files: WeightFiles, growth: Growth) -> Iterator[tuple[str, Tensor]]:

@@ -137,6 +137,8 @@ class EvalModel(TemplateLM):
             temperature=float(given.get("temperature") or 0.0) if draws else 0.0,
             top_k=(given.get("top_k") or None) if draws else None,
             top_p=given.get("top_p") if draws else None,
+            # As transformers has it, which lm_eval's backend asks: the model's own, drawn or not.
+            repetition_penalty=float(given.get("repetition_penalty") or self._crew.repetition_penalty),
         )
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -44,6 +44,8 @@ class Drawing:
     """Only so many likeliest tokens are drawn from."""
     top_p: float | None
     """Only the likeliest tokens of this probability are drawn from."""
+    repetition_penalty: float
+    """Above 1, tokens that prompt or answer have become less likely."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +102,21 @@ class Crew:
         answers: Where answers are kept.
         world: This rank among the others.
         stop: When the run is to end.
+        repetition_penalty: What generated answers take where a task does not say.
     """
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, *, batch_size: int, answers: Answers, world: World, stop: StopSignal
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        answers: Answers,
+        world: World,
+        stop: StopSignal,
+        repetition_penalty: float = 1.0,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.repetition_penalty = model, tokenizer, repetition_penalty
         self.answers, self.world = answers, world
         self._batch_size, self._stop = batch_size, stop
         self.progress = Progress()
@@ -236,6 +247,7 @@ class Crew:
             temperature=drawing.temperature,
             top_k=drawing.top_k,
             top_p=drawing.top_p,
+            repetition_penalty=drawing.repetition_penalty,
             seed=prompts[0].seed,
         )
 

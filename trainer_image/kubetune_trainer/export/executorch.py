@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.export.huggingface import copy_companions
-from kubetune_trainer.generation import Stop, choose_tokens, goes_on, seeded
+from kubetune_trainer.generation import Stop, choose_tokens, goes_on, seeded, tokens_seen
 from kubetune_trainer.loss import soft_capped
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model.decoder import Block, Decoder
@@ -135,6 +135,8 @@ class ExecuTorchModel:
                 raise DataError(f"Model folder {path}: {PROGRAM_FILE} cannot be loaded: {error}") from error
         self.max_length: int = self.fact("get_max_seq_len")
         """Tokens that the cache holds."""
+        self.vocab_size: int = self.fact("get_vocab_size")
+        """Width of the logits."""
 
     def fact(self, name: str) -> Any:
         """Return what one of the constant methods says."""
@@ -167,6 +169,7 @@ def continue_prompt(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
 ) -> list[int]:
     """Return what a program adds to a prompt; the arguments are those of `generate`.
@@ -176,11 +179,21 @@ def continue_prompt(
     generator = seeded(seed, device="cpu")
     answer: list[int] = []
     fed, start = list(prompt), 0
+    seen_1V = tokens_seen([prompt], vocab_size=program.vocab_size, device="cpu")
     for _ in range(min(max_new_tokens, program.max_length - len(prompt))):
         logits_1V = program.step(fed, start=start)[None].float()
-        chosen_1 = choose_tokens(logits_1V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        chosen_1 = choose_tokens(
+            logits_1V,
+            seen_BV=seen_1V,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            generator=generator,
+        )
         start += len(fed)
         fed = chosen_1.tolist()
+        seen_1V[0, fed] = True
         if not goes_on(answer, fed[0], stop_ids, stop):
             break
     return answer

@@ -20,8 +20,9 @@ from kubetune_trainer.names import OUTPUTS_DIR
 from kubetune_trainer.push import push_output
 from kubetune_trainer.report import last_step, report, write_termination_message
 from kubetune_trainer.storage import scratch_dir
-from kubetune_trainer.tokenizer import write_chat_template
+from kubetune_trainer.tokenizer import read_chat_template, write_chat_template
 from kubetune_trainer.training.job import Job
+from kubetune_trainer.training.step import check_weights
 
 
 def finish(job: Job, outputs: list[dict[str, Any]]) -> None:
@@ -33,8 +34,13 @@ def finish(job: Job, outputs: list[dict[str, Any]]) -> None:
 
 
 def export(job: Job) -> list[dict[str, Any]]:
-    """Writes the outputs: all ranks gather the weights, rank 0 stores them; returns what it stored."""
+    """Writes the outputs: all ranks gather the weights, rank 0 stores them; returns what it stored.
+
+    Raises:
+        NonFiniteLossError: The weights are not finite.
+    """
     report("phase", phase="Exporting")
+    check_weights(job, job.total_steps)
     stored: list[StoredOutput] = []
     complete, check = scratch_dir() / "complete", prepare_check(job)
     if any(output.type not in {"HuggingFace", "PEFT"} for output in job.config.outputs):
@@ -145,5 +151,10 @@ def gather_adapters(job: Job, folder: Path) -> None:
 
 def keep_chat_template(job: Job, folder: Path) -> None:
     """Puts the template that the data was written with beside the weights, where it was not the model's own."""
-    if job.config.dataset.chat_template is not None:
-        write_chat_template(folder, job.config.dataset.chat_template)
+    template = job.config.dataset.chat_template
+    if template is None and (brought := read_chat_template(job.local.model_dir)) != read_chat_template(
+        job.local.base_dir
+    ):
+        template = brought  # by adapters
+    if template is not None:
+        write_chat_template(folder, template)

@@ -23,26 +23,33 @@ MEMORY_EVENTS: Final = 100_000
 
 
 class StepProfiler:
-    """Watches the steps that the config names."""
+    """Watches the steps that the config names, up to the run's last."""
 
-    def __init__(self, config: FineTuneConfig, world: World) -> None:
-        """Begins without watching.
+    def __init__(self, config: FineTuneConfig, world: World, *, last_step: int) -> None:
+        """Begins without watching; warns where there will be nothing to see.
 
         Args:
             config: The run.
             world: This rank; any but the first watches nothing.
+            last_step: With which the run ends.
         """
         self._config, self._device = config, world.device
         self._settings: Profile | None = config.training.profile if world.is_first else None
         self._running: profile | None = None
-        self._first = 0
+        self._first, self._last_step = 0, last_step
+        if self._settings is not None and self._settings.start_step > last_step:
+            report(
+                "warning",
+                message=f"training.profile.start_step must be at most the run's {last_step} steps for a profile, "
+                f"got {self._settings.start_step}",
+            )
 
     def after(self, step: int) -> None:
         """Begin or end as the next step asks; call it before the first step with the number before, then after each."""
         if self._settings is None:
             return
         first = self._settings.start_step
-        last = first + self._settings.num_steps - 1
+        last = min(first + self._settings.num_steps - 1, self._last_step)
         if self._running is None and first - 1 <= step < last:
             self._begin(self._settings, step + 1)
         elif self._running is not None and step >= last:

@@ -18,7 +18,7 @@ class Progress:
 
     def __init__(self, job: Job, first_step: int) -> None:
         self._job, self._first_step = job, first_step
-        self._profiler = StepProfiler(job.config, job.world)
+        self._profiler = StepProfiler(job.config, job.world, last_step=job.total_steps)
         self._profiler.after(first_step)
         self._began = self._step_began = time.monotonic()
 
