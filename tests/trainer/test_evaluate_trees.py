@@ -1,6 +1,9 @@
 """Scores do not depend on what shares a row, and what begins alike is computed once."""
 
 import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,8 @@ from kubetune_trainer import load_model
 from kubetune_trainer.evaluate.score import score
 from kubetune_trainer.evaluate.trees import Continuation, Tree, batches, grow_trees
 from kubetune_trainer.model import Decoder
-from tests.trainer.tiny import make_folder
+from kubetune_trainer.model.config import ModelConfig, read_config
+from tests.trainer.tiny import make_folder, random_tokens
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def alone(model: Decoder, asked: Continuation) -> tuple[float, bool]:
 def test_every_continuation_has_the_score_that_it_has_alone(model: Decoder, seed: int, rows: int) -> None:
     asked = random_continuations(seed)
     found = {}
-    for batch in batches(grow_trees(asked, shape=model.config), rows=rows):
+    for batch in batches(asked, shape=model.config, rows=rows):
         found |= score(model, batch)
     assert found.keys() == {one.index for one in asked}
     for one in asked:
@@ -97,6 +101,52 @@ def test_trees_have_a_limit(model: Decoder) -> None:
     assert len(trees) > 1
     assert max(len(tree.tokens) for tree in trees) <= 2048
     assert sum(len(tree.paths) for tree in trees) == 80
+
+
+def test_texts_whose_lengths_decide_about_angles_share_nothing_with_texts_of_others(tmp_path: Path) -> None:
+    longrope = {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    stretched = read_stretched(tmp_path / "longrope", {**longrope, "original_max_position_embeddings": 32})
+    dynamic = read_stretched(tmp_path / "dynamic", {"rope_type": "dynamic", "factor": 2.0}, max_position_embeddings=32)
+    plain = read_stretched(tmp_path / "plain", {"rope_type": "default"})
+    text = list(range(3, 63))
+    asked = continuations(*((text[:length], 1) for length in (40, 33, 20, 34, 50)))  # 33 tokens are read as 32
+    lengths = {
+        shape: sorted(sorted(len(asked[index].tokens) for index in indexes_of(batch)) for batch in found)
+        for shape in (stretched, dynamic, plain)
+        for found in [batches(asked, shape=shape, rows=8)]
+    }
+    assert lengths[stretched] == [[20, 33], [34, 40, 50]]
+    assert lengths[dynamic] == [[20, 33], [34], [40], [50]]
+    assert lengths[plain] == [[20, 33, 34, 40, 50]]
+
+
+def test_the_batch_with_the_largest_tree_comes_first(tmp_path: Path) -> None:
+    shape = read_stretched(tmp_path, {"rope_type": "dynamic", "factor": 2.0}, max_position_embeddings=32)
+    asked = continuations(*((random_tokens(length, seed=length).tolist(), 1) for length in (8, 50, 9, 40)))
+    found = batches(asked, shape=shape, rows=1)
+    assert [len(tree.tokens) for batch in found for tree in batch] == [49, 39, 8, 7]
+
+
+def read_stretched(folder: Path, rope: dict[str, Any], **changes: Any) -> ModelConfig:
+    make_folder(folder, rope_parameters={"rope_theta": 10000.0, **rope}, **changes)
+    return read_config(folder)
+
+
+def indexes_of(batch: list[Tree]) -> list[int]:
+    return [path.index for tree in batch for path in tree.paths]
+
+
+@pytest.mark.parametrize("scored", [0, 3, 4])
+def test_only_tokens_that_others_stand_before_can_be_scored(scored: int) -> None:
+    with pytest.raises(AssertionError, match=f"request 0 scores {scored} of 3 tokens"):
+        continuations(([3, 4, 5], scored))
+
+
+def test_places_that_are_not_one_for_each_scored_token_are_refused(model: Decoder) -> None:
+    trees = grow_trees(continuations(([3, 4, 5, 6], 2), ([7, 8, 9], 2)), shape=model.config)
+    trees[0].paths[0] = replace(trees[0].paths[0], targets=(6,))
+    with pytest.raises(AssertionError, match="4 places predict 3 tokens"):
+        score(model, trees)
 
 
 def sees(tree: Tree, query: int) -> list[int]:

@@ -140,14 +140,19 @@ def _of_like_angles(
     """Put rows together that may share a batch: its longest row decides about the angles of all."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for row, prompt in enumerate(prompts):
-        first = _angles_by(config, len(prompt))
-        is_settled = first == _angles_by(config, len(prompt) + max_new_tokens - 1)
+        first = angles_by(config, len(prompt))
+        is_settled = first == angles_by(config, len(prompt) + max_new_tokens - 1)
         groups.setdefault((first, None if is_settled else len(prompt)), []).append(row)
     return groups.values()
 
 
-def _angles_by(config: ModelConfig, length: int) -> tuple[int, ...]:
-    """Return what a text's length decides about angles; lengths for which it is the same have the same angles."""
+def angles_by(config: ModelConfig, length: int) -> tuple[int, ...]:
+    """Return what a text's length decides about angles; texts for which it is the same may share a batch.
+
+    Args:
+        config: The model's.
+        length: Of the text, in tokens that the model reads.
+    """
     ropes = [rope for rope in dict.fromkeys(config.ropes) if rope is not None]
     stretched = (max(length, rope.original_max_positions) for rope in ropes if rope.kind == "dynamic")
     return *stretched, *(length > rope.original_max_positions for rope in ropes if rope.kind == "longrope")
@@ -190,7 +195,7 @@ def _begin(model: Decoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: 
     """Make the cache, with the prompts' common beginning in it where that pays; return how long that is."""
     shared, longest = common_length(prompts), max(map(len, prompts))
     is_worth_it = shared * (len(prompts) - 1) >= SHARED_TOKENS
-    if not is_worth_it or _angles_by(model.config, shared) != _angles_by(model.config, longest):
+    if not is_worth_it or angles_by(model.config, shared) != angles_by(model.config, longest):
         shared = 0
     embedding = model.model.embed_tokens.weight
 

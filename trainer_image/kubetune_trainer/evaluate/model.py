@@ -80,7 +80,9 @@ class EvalModel(TemplateLM):
                     f"a continuation must have 1 to {self.max_length} tokens, got {len(continuation)}: {texts!r:.200}",
                     hint="Correct the task's doc_to_choice or doc_to_target, or raise maxSequenceLength.",
                 )
-            asked.append(((context + continuation)[-(self.max_length + 1) :], len(continuation)))
+            # A context of nothing but whitespace, which lm_eval counts to the continuation, has no tokens of its own.
+            before = context or [self.prefix_token_id]
+            asked.append(((before + continuation)[-(self.max_length + 1) :], len(continuation)))
         return self._crew.score(asked)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
@@ -107,7 +109,7 @@ class EvalModel(TemplateLM):
         self._count()
         drawings = [self._drawing(request.args[1]) for request in requests]
         prompts = [
-            self.tok_encode(request.args[0])[-(self.max_length - drawing.max_new_tokens) :]
+            self.tok_encode(request.args[0])[-(self.max_length - drawing.max_new_tokens) :] or [self.prefix_token_id]
             for request, drawing in zip(requests, drawings, strict=True)
         ]
         texts = self._crew.generate(list(zip(prompts, drawings, strict=True)), seed=self._seed)

@@ -35,6 +35,7 @@ def score(model: Decoder, trees: Sequence[Tree]) -> dict[int, Score]:
     paths = [(row, path) for row, tree in enumerate(trees) for path in tree.paths]
     numbers = [number_of[row, place] for row, path in paths for place in path.places]
     targets = [target for _, path in paths for target in path.targets]
+    assert len(numbers) == len(targets), f"{len(numbers)} places predict {len(targets)} tokens"
     scores_N, likeliest_N = _token_scores(
         model,
         x_BTD[rows_P, places_P],

@@ -5,10 +5,11 @@ A tree lies in one row of a batch, parents before children. A token sees itself 
 `place <= query < end` say: the descendants of a token stand behind it without a gap.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from kubetune_trainer.generation import angles_by
 from kubetune_trainer.model.config import ModelConfig
 
 ROW_TOKENS: Final = 2048
@@ -27,6 +28,11 @@ class Continuation:
     """Context and continuation."""
     num_scored: int
     """Length of the continuation."""
+
+    def __post_init__(self) -> None:
+        assert 0 < self.num_scored < len(self.tokens), (  # the first token has none before it that predicts it
+            f"request {self.index} scores {self.num_scored} of {len(self.tokens)} tokens"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +94,34 @@ def grow_trees(sequences: Sequence[Continuation], *, shape: ModelConfig) -> list
     return sorted(trees, key=lambda tree: -len(tree.tokens))
 
 
-def batches(trees: Sequence[Tree], *, rows: int) -> Iterator[list[Tree]]:
-    """Yield so many neighbours at a time."""
-    for start in range(0, len(trees), rows):
-        yield list(trees[start : start + rows])
+def batches(sequences: Sequence[Continuation], *, shape: ModelConfig, rows: int) -> list[list[Tree]]:
+    """Put sequences into trees, and so many trees that are neighbours into a batch.
+
+    Where a text's length decides about the angles of its positions, texts with other angles share neither a tree nor a
+    batch: the longest would decide for all.
+
+    Args:
+        sequences: In any order.
+        shape: The model's.
+        rows: Trees of a batch, at most.
+
+    Returns:
+        The batches, that with the largest tree first.
+    """
+    found: list[list[Tree]] = []
+    for group in _of_like_angles(sequences, shape):
+        trees = grow_trees(group, shape=shape)
+        found += [trees[start : start + rows] for start in range(0, len(trees), rows)]
+    return sorted(found, key=lambda batch: -len(batch[0].tokens))
+
+
+def _of_like_angles(sequences: Sequence[Continuation], shape: ModelConfig) -> Iterable[list[Continuation]]:
+    """Put sequences together that may share a batch."""
+    angles = {length: angles_by(shape, length - 1) for length in {len(sequence.tokens) for sequence in sequences}}
+    groups: dict[tuple[int, ...], list[Continuation]] = {}
+    for sequence in sequences:
+        groups.setdefault(angles[len(sequence.tokens)], []).append(sequence)
+    return groups.values()
 
 
 def _add(tree: Tree, branch: list[int], inputs: tuple[int, ...], shared: int) -> None:

@@ -21,7 +21,7 @@ from kubetune_trainer.distributed import (
 from kubetune_trainer.errors import PreemptedError
 from kubetune_trainer.evaluate.answers import Answer, Answers
 from kubetune_trainer.evaluate.score import Score, score
-from kubetune_trainer.evaluate.trees import Continuation, Tree, batches, grow_trees
+from kubetune_trainer.evaluate.trees import Continuation, Tree, batches
 from kubetune_trainer.generation import generate
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.report import report
@@ -133,8 +133,7 @@ class Crew:
             Continuation(index=index, tokens=tuple(requests[index][0]), num_scored=requests[index][1])
             for index in _first_of_each(keys)
         ]
-        trees = grow_trees(continuations, shape=self.model.config)
-        work = [Batch(trees=few) for few in batches(trees, rows=self._batch_size)]
+        work = [Batch(trees=few) for few in batches(continuations, shape=self.model.config, rows=self._batch_size)]
         found = self._answer(work, keys, num_requests=len(keys) if num_requests is None else num_requests)
         return cast("list[Score]", found)
 
@@ -235,7 +234,8 @@ class Crew:
         reach = max([len(text.encode()) for text in drawing.until], default=0) + 1
 
         def is_over(answer: list[int]) -> bool:
-            text = self.tokenizer.decode(answer[-reach:])
+            # A task may name a special token as the end, which is not part of the text that it gets.
+            text = self.tokenizer.decode(answer[-reach:], skip_special_tokens=False)
             return any(end in text for end in drawing.until)
 
         return generate(
