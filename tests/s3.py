@@ -1,13 +1,17 @@
 """S3 servers for code that reads and writes buckets: one inside the test's process, and one that checks credentials."""
 
 import subprocess
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from moto.server import ThreadedMotoServer
+from werkzeug.serving import make_server
 
 from tests.cluster.binaries import ensure
 from tests.cluster.node import answers
@@ -29,6 +33,32 @@ def endpoint_of(server: ThreadedMotoServer) -> str:
     """The server's URL."""
     host, port = server.get_host_and_port()
     return f"http://{host}:{port}"
+
+
+Gate = Callable[[Mapping[str, Any]], tuple[str, str] | None]
+"""Takes a request as WSGI has it; returns a status and a body in place of the server's, or None to let it pass."""
+
+
+@contextmanager
+def s3_server_behind(gate: Gate) -> Iterator[str]:
+    """A second server on what the one in this process holds, with a gate before it; yields its URL."""
+    moto = DomainDispatcherApplication(create_backend_app)
+
+    def answer(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        if (instead := gate(environ)) is None:
+            answered: Iterable[bytes] = moto(environ, start)
+            return answered
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))  # or the client finds the line cut
+        start(instead[0], [("Content-Type", "application/xml"), ("Content-Length", str(len(instead[1])))])
+        return [instead[1].encode()]
+
+    server = make_server("127.0.0.1", 0, answer, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @contextmanager

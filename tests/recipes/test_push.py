@@ -16,7 +16,7 @@ from kubetune_trainer.errors import ConfigError, StorageError
 from kubetune_trainer.push import push_output
 from tests.recipes.gang import Gang, Zygote
 from tests.recipes.tiny import write_config
-from tests.trainer.hub_server import TOKEN, HubServer
+from tests.trainer.hub_server import COMMIT, TOKEN, HubServer
 
 REPO = "models/team/bot"
 
@@ -53,6 +53,23 @@ def test_an_output_becomes_a_commit_with_its_card_and_lineage(zygote: Zygote, pl
     assert REPO in server.private, "nobody asked for a public one"
     assert gang.events("push")[0]["commit"] == commit["oid"]
     assert json.loads(server.repos[REPO]["lineage.json"])["output"] == "merged"
+
+
+def test_an_adapter_says_the_commit_of_the_hub_that_it_was_trained_on(
+    zygote: Zygote, place: Path, server: HubServer
+) -> None:
+    server.repos["models/team/base"] = {path.name: path.read_bytes() for path in (place / "model").iterdir()}
+    config = write_config(
+        place / "run.yaml",
+        model={"hub": {"repo": "team/base"}},
+        training={"max_steps": 1, "global_batch_size": 2},
+        outputs=[{"name": "adapter", "type": "PEFT"}],
+    )
+    environment = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": str(place / "home")}
+    gang = Gang.start(zygote, place / "ranks", config, environment=environment, before="tests.recipes.without_xet")
+    gang.succeed()
+    found = json.loads((place / "runs" / "run" / "outputs" / "adapter" / "adapter_config.json").read_text())
+    assert (found["base_model_name_or_path"], found["revision"]) == ("team/base", COMMIT)
 
 
 def test_after_a_push_that_failed_only_the_push_is_repeated(zygote: Zygote, place: Path, server: HubServer) -> None:

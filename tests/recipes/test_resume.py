@@ -98,6 +98,25 @@ def test_a_finished_run_started_again_trains_nothing_and_exports_again(zygote: Z
     assert again.message()["progress"]["step"] == 12
 
 
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
+    zygote: Zygote, tiny: Path, golden: dict[int, float]
+) -> None:
+    config = demanding_config(tiny)
+    first = Gang.start(zygote, tiny / "damaged-0", config, "run.name=damaged", ranks=RANKS).succeed()
+    before, last = [event["step"] for event in first.events("checkpoint")][-2:]
+    newest = tiny / "runs" / "damaged" / "checkpoints" / f"step-{last}"
+    shard = newest / "__1_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:100])
+    second = Gang.start(zygote, tiny / "damaged-1", config, "run.name=damaged", ranks=RANKS).succeed()
+    warned = f"checkpoint file://{newest} is damaged and passed over: __1_0.distcp has 100 bytes of "
+    assert any(event["message"].startswith(warned) for event in second.events("warning"))
+    assert second.events("resume")[0]["step"] == before
+    assert list(second.losses()) == list(range(before + 1, STEPS + 1))
+    assert {step: {loss} for step, loss in golden.items()} == steps([first, second])
+    assert (newest / "COMPLETE").exists(), "it was written again"
+    assert shard.stat().st_size > 100
+
+
 def test_dora_with_a_faster_second_matrix_goes_on_bit_for_bit(zygote: Zygote, place: Path) -> None:
     lora = {"rank": 4, "alpha": 8, "dropout": 0.1, "rank_stabilized": True, "learning_rate_ratio": 4.0}
     outputs = [{"name": "merged", "type": "HuggingFace"}, {"name": "adapter", "type": "PEFT"}]

@@ -1,6 +1,7 @@
 """A checkpoint is complete or it does not exist, whatever the store does meanwhile."""
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -148,6 +149,112 @@ def test_only_complete_checkpoints_are_found(store: FolderStore) -> None:
 def test_a_checkpoint_itself_can_be_named_as_the_place_to_begin(store: FolderStore) -> None:
     store.write_bytes("COMPLETE", b"{}")
     assert find_checkpoint(store) == ""
+
+
+def saved(store: FolderStore, world: World, tmp_path: Path, *steps: int) -> Checkpointer:
+    """A run that has saved checkpoints of some steps."""
+    saver = checkpointer(store, world, tmp_path, keep=3, mode="Sync")
+    for step in steps:
+        saver.save(step, *trained(steps=step))
+    return saver
+
+
+def told(capfd: pytest.CaptureFixture[str]) -> list[str]:
+    """The warnings that were reported."""
+    events = map(json.loads, capfd.readouterr().out.splitlines())
+    return [event["message"] for event in events if event["event"] == "warning"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("__0_0.distcp", lambda whole: whole[:100], r"__0_0\.distcp has 100 bytes of \d+"),
+        ("__0_0.distcp", lambda whole: whole + b"x", r"__0_0\.distcp has \d+ bytes of \d+"),
+        (".metadata", lambda _: b"", r"\.metadata has 0 bytes of \d+"),
+        ("trainer.json", lambda _: None, r"trainer\.json is missing"),
+        ("COMPLETE", lambda whole: whole[:10], "COMPLETE is not what was written"),
+    ],
+    ids=["cut", "longer", "empty", "missing", "marker"],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    store: FolderStore,
+    world: World,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    damage: tuple[str, Callable[[bytes], bytes | None], str],
+) -> None:
+    name, content, problem = damage
+    saved(store, world, tmp_path, 1, 2)
+    path = store.root / "step-2" / name
+    if (damaged := content(path.read_bytes())) is None:
+        path.unlink()
+    else:
+        path.write_bytes(damaged)
+    told(capfd)
+    assert find_checkpoint(store) == "step-1"
+    [warning] = told(capfd)
+    assert re.fullmatch(rf"checkpoint file://.*/step-2 is damaged and passed over: {problem}", warning)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_silently_begin_anew(
+    store: FolderStore, world: World, tmp_path: Path
+) -> None:
+    saved(store, world, tmp_path, 1, 2)
+    for step in (1, 2):
+        (store.root / f"step-{step}" / "trainer.json").unlink()
+    with pytest.raises(DataError, match=r"can be used: all are damaged, the oldest because trainer\.json is missing"):
+        find_checkpoint(store)
+
+
+def test_one_that_was_passed_over_is_none_while_training_writes_it_again(
+    store: FolderStore, world: World, tmp_path: Path
+) -> None:
+    saved(store, world, tmp_path, 1, 2)
+    shard = store.root / "step-2" / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:100])
+    model, optimizer = trained(seed=9)
+    resumed = load_checkpoint(store, "step-1", model=model, optimizer=optimizer, scratch=tmp_path / "scratch")
+    saver = checkpointer(store, world, tmp_path, keep=1)
+    saver.start_from(resumed)
+    assert complete_steps({entry.path for entry in store.list()}) == [1]
+    store.fault = unavailable(path="step-2/trainer.json")  # killed in the middle
+    saver.save(2, *trained(steps=2))
+    with pytest.raises(StorageError):
+        saver.finish()
+    assert find_checkpoint(store) == "step-1"
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "trainer.json"])
+def test_a_file_that_cannot_be_read_is_named_with_its_checkpoint(
+    store: FolderStore, world: World, tmp_path: Path, name: str
+) -> None:
+    saved(store, world, tmp_path, 1)
+    path = store.root / "step-1" / name
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    assert find_checkpoint(store) == "step-1", "its size is what it was"
+    model, optimizer = trained(seed=9)
+    problem = rf"checkpoint file://.*/step-1 cannot be read: {re.escape(name)} is damaged \(\w+: "
+    with pytest.raises(DataError, match=problem) as caught:
+        load_checkpoint(store, "step-1", model=model, optimizer=optimizer, scratch=tmp_path / "scratch")
+    assert "config" not in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_store_that_is_away_while_a_checkpoint_is_loaded_is_worth_another_attempt(
+    store: FolderStore, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    saved(store, world, tmp_path, 1)
+    download = store.download
+
+    def away(path: str, local: Path) -> None:
+        if path.endswith(name):
+            raise StorageError("connection refused")
+        download(path, local)
+
+    monkeypatch.setattr(store, "download", away)
+    model, optimizer = trained(seed=9)
+    with pytest.raises(StorageError, match="connection refused"):
+        load_checkpoint(store, "step-1", model=model, optimizer=optimizer, scratch=tmp_path / "scratch")
 
 
 def test_pruning_keeps_the_newest_and_never_touches_an_incomplete_newer_one(store: FolderStore) -> None:

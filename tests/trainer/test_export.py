@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -170,6 +172,15 @@ def test_peft_loads_our_adapter_and_gives_our_logits_and_gradients(
             torch.testing.assert_close(weight.grad, their_gradients[name], atol=1e-5, rtol=1e-4)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 6, "owner/name")
+    assert PeftConfig.from_pretrained(str(tmp_path / "adapter")).revision is None
+
+
+def test_peft_reads_which_commit_of_its_base_an_adapter_belongs_to(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a")
+    adapters = lora_state_dict(with_trained_adapters(tmp_path / "a"))
+    save_peft(adapters, target_dir=tmp_path / "adapter", lora=Lora(), base_model="owner/name", revision="0123abcd")
+    found = PeftConfig.from_pretrained(str(tmp_path / "adapter"))
+    assert (found.base_model_name_or_path, found.revision) == ("owner/name", "0123abcd")
 
 
 @pytest.mark.parametrize("settings", [{}, {"has_magnitude": True}])
@@ -192,6 +203,78 @@ def test_a_base_with_its_adapter_is_the_merged_output_bit_for_bit(
     make_folder(tmp_path / "other", num_hidden_layers=1)
     with pytest.raises(DataError, match=r"layers\.1\..* belongs to no weight of the model"):
         save_merged(tmp_path / "other", tmp_path / "adapter", tmp_path / "none")
+
+
+def trained_by_peft(folder: Path, **settings: Any) -> PeftModel:
+    """A model with peft's adapters of some kind, as if trained; the untrained ones lie beside its base."""
+    base = LlamaForCausalLM.from_pretrained(folder)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=4, target_modules=["q_proj", "up_proj"], **settings)
+    model = get_peft_model(base, lora)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(folder / "untrained")
+    model.peft_config["default"].init_lora_weights = settings.get("init_lora_weights", True)
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+PEFTS_OWN = "ignore:.*(is_gradient_checkpointing|PiSSA|OLoRA|CorDA|path_initial_model).*"
+
+
+@pytest.mark.filterwarnings(PEFTS_OWN)
+@pytest.mark.parametrize("first", ["pissa", "pissa_niter_4", "olora"])
+def test_adapters_of_a_changed_base_are_refused_until_peft_has_made_them_ordinary_ones(
+    tmp_path: Path, first: str
+) -> None:
+    make_folder(tmp_path / "a")
+    model, tokens = trained_by_peft(tmp_path / "a", init_lora_weights=first), random_tokens(2, 20)
+    with torch.no_grad():
+        wanted = model(tokens).logits
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(DataError, match=f"init_lora_weights must be true, false, null, .*got '{first}'") as caught:
+        load_model(tmp_path / "a", dtype=torch.float32, adapter=tmp_path / "adapter")
+    assert "path_initial_model_for_weight_conversion" in str(caught.value.hint)
+    untrained = str(tmp_path / "a" / "untrained")
+    model.save_pretrained(tmp_path / "ordinary", path_initial_model_for_weight_conversion=untrained)
+    found = load_model(tmp_path / "a", dtype=torch.float32, adapter=tmp_path / "ordinary")(tokens)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings(PEFTS_OWN)
+@pytest.mark.parametrize("first", [True, False, "gaussian", "orthogonal", "mica"])
+def test_adapters_of_the_base_itself_are_taken_however_they_began(tmp_path: Path, first: bool | str) -> None:
+    make_folder(tmp_path / "a")
+    model, tokens = trained_by_peft(tmp_path / "a", init_lora_weights=first), random_tokens(2, 20)
+    model.save_pretrained(tmp_path / "adapter")
+    found = load_model(tmp_path / "a", dtype=torch.float32, adapter=tmp_path / "adapter")(tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+KINDS: list[dict[str, Any]] = [
+    {"init_lora_weights": "loftq"}, {"init_lora_weights": "corda"}, {"init_lora_weights": "lora_ga"},
+    {"init_lora_weights": "one of tomorrow"}, {"alora_invocation_tokens": [5, 6]}, {"layer_replication": [[0, 2]]},
+    {"rank_pattern": {"q_proj": 8}}, {"alpha_pattern": {"q_proj": 8}}, {"modules_to_save": ["lm_head"]},
+    {"kasa_config": {"beta": 1}}, {"arrow_config": {"top_k": 3}}, {"lora_bias": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_adapters_that_are_more_than_lora_are_refused_by_name_and_value(tmp_path: Path, kind: dict[str, Any]) -> None:
+    make_folder(tmp_path / "a")
+    model = with_trained_adapters(tmp_path / "a")
+    save_peft(lora_state_dict(model), target_dir=tmp_path / "adapter", lora=Lora(rank=4), base_model="owner/name")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    unset = {"init_lora_weights": None, "alora_invocation_tokens": None, "layer_replication": None, "rank_pattern": {}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | unset))
+    load_model(tmp_path / "a", dtype=torch.float32, adapter=tmp_path / "adapter")
+    file.write_text(json.dumps(json.loads(file.read_text()) | kind))
+    [(name, value)] = kind.items()
+    with pytest.raises(DataError, match=f"{name} .*{re.escape(repr(value))}"):
+        load_model(tmp_path / "a", dtype=torch.float32, adapter=tmp_path / "adapter")
 
 
 def test_a_digest_changes_with_any_name_and_any_byte(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_llama_cpp_makes_the_same_tokens_of_a_text(tmp_path: Path, form: str, na
 
 def test_of_spaces_behind_phi3s_tokens_llama_cpp_knows_those_of_ascii(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", write=write_phi3)
-    assert tokenizer_limits(source) == [
+    assert tokenizer_limits(source, vocab_size=load_tokenizer(source).vocab_size) == [
         "llama.cpp takes ASCII's spaces away behind Phi-3's special tokens, not those of all Unicode"
     ]
     save_gguf(source, tmp_path / "target")
@@ -155,6 +155,29 @@ def test_of_spaces_behind_phi3s_tokens_llama_cpp_knows_those_of_ascii(tmp_path: 
         text = "<|end|>\u00a0cat"
         found = loaded.tokenize(text.encode(), add_bos=False, special=True)
         assert found != load_tokenizer(source).encode(text)
+
+
+def test_gemma_3s_token_of_images_has_no_row_in_models_of_text_and_is_left_out(tmp_path: Path) -> None:
+    def write(folder: Path) -> int:
+        num_pieces = write_gemma(folder)
+        image = AddedToken("<image_soft_token>", normalized=False, special=True)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.add_special_tokens([image])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        assert tokenizer.token_to_id(image.content) == num_pieces
+        return num_pieces - 5  # what `write_model` adds
+
+    source = write_model(tmp_path / "source", write=write)
+    num_rows = load_tokenizer(source).vocab_size - 1
+    assert tokenizer_limits(source, vocab_size=num_rows) == [
+        f"llama.cpp takes tokens past the model's {num_rows} rows for ordinary text: <image_soft_token> ({num_rows})"
+    ]
+    save_gguf(source, tmp_path / "target")
+    with llama(tmp_path / "target") as loaded:
+        assert loaded.n_vocab() == num_rows
+        for text in [*LINES, *CHATS["gemma"]]:
+            ids = loaded.tokenize(text.encode(), add_bos=False, special=True)
+            assert ids == load_tokenizer(source).encode(text), text
 
 
 def test_llama_cpp_answers_with_the_same_tokens(tmp_path: Path) -> None:

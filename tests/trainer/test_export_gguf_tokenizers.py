@@ -128,7 +128,7 @@ def test_byte_level_tokenizers_of_the_families_split_text_alike(tmp_path: Path, 
             found = loaded.tokenize(text.encode(), add_bos=False, special=True)
             assert found != tokenizer.encode(text), f"{text} is split alike, and need not be told of"
             assert tokenizer.decode(found) == text
-    limits = tokenizer_limits(source)
+    limits = tokenizer_limits(source, vocab_size=tokenizer.vocab_size)
     assert len(limits) == len(form.limits)
     assert all(words in limit for words, limit in zip(form.limits, limits, strict=True))
 
@@ -155,9 +155,67 @@ def test_what_a_file_carries_in_part_is_told_before_anything_is_written(tmp_path
         assert found != load_tokenizer(source).encode(CHAT)
 
 
+def add_tokens(folder: Path, tokens: list[str]) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def name_special(folder: Path, **names: str) -> None:
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**told, **names}))
+
+
+def test_an_added_token_has_the_number_that_the_library_gives_it(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", lambda folder: write_byte_level(folder, FORMS["llama-bpe"]))
+    changed(source, lambda written: written["added_tokens"][-1].update(id=100_000))
+    save_gguf(source, tmp_path / "target")
+    assert_alike(source, tmp_path / "target", [*CORPUS, CHAT])
+
+
+def test_added_tokens_past_the_rows_are_left_out_and_told_of(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", lambda folder: write_byte_level(folder, FORMS["llama-bpe"]))
+    num_rows = json.loads((source / "config.json").read_text())["vocab_size"]
+    add_tokens(source, ["<a>", "<b>", "<c>", "<image>", "<far>"])
+    name_special(source, pad_token="<image>")
+    output = OutputBase(name="edge", type="GGUF", gguf={"type": "F16"})
+    told = f"tokens past the model's {num_rows} rows for ordinary text: <image> ({num_rows}), <far> ({num_rows + 1})"
+    assert check_outputs([output], source, title="FineTuneJob a/b") == [
+        f"FineTuneJob a/b: output edge: llama.cpp takes {told}"
+    ]
+    save_gguf(source, tmp_path / "target")
+    assert_alike(source, tmp_path / "target", [*CORPUS, CHAT, "helloworldly", "<a>, <c>"])
+    with llama(tmp_path / "target") as loaded:
+        assert loaded.n_vocab() == num_rows
+        assert "tokenizer.ggml.padding_token_id" not in loaded.metadata
+        assert len(loaded.tokenize(b"<image>", add_bos=False, special=True)) > 1
+
+
+def test_a_piece_past_the_rows_is_refused_whatever_their_number(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", lambda folder: write_byte_level(folder, FORMS["qwen2"]))
+    num_rows = json.loads((source / "config.json").read_text())["vocab_size"]
+    changed(source, lambda written: written["model"]["vocab"].update(helloworldly=num_rows + 7))
+    words = f"has the piece 'helloworldly' as id {num_rows + 7}, and vocab_size in config.json is {num_rows}"
+    with pytest.raises(DataError, match=words):
+        save_gguf(source, tmp_path / "target")
+
+
+def test_an_end_of_text_past_the_rows_is_refused(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", lambda folder: write_byte_level(folder, FORMS["qwen2"]))
+    num_rows = json.loads((source / "config.json").read_text())["vocab_size"]
+    add_tokens(source, ["<a>", "<b>", "<c>", "<end>"])
+    name_special(source, eos_token="<end>")
+    with pytest.raises(DataError, match=f"the token that ends a text must have a row, got id {num_rows}"):
+        save_gguf(source, tmp_path / "target")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (
+            lambda written: written.update(model={"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]]}),
+            "model must be BPE, got 'Unigram'",
+        ),
         (
             lambda written: written["model"].update(ignore_merges=True),
             "model.ignore_merges must be False with this pre_tokenizer",
@@ -175,7 +233,7 @@ def test_what_a_file_carries_in_part_is_told_before_anything_is_written(tmp_path
             "pre_tokenizer must be that of .*got Split",
         ),
     ],
-    ids=["merges that are ignored", "single words", "another behavior", "what is between"],
+    ids=["no BPE", "merges that are ignored", "single words", "another behavior", "what is between"],
 )
 def test_a_tokenizer_that_llama_cpp_has_no_rule_for_is_refused(
     tmp_path: Path, change: Callable[[Any], object], words: str

@@ -1,20 +1,33 @@
 """One behaviour for every kind of store, and an error that says whose turn it is."""
 
+import contextlib
+import json
+import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
+import torch
+from torch import nn
 
 from kubetune_trainer import storage
-from kubetune_trainer.config import S3Storage, SecretName
+from kubetune_trainer.checkpoint import Checkpointer
+from kubetune_trainer.claim import claim
+from kubetune_trainer.config import Checkpoint, FineTuneConfig, S3Storage, SecretName
+from kubetune_trainer.distributed import World
 from kubetune_trainer.errors import ConfigError, DataError, DoesNotFitError, StorageError
 from kubetune_trainer.names import ENV_PVC_DIR, ENV_SECRETS_DIR
-from kubetune_trainer.storage import Store, download_tree, open_store, upload_tree
-from tests.s3 import endpoint_of, s3_server
+from kubetune_trainer.storage import LocalStore, Store, download_tree, open_store, upload_tree
+from tests.s3 import endpoint_of, s3_server, s3_server_behind
 
 BUCKET = "team"
+KEPT = "kept"
+"""A bucket of which nothing may be deleted."""
+EXPIRED = ("400 Bad Request", "<Error><Code>ExpiredToken</Code><Message>The token has expired.</Message></Error>")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +35,11 @@ def endpoint() -> Iterator[str]:
     keys = {"aws_access_key_id": "user", "aws_secret_access_key": "password"}
     with s3_server() as server:
         url = endpoint_of(server)
-        boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys).create_bucket(Bucket=BUCKET)
+        client = boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys)
+        client.create_bucket(Bucket=BUCKET)
+        client.create_bucket(Bucket=KEPT)
+        denied = {"Effect": "Deny", "Principal": "*", "Action": "s3:DeleteObject", "Resource": f"arn:aws:s3:::{KEPT}/*"}
+        client.put_bucket_policy(Bucket=KEPT, Policy=json.dumps({"Version": "2012-10-17", "Statement": [denied]}))
         yield url
 
 
@@ -57,6 +74,30 @@ def test_what_is_written_is_read_listed_and_removed(store: Store) -> None:
     store.delete_tree("a")
     assert store.list() == []
     store.delete_tree("a")
+
+
+def test_a_file_is_removed_and_no_folder(store: Store) -> None:
+    for path in ("a/b/one", "a/bb"):
+        store.write_bytes(path, b"1")
+    store.delete("a/bb")
+    store.delete("a/nothing")
+    with contextlib.suppress(StorageError):  # the file system knows folders, and says what it was asked
+        store.delete("a/b")
+    assert [info.path for info in store.list()] == ["a/b/one"]
+
+
+def test_what_shall_come_last_does(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d/b"):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_text(name)
+
+    class Told(storage.LocalStore):
+        def upload(self, local: Path, path: str) -> None:
+            uploads.append((local.relative_to(tmp_path / "tree").as_posix(), path))
+
+    uploads: list[tuple[str, str]] = []
+    upload_tree(Told("file://x", tmp_path / "x"), tmp_path / "tree", "to", last=("a", "b"))
+    assert uploads == [(name, f"to/{name}") for name in ("c", "d/b", "a", "b")]
 
 
 def test_a_folder_is_not_another_folder_whose_name_it_begins(store: Store) -> None:
@@ -180,3 +221,146 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFitError, match="the disk is full"), storage._local_errors(store.uri("x")):
         full.write_bytes(b"x")
     assert store.list() == []
+
+
+def test_pods_that_write_the_same_file_keep_out_of_each_others_way(tmp_path: Path) -> None:
+    target = tmp_path / "tokens.bin"
+    with storage._replacing(target) as mine:
+        mine.write_bytes(b"mine, whole")
+        # Another pod's, whose process may well have the same number.
+        with storage._replacing(target) as theirs:
+            theirs.write_bytes(b"theirs")
+        assert target.read_bytes() == b"theirs"
+        assert LocalStore("file://x", tmp_path).list()[0].path == "tokens.bin"
+        assert len(list(tmp_path.iterdir())) == 2
+    assert target.read_bytes() == b"mine, whole"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_write_has_left_is_removed(tmp_path: Path) -> None:
+    store = LocalStore("file://x", tmp_path)
+    store.write_bytes("whole", b"1")
+    with pytest.raises(FileNotFoundError), storage._replacing(tmp_path / "deep" / "part"):  # it has no file to publish
+        store.delete_partial()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["whole"]
+
+
+def token_of(environ: Mapping[str, Any]) -> str:
+    """The session token that a request was signed with."""
+    return str(environ.get("HTTP_X_AMZ_SECURITY_TOKEN", ""))
+
+
+def test_credentials_that_have_expired_are_worth_another_attempt_and_renewed_ones_are_taken(
+    s3: S3Storage, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secrets" / "s3" / "AWS_SESSION_TOKEN"
+    secret.write_text("first")
+    open_store(f"s3://{BUCKET}", s3=s3).write_bytes("rotated", b"1")
+    with s3_server_behind(lambda request: None if token_of(request) == "second" else EXPIRED) as url:
+        store = open_store(f"s3://{BUCKET}", s3=s3.model_copy(update={"endpoint": url}))
+        with pytest.raises(
+            StorageError, match=r"s3://team/rotated: the credentials have expired \(ExpiredToken\)"
+        ) as no:
+            store.read_bytes("rotated")
+        assert no.value.hint.startswith("Renew the Secret that storage.s3 names")
+        with pytest.raises(StorageError) as no:
+            store.exists("rotated")
+        assert "Secret" in no.value.hint
+        secret.write_text("second")
+        assert store.read_bytes("rotated") == b"1"
+
+
+def test_an_upload_in_parts_outlives_the_credentials_that_it_began_with(s3: S3Storage, tmp_path: Path) -> None:
+    secret, valid = tmp_path / "secrets" / "s3" / "AWS_SESSION_TOKEN", ["first"]
+    secret.write_text("first")
+    (tmp_path / "big").write_bytes(bytes(20_000_000))
+
+    def rotate(request: Mapping[str, Any]) -> tuple[str, str] | None:
+        answer = None if token_of(request) == valid[0] else EXPIRED
+        if request["QUERY_STRING"] == "uploads":  # the upload begins, none of its parts is signed yet
+            valid[0] = "second"
+            secret.write_text("second")
+        return answer
+
+    with s3_server_behind(rotate) as url:
+        store = open_store(f"s3://{BUCKET}", s3=s3.model_copy(update={"endpoint": url}))
+        store.upload(tmp_path / "big", "big")
+    assert valid == ["second"]
+    assert open_store(f"s3://{BUCKET}", s3=s3).list("big")[0].size == 20_000_000
+
+
+def test_no_request_is_signed_with_parts_of_two_secrets(
+    s3: S3Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume, signed = tmp_path / "volume", set()
+
+    def rotate(number: int) -> None:
+        """As the kubelet does: all keys at once, by one link."""
+        (volume / f"..{number}" / "s3").mkdir(parents=True)
+        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+            (volume / f"..{number}" / "s3" / key).write_text(f"{key}{number}")
+        (volume / "..data_tmp").symlink_to(f"..{number}")
+        (volume / "..data_tmp").replace(volume / "..data")
+
+    def look(request: Mapping[str, Any]) -> None:
+        key = re.search(r"Credential=AWS_ACCESS_KEY_ID(\d+)/", request["HTTP_AUTHORIZATION"])
+        assert key is not None
+        signed.add((key[1], token_of(request).removeprefix("AWS_SESSION_TOKEN")))
+
+    rotate(0)
+    (volume / "s3").symlink_to("..data/s3")
+    monkeypatch.setenv(ENV_SECRETS_DIR, str(volume))
+    with s3_server_behind(look) as url, ThreadPoolExecutor(4) as threads:
+        store = open_store(f"s3://{BUCKET}", s3=s3.model_copy(update={"endpoint": url}))
+        writes = [threads.submit(store.write_bytes, f"many/{number}", b"") for number in range(60)]
+        for number in range(1, 200):
+            rotate(number)
+        for write in writes:
+            write.result()
+    assert {key == token for key, token in signed} == {True}
+    assert len(signed) > 1, "they were rotated meanwhile"
+
+
+def test_what_may_not_be_deleted_is_named_and_so_is_who_refuses(s3: S3Storage, tmp_path: Path) -> None:
+    store = open_store(f"s3://{KEPT}/{tmp_path.name}", s3=s3)
+    store.write_bytes("a", b"")
+    refused = rf"s3://kept/{tmp_path.name}/a: the credentials do not let it be deleted \(AccessDenied\)"
+    with pytest.raises(ConfigError, match=refused):
+        store.delete_tree("")
+    config = FineTuneConfig.model_validate({
+        "run": {"name": "run", "directory": store.uri(), "cache": store.uri("cache")},
+        "workspace": {"uri": store.uri()},
+        "model": {"uri": {"location": "file:///model"}},
+        "dataset": {"sources": [{"name": "a", "uri": {"location": "s3://data/a.jsonl"}}]},
+        "training": {"max_steps": 3},
+        "storage": {"s3": s3.model_dump()},
+    })  # fmt: skip
+    with pytest.raises(ConfigError, match=refused):
+        claim(config, fresh=True)
+    assert [info.path for info in store.list()] == ["a"], "nothing is claimed of what is not fresh"
+
+
+def test_a_delete_that_failed_for_the_moment_is_worth_another_attempt(s3: S3Storage) -> None:
+    open_store(f"s3://{BUCKET}", s3=s3).write_bytes("moment/a", b"")
+    error = "<Error><Key>moment/a</Key><Code>InternalError</Code><Message>try again</Message></Error>"
+    busy = ("200 OK", f"<DeleteResult>{error}</DeleteResult>")
+    with s3_server_behind(lambda request: busy if "delete" in request["QUERY_STRING"] else None) as url:
+        store = open_store(f"s3://{BUCKET}", s3=s3.model_copy(update={"endpoint": url}))
+        with pytest.raises(StorageError, match=r"s3://team/moment/a: .*InternalError.*try again"):
+            store.delete_tree("moment")
+
+
+def test_old_checkpoints_that_may_not_be_deleted_are_warned_of(
+    s3: S3Storage, world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(f"s3://{KEPT}/{tmp_path.name}", s3=s3)
+    settings = Checkpoint(keep=1, mode="Sync")
+    saver = Checkpointer(store, settings=settings, world=world, scratch=tmp_path / "scratch", record={})
+    model = nn.Linear(2, 2)
+    for step in (1, 2):
+        saver.save(step, model, torch.optim.AdamW(model.parameters()))
+    [warning] = [event for event in map(json.loads, capfd.readouterr().out.splitlines()) if event["event"] == "warning"]
+    place = f"s3://kept/{tmp_path.name}/step-1/COMPLETE"
+    assert warning["message"].startswith(
+        f"old checkpoints could not be removed: {place}: the credentials do not let it"
+    )

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from kubetune_trainer import tracking
-from kubetune_trainer.config import FineTuneConfig
+from kubetune_trainer.config import FineTuneConfig, Wandb
 from kubetune_trainer.errors import ConfigError
 from kubetune_trainer.report import report
-from kubetune_trainer.storage import scratch_dir
+from kubetune_trainer.storage import open_store, scratch_dir, upload_tree
 from kubetune_trainer.tracking import Artifact, Begun, Outbox, Row, numbers_of, run_id, tracked
+from kubetune_trainer.tracking.wandb_run import WandbRun, history, last_steps
 
 
 @pytest.fixture(autouse=True)
@@ -185,3 +186,34 @@ def test_who_waits_for_a_tracker_finds_its_failure_told(tmp_path: Path, monkeypa
     outbox = Outbox("mlflow", Stumbling(failures=0), config=config(tmp_path))
     assert outbox.ask(fail).wait(10)
     assert told == ["tracking.mlflow cannot be told: OSError: nobody listens"]
+
+
+def rows(*told: int | str) -> list[Row]:
+    """Rows of steps, and of validations where the step is a text."""
+    names = {int: "loss", str: "validation_loss"}
+    return [Row(step=int(step), time=0.0, numbers={names[type(step)]: float(step)}) for step in told]
+
+
+def test_an_attempt_tells_the_validation_that_the_one_before_was_stopped_in(tmp_path: Path) -> None:
+    folder = f"file://{tmp_path}/run/wandb"
+    attempts = [rows(1, 2, "2", 3, 4), rows(3, 4, "4", 5, 6, "6"), rows(5, 6, "6")]
+    for number, told in enumerate(attempts):
+        scratch = tmp_path / f"attempt-{number}"
+        scratch.mkdir()
+        run = WandbRun(Wandb(project="p", mode="Offline"))
+        run.open(Begun(run_id="r", step=2 * number, config=config(tmp_path), scratch=scratch, folder=folder))
+        run.log(told)
+        files = run.files()
+        assert files is not None
+        upload_tree(open_store(folder), files, f"{number}-{files.name}")
+        run.close("Interrupted")
+    logs = sorted((tmp_path / "run" / "wandb").glob("*/run-r.wandb"))
+    told = [row for log in logs for row in history(log)]
+    assert [row["step"] for row in told if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert {row["step"]: row["validation_loss"] for row in told if "validation_loss" in row} == {2: 2, 4: 4, 6: 6}
+    assert len(told) == 9, "each once"
+    assert [last_steps(log) for log in logs] == [
+        {"step": 4, "validation_step": 2},
+        {"step": 6, "validation_step": 6},
+        {},
+    ]

@@ -7,6 +7,8 @@ Without COMPLETE a folder is no checkpoint. The way of one:
 
     copied to memory -> written to scratch -> uploaded by each rank -> COMPLETE by rank 0 -> older ones pruned
 
+COMPLETE names every file and its size. Who resumes compares them and passes over what was damaged since.
+
 Only the first happens while training waits. That all ranks have uploaded shows in the exchange that they have every
 step anyway. One checkpoint is under way at a time; one that becomes due meanwhile is taken when the way is free.
 """
@@ -18,9 +20,10 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -31,11 +34,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from kubetune_trainer.distributed import World, broadcast_object, gather_vector
-from kubetune_trainer.errors import DataError, StorageError, TrainerError
+from kubetune_trainer.errors import DataError, StorageError, TrainerError, is_out_of_memory
 from kubetune_trainer.names import COMPLETE_MARKER
 from kubetune_trainer.report import last_step, report, set_last_step
 
@@ -111,9 +114,11 @@ class Checkpointer:
         return by_step or (seconds is not None and time.monotonic() - self._saved_at >= seconds)
 
     def start_from(self, resumed: "Resumed") -> None:
-        """Counts from the step of a loaded checkpoint."""
+        """Counts from the step of a loaded checkpoint; newer ones of this run, which were passed over, are none now."""
         self.saved_step = self._completed_step = resumed.step
         set_last_step(resumed.record["progress"])
+        if self._world.is_first:
+            discard_newer(self._store, than=resumed.step)
 
     def save(self, step: int, model: "nn.Module", optimizer: "Optimizer") -> None:
         """Copies the state and begins to write it; in mode Sync, waits until it is complete or given up.
@@ -235,12 +240,49 @@ class Resumed:
 
 
 def find_checkpoint(store: "Store") -> str | None:
-    """The folder of the newest complete checkpoint, relative to the store; "" if the store is one itself."""
-    names = {info.path for info in store.list()}
-    if COMPLETE_MARKER in names:
-        return ""
-    steps = complete_steps(names)
-    return f"step-{steps[-1]}" if steps else None
+    """The newest complete checkpoint that is not damaged; call it on one rank, and tell the others.
+
+    Returns:
+        Its folder, relative to the store; "" if the store is one itself, None if there is none that is complete.
+
+    Raises:
+        DataError: There are complete ones, and all of them are damaged.
+    """
+    sizes = {info.path: info.size for info in store.list()}
+    folders = [f"step-{step}" for step in reversed(complete_steps(set(sizes)))]
+    problem = ""
+    for folder in [""] if COMPLETE_MARKER in sizes else folders:
+        problem = _damage(store, folder, sizes)
+        if not problem:
+            return folder
+        report("warning", message=f"checkpoint {store.uri(folder)} is damaged and passed over: {problem}")
+    if problem:
+        raise DataError(
+            f"no checkpoint in {store.uri()} can be used: all are damaged, the oldest because {problem}",
+            hint="Restore the files, or remove the folder to begin anew.",
+        )
+    return None
+
+
+def _damage(store: "Store", folder: str, sizes: Mapping[str, int]) -> str:
+    """What shows, without reading them, that a checkpoint's files are not those that it was complete with; else "".
+
+    Args:
+        store: Holds the checkpoint.
+        folder: Its folder in the store.
+        sizes: Of all that is in the store, by path.
+    """
+    prefix = f"{folder}/" if folder else ""
+    try:
+        marker = json.loads(store.read_bytes(f"{prefix}{COMPLETE_MARKER}"))
+        recorded: dict[str, int] = marker.get("files", {})  # early versions recorded none
+    except (ValueError, AttributeError):
+        return f"{COMPLETE_MARKER} is not what was written"
+    for name, size in recorded.items():
+        found = sizes.get(f"{prefix}{name}")
+        if found != size:
+            return f"{name} has {found} bytes of {size}" if found is not None else f"{name} is missing"
+    return ""
 
 
 def complete_steps(names: set[str]) -> list[int]:
@@ -260,9 +302,14 @@ def load_checkpoint(
         model: Takes the trained parameters.
         optimizer: Takes its state.
         scratch: A local folder of this rank's own.
+
+    Raises:
+        DataError: A file of it cannot be read, or it is of another model.
     """
-    prefix = f"{folder}/" if folder else ""
-    record = json.loads(store.read_bytes(f"{prefix}{TRAINER_FILE}"))
+    prefix, uri = f"{folder}/" if folder else "", store.uri(folder)
+    with _reading(uri, TRAINER_FILE):
+        record = json.loads(store.read_bytes(f"{prefix}{TRAINER_FILE}"))
+        step = int(record["step"])
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     # Without the optimizer's groups: their settings come from the config, and follow the step.
     state = {"model": model_state, "optimizer": optimizer_state["state"]}
@@ -270,12 +317,12 @@ def load_checkpoint(
     shutil.rmtree(local, ignore_errors=True)
     local.mkdir(parents=True)
     try:
-        dcp.load(state, storage_reader=_StoreReader(store, prefix, local))
+        dcp.load(state, storage_reader=_StoreReader(store, folder, local))
     except CheckpointException as error:
-        raise _cause_of(error, store.uri(folder)) from error
+        raise _cause_of(error, uri) from error
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=_OPTIONS)
     shutil.rmtree(local, ignore_errors=True)
-    return Resumed(step=int(record["step"]), uri=store.uri(folder), record=record)
+    return Resumed(step=step, uri=uri, record=record)
 
 
 def complete(store: "Store", step: int) -> None:
@@ -307,11 +354,35 @@ def prune(store: "Store", *, keep: int) -> None:
             store.delete_tree(folder)
 
 
+def discard_newer(store: "Store", *, than: int) -> None:
+    """Makes checkpoints beyond a step incomplete: training writes them again, and half of each would be no checkpoint.
+
+    Their files stay until a newer checkpoint is complete.
+    """
+    for step in complete_steps({info.path for info in store.list()}):
+        if step > than:
+            store.delete_tree(f"step-{step}/{COMPLETE_MARKER}")
+
+
+@contextmanager
+def _reading(uri: str, name: str) -> Iterator[None]:
+    """Names the checkpoint and its file in whatever reading that file raises, where that is not an error of ours."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TrainerError | OSError) or is_out_of_memory(error):
+            raise
+        raise DataError(
+            f"checkpoint {uri} cannot be read: {name} is damaged ({type(error).__name__}: {error})",
+            hint=f"Restore the file, or remove {COMPLETE_MARKER} beside it to go on from the checkpoint before.",
+        ) from error
+
+
 def _cause_of(error: CheckpointException, uri: str) -> Exception:
     """What befell a rank's load: DCP wraps the ranks' errors, ours among them, in one of its own."""
     causes = [failure[0] for failure in error.failures.values()]
     for cause in causes:
-        if isinstance(cause, TrainerError | OSError):
+        if isinstance(cause, TrainerError | OSError) or is_out_of_memory(cause):
             return cause
     return DataError(f"checkpoint {uri} does not fit this run: {causes[0]}", hint="Was the run's config changed?")
 
@@ -319,18 +390,27 @@ def _cause_of(error: CheckpointException, uri: str) -> Exception:
 class _StoreReader(FileSystemReader):
     """Reads a checkpoint from a store, fetching only the files that this rank's part lies in."""
 
-    def __init__(self, store: "Store", prefix: str, local: Path) -> None:
+    def __init__(self, store: "Store", folder: str, local: Path) -> None:
         super().__init__(local)
-        self._store, self._prefix, self._local = store, prefix, local
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        self._store, self._local = store, local
+        self._prefix, self._uri = f"{folder}/" if folder else "", store.uri(folder)
+        # Not when DCP asks for it: of what goes wrong then it keeps only the words.
         self._fetch(_METADATA_FILE)
-        return super().read_metadata(*args, **kwargs)
+        with _reading(self._uri, _METADATA_FILE):
+            self._metadata = super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002 (as the base class has it)
+        return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
-        for name in sorted({self.storage_data[item.storage_index].relative_path for item in plan.items}):
+        files: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name in sorted(files):
             self._fetch(name)
-        return super().read_data(plan, planner)
+            with _reading(self._uri, name):
+                super().read_data(replace(plan, items=files[name]), planner).wait()
+        return super().read_data(replace(plan, items=[]), planner)  # what DCP waits for
 
     def _fetch(self, name: str) -> None:
         self._store.download(f"{self._prefix}{name}", self._local / name)

@@ -7,32 +7,23 @@ another output has left of its model; whatever else lies in the repository stays
 """
 
 import glob
-import re
 from typing import Any, Final
 
 import huggingface_hub
 from huggingface_hub import CommitInfo
 
-from kubetune_trainer.checkpoint import find_checkpoint
+from kubetune_trainer.checkpoint import complete_steps
 from kubetune_trainer.config import FineTuneConfig
 from kubetune_trainer.errors import ConfigError, StorageError
-from kubetune_trainer.export.huggingface import COMPANION_FILES
-from kubetune_trainer.export.peft import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from kubetune_trainer.export.output_files import is_output_file
 from kubetune_trainer.hub import UNREACHABLE, ask_hub, endpoint, token_of
 from kubetune_trainer.lineage import stored_lineage
-from kubetune_trainer.model.weights import GGUF_FILE, INDEX_FILE, PROGRAM_FILE
-from kubetune_trainer.names import CHECKPOINTS_DIR, COMPLETE_MARKER, LINEAGE_FILE
+from kubetune_trainer.names import CHECKPOINTS_DIR, COMPLETE_MARKER
 from kubetune_trainer.report import attempt, report, write_termination_message
 from kubetune_trainer.storage import download_tree, open_store, scratch_dir
 
 IGNORED: Final = (COMPLETE_MARKER, ".*")
 """What may lie in an output's folder and is no part of it."""
-SHARD: Final = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-SINGLE_FILES: Final = frozenset(
-    {INDEX_FILE, GGUF_FILE, PROGRAM_FILE, ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, LINEAGE_FILE}
-)
-LEGAL: Final = ("LICENSE", "NOTICE", "USE_POLICY")
-"""How files begin that lie beside an output and are never deleted: a repository's own have the same names."""
 
 
 def push_output(config: FineTuneConfig, outputs: list[dict[str, Any]]) -> dict[str, str] | None:
@@ -85,16 +76,8 @@ def push_output(config: FineTuneConfig, outputs: list[dict[str, Any]]) -> dict[s
 
 
 def _model_files(api: huggingface_hub.HfApi, repo: str) -> list[str]:
-    """Return the files of a repository that an output may have; those that it does not have are another model's.
-
-    They would win: transformers loads a model.safetensors rather than shards, and adapters on top of either.
-    """
-    return [file.path for file in api.list_repo_tree(repo) if _is_of_a_model(file.path)]
-
-
-def _is_of_a_model(path: str) -> bool:
-    is_companion = COMPANION_FILES.fullmatch(path) and not path.startswith(LEGAL)
-    return bool(is_companion or SHARD.fullmatch(path) or path in SINGLE_FILES)
+    """Return the files of a repository that an output may have; those that it does not have are another model's."""
+    return [file.path for file in api.list_repo_tree(repo) if is_output_file(file.path)]
 
 
 def outputs_to_push(config: FineTuneConfig) -> list[dict[str, Any]] | None:
@@ -110,8 +93,8 @@ def outputs_to_push(config: FineTuneConfig) -> list[dict[str, Any]] | None:
 
 def push_again(config: FineTuneConfig, outputs: list[dict[str, Any]]) -> None:
     """Do what an earlier attempt has left: push, and say that the run is done."""
-    found = find_checkpoint(open_store(f"{config.run.directory}/{CHECKPOINTS_DIR}", s3=config.storage.s3)) or ""
-    step = int(found.rpartition("-")[2] or 0)
+    found = open_store(f"{config.run.directory}/{CHECKPOINTS_DIR}", s3=config.storage.s3).list()
+    step = max(complete_steps({info.path for info in found}), default=0)
     report("start", attempt=attempt(), step=step, total_steps=step)
     pushed = push_output(config, outputs)
     report("done", step=step)

@@ -9,18 +9,20 @@ a limit of retries, and says by its error whose turn it is:
     ConfigError      the bucket does not exist, or the credentials do not open it
     DataError        an object is missing, or is not the one that was recorded
     DoesNotFitError  the disk is full
-    StorageError     the service did not answer; a later attempt may succeed
+    StorageError     the service did not answer, or temporary credentials have expired; a later attempt may succeed
 """
 
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from kubetune_trainer.errors import ConfigError, DataError, DoesNotFitError, StorageError, TrainerError
@@ -35,15 +37,19 @@ from kubetune_trainer.names import (
 )
 
 if TYPE_CHECKING:
+    from botocore.credentials import Credentials
+
     from kubetune_trainer.config import ConfigMapKey, S3Storage, SecretKey, SecretName
 
 CONNECT_TIMEOUT_SECONDS: Final = 5
 READ_TIMEOUT_SECONDS: Final = 60
 REQUEST_ATTEMPTS: Final = 5
 """Tries per request, with pauses that grow to 20 s: at the worst about a minute when nobody listens."""
-_DENIED: Final = frozenset(
-    {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "401"}
+_DENIED: Final = frozenset({"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "401"})
+_EXPIRED: Final = frozenset(
+    {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "InvalidTokenId", "RequestExpired"}
 )
+"""What services say of temporary credentials whose time is over; AWS says ExpiredToken, MinIO InvalidTokenId."""
 _MISSING: Final = frozenset({"404", "NoSuchKey", "NotFound"})
 _FULL: Final = frozenset({"507", "InsufficientStorage", "QuotaExceeded", "XMinioStorageFull"})
 
@@ -90,6 +96,9 @@ class Store(Protocol):
     def upload(self, local: Path, path: str) -> None:
         """Copy `local` to `path`; large files in parts, each with a checksum."""
 
+    def delete(self, path: str) -> None:
+        """Remove the file `path`, and no folder; nothing there is no error."""
+
     def delete_tree(self, prefix: str) -> None:
         """Remove the folder or file `prefix`; nothing there is no error."""
 
@@ -127,11 +136,12 @@ def download_tree(store: Store, prefix: str, local: Path) -> None:
         store.download(info.path, local / info.path.removeprefix(head))
 
 
-def upload_tree(store: Store, local: Path, prefix: str) -> None:
-    """Copy every file below the folder `local` to below `prefix`."""
+def upload_tree(store: Store, local: Path, prefix: str, *, last: Collection[str] = ()) -> None:
+    """Copy every file below the folder `local` to below `prefix`, those that `last` names when the others are there."""
     head = f"{prefix.strip('/')}/" if prefix else ""
-    for path in sorted(path for path in local.rglob("*") if path.is_file()):
-        store.upload(path, f"{head}{path.relative_to(local).as_posix()}")
+    names = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
+    for name in sorted(names, key=lambda name: name in last):
+        store.upload(local / name, f"{head}{name}")
 
 
 @cache
@@ -235,6 +245,11 @@ class LocalStore:
         with _local_errors(self.uri(path)), _replacing(self._root / path) as temporary:
             shutil.copyfile(local, temporary)
 
+    def delete(self, path: str) -> None:
+        """As `Store.delete`."""
+        with _local_errors(self.uri(path)):
+            (self._root / path).unlink(missing_ok=True)
+
     def delete_tree(self, prefix: str) -> None:
         """As `Store.delete_tree`."""
         target = self._root / prefix
@@ -313,17 +328,32 @@ class S3Store:
         with self._errors(path):
             self._client.upload_file(str(local), self._bucket, self._key(path))
 
+    def delete(self, path: str) -> None:
+        """As `Store.delete`."""
+        with self._errors(path):
+            self._client.delete_object(Bucket=self._bucket, Key=self._key(path))
+
     def delete_tree(self, prefix: str) -> None:
         """As `Store.delete_tree`."""
         keys = [{"Key": self._key(info.path)} for info in self._list(prefix)]
+        refused: list[dict[str, Any]] = []
         with self._errors(prefix):
             for start in range(0, len(keys), 1000):  # S3's limit of one request
-                self._client.delete_objects(
-                    Bucket=self._bucket, Delete={"Objects": keys[start : start + 1000], "Quiet": True}
-                )
+                wanted = {"Objects": keys[start : start + 1000], "Quiet": True}
+                # The request succeeds whatever befalls its keys: the answer lists those that are still there.
+                refused += self._client.delete_objects(Bucket=self._bucket, Delete=wanted).get("Errors", ())
+        if refused:
+            raise self._refusal(refused[0])
 
     def delete_partial(self) -> None:
         """As `Store.delete_partial`; there is never a part of an object, and the bucket's rules end broken uploads."""
+
+    def _refusal(self, refused: dict[str, Any]) -> TrainerError:
+        """What became of the first key that was not deleted, as if it had been asked for alone."""
+        from botocore.exceptions import ClientError  # noqa: PLC0415 (a slow import that local runs do without)
+
+        uri = f"s3://{self._bucket}/{refused['Key']}"
+        return _translate(ClientError({"Error": refused}, "DeleteObjects"), uri=uri, bucket=self._bucket)
 
     @property
     def _client(self) -> Any:
@@ -370,6 +400,7 @@ class S3Store:
 def _client(s3: "S3Storage | None") -> Any:
     """One client per service and process: it is made slowly and may be shared by threads."""
     import boto3  # noqa: PLC0415 (a slow import that local runs do without)
+    import botocore.session  # noqa: PLC0415
     from botocore.config import Config  # noqa: PLC0415
 
     endpoint = s3.endpoint if s3 else None
@@ -381,23 +412,43 @@ def _client(s3: "S3Storage | None") -> Any:
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
     bundle = str(config_map_file(s3.ca_bundle.config_map)) if s3 and s3.ca_bundle else None
-    return boto3.session.Session().client(
+    session = botocore.session.get_session()
+    if s3 and s3.credentials_secret and (folder := secret_folder(s3.credentials_secret)):
+        found = _credentials(folder)
+        session.register_component("credential_provider", SimpleNamespace(load_credentials=lambda: found))
+    return boto3.session.Session(botocore_session=session).client(
         "s3",
         endpoint_url=endpoint,
         region_name=s3.region if s3 else None,
         verify=bundle,
         config=settings,
-        **_credentials(s3),
     )
 
 
-def _credentials(s3: "S3Storage | None") -> dict[str, str]:
-    if s3 is None or s3.credentials_secret is None or (folder := secret_folder(s3.credentials_secret)) is None:
-        return {}
-    names = {"aws_access_key_id": "AWS_ACCESS_KEY_ID", "aws_secret_access_key": "AWS_SECRET_ACCESS_KEY"}
-    found = {argument: _read_key(folder, key) for argument, key in names.items()}
-    if (folder / "AWS_SESSION_TOKEN").is_file():
-        found["aws_session_token"] = _read_key(folder, "AWS_SESSION_TOKEN")
+def _credentials(folder: Path) -> "Credentials":
+    """The credentials in a Secret's folder, read again for each request that is signed: temporary ones are rotated.
+
+    Each reading stands for itself, so threads may sign at the same time.
+    """
+    from botocore.credentials import Credentials, ReadOnlyCredentials  # noqa: PLC0415 (as above)
+
+    class FolderCredentials(Credentials):
+        def get_frozen_credentials(self) -> ReadOnlyCredentials:
+            return Credentials(*_credential_keys(folder)).get_frozen_credentials()
+
+    return FolderCredentials(*_credential_keys(folder), method="kubetune-secret")
+
+
+def _credential_keys(folder: Path) -> tuple[str, str, str | None]:
+    """Access key, secret key and session token: of one Secret, though it may be rotated between the readings."""
+
+    def read() -> tuple[str, str, str | None]:
+        token = _read_key(folder, "AWS_SESSION_TOKEN") if (folder / "AWS_SESSION_TOKEN").is_file() else None
+        return _read_key(folder, "AWS_ACCESS_KEY_ID"), _read_key(folder, "AWS_SECRET_ACCESS_KEY"), token
+
+    found, again = read(), read()
+    while found != again:
+        found, again = again, read()
     return found
 
 
@@ -419,9 +470,16 @@ def _translate(error: Exception, *, uri: str, bucket: str) -> TrainerError:  # n
     code = str(response.get("Error", {}).get("Code", ""))
     if code == "NoSuchBucket" or "NoSuchBucket" in str(error):
         return ConfigError(f"{uri}: bucket {bucket} does not exist", hint="Create the bucket or correct the URI.")
+    if code in _EXPIRED:
+        return StorageError(
+            f"{uri}: the credentials have expired ({code})",
+            hint="Renew the Secret that storage.s3 names; a running pod has its new keys after a minute or two.",
+        )
     if code in _DENIED:
+        is_delete = str(getattr(cause, "operation_name", "")).startswith("DeleteObject")
+        denied = "let it be deleted" if is_delete else "open it"
         return ConfigError(
-            f"{uri}: the credentials do not open it ({code})", hint="Check the Secret that storage.s3 names."
+            f"{uri}: the credentials do not {denied} ({code})", hint="Check the Secret that storage.s3 names."
         )
     if isinstance(cause, NoCredentialsError | PartialCredentialsError):
         return ConfigError(f"{uri}: no credentials", hint="Name a Secret in storage.s3.credentialsSecret.")
@@ -431,6 +489,9 @@ def _translate(error: Exception, *, uri: str, bucket: str) -> TrainerError:  # n
         return DataError(f"{uri} does not exist")
     if code in _FULL:
         return DoesNotFitError(f"{uri}: the storage is full ({code})")
+    if code == "400":  # to HEAD, whose answers have no body that could say more
+        hint = "So S3 answers expired credentials too: look whether the Secret that storage.s3 names is to be renewed."
+        return StorageError(f"{uri}: {cause}", hint=hint)
     return StorageError(f"{uri}: {cause}", hint="Check that storage.s3.endpoint can be reached from the pod.")
 
 
@@ -456,7 +517,9 @@ def _local_error(error: OSError, uri: str) -> TrainerError:
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary file that takes the place of `path` if the block succeeds, and leaves nothing if it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Pods that share the folder count their processes each from 1: only chance keeps their files apart.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    temporary.open("xb").close()
     try:
         yield temporary
         with temporary.open("rb") as written:

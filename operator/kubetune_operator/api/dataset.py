@@ -42,7 +42,7 @@ class HubDataset(ApiModel):
 
 
 class UriDataset(ApiModel):
-    """Data files (json, jsonl, csv or parquet) in storage."""
+    """Data files (json, jsonl, csv, each also as .gz, or parquet) in storage."""
 
     location: Uri
     """A file, or a folder of files: s3://bucket/path, pvc://claim/path or, for local runs, file:///path."""

@@ -140,7 +140,7 @@ class Source(Block):
     hub: HubSource | None = None
     """A dataset of the Hugging Face Hub."""
     uri: UriSource | None = None
-    """A json, jsonl, csv or parquet file, or a folder of them."""
+    """A json, jsonl, csv (each also as .gz) or parquet file, or a folder of them."""
     config_map: ConfigMapKey | None = None
     """A key of a ConfigMap, for small data."""
     format: Literal[

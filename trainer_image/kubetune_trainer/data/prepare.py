@@ -32,6 +32,7 @@ from kubetune_trainer.data.store import DataStore, DataWriter
 from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.estimate import Estimate, count_parameters, estimate_memory
 from kubetune_trainer.export.convert import check_outputs
+from kubetune_trainer.export.store import check_places
 from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.model.adapter import read_first_adapters, trained_beside_nf4
 from kubetune_trainer.model.config import read_config
@@ -187,6 +188,7 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
     if (known := read_prepared(directory, Prepared)) is not None:
         return _checked(known, config, directory)
     report("prepare", stage="Checking the model")
+    check_places(config)
     model, adapter = locate_model(config, report=report), locate_adapter(config)
     first_adapters = _locate_first_adapters(config, report=report)
     folder = _grown(fetch_small(model, adapter, config=config), config, model, first_adapters, with_weights=False)

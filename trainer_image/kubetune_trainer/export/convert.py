@@ -9,6 +9,7 @@ from pathlib import Path
 from kubetune_trainer.config import OutputBase
 from kubetune_trainer.config.outputs import GROUP_SIZE
 from kubetune_trainer.errors import ConfigError, DataError
+from kubetune_trainer.model.config import read_config
 from kubetune_trainer.quantize.rounding import Rounded
 
 
@@ -79,7 +80,7 @@ def _check(output: OutputBase, folder: Path) -> Sequence[str]:
         from kubetune_trainer.export.gguf_tokenizer import tokenizer_limits  # noqa: PLC0415
 
         check_gguf(folder, type=output.gguf.type)
-        return tokenizer_limits(folder)
+        return tokenizer_limits(folder, vocab_size=read_config(folder).vocab_size)
     if output.type == "ExecuTorch":
         from kubetune_trainer.export.executorch import check_executorch  # noqa: PLC0415
 

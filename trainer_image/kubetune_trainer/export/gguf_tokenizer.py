@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import gguf
+import tokenizers
 
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.export.gguf_sentencepiece import (
@@ -20,7 +21,7 @@ from kubetune_trainer.export.gguf_sentencepiece import (
     strips_behind,
 )
 from kubetune_trainer.model.config import read_json
-from kubetune_trainer.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from kubetune_trainer.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, read_backend
 
 Metadata = Mapping[str, Any]
 
@@ -63,39 +64,46 @@ def tokenizer_metadata(folder: Path, *, vocab_size: int) -> Metadata:
 
     Args:
         folder: The model folder.
-        vocab_size: Rows of the embedding; those that no token has get a name that no text contains.
+        vocab_size: Rows of the embedding; those that no token has get a name that no text contains. Added tokens that
+            have none, as Gemma 3's of images in its models of text, are left out.
 
     Raises:
         DataError: llama.cpp has no such tokenizer.
     """
     tokenizer, written = load_tokenizer(folder), read_json(folder / TOKENIZER_FILE)
-    if tokenizer.vocab_size > vocab_size:
+    if problem := problem_of(written) if is_sentencepiece(written) else next(_problems(written), None):
+        raise _refused(folder, problem)
+    pieces, kinds = _pieces(written, _added_ids(written, tokenizer.backend), vocab_size=vocab_size, folder=folder)
+    if tokenizer.eos_id >= vocab_size:  # llama.cpp would end at a token of its own choice
         raise DataError(
-            f"Model folder {folder}: {TOKENIZER_FILE} has {tokenizer.vocab_size} tokens, "
+            f"Model folder {folder}: the token that ends a text must have a row, got id {tokenizer.eos_id}, "
             f"and vocab_size in config.json is {vocab_size}"
         )
-    pieces, kinds = _pieces(written, vocab_size=vocab_size)
     if is_sentencepiece(written):
-        if problem := problem_of(written):
-            raise _refused(folder, problem)
         stored = sentencepiece_metadata(written, pieces=pieces, kinds=kinds)
     else:
         stored = _byte_level_metadata(written, pieces=pieces, kinds=kinds, folder=folder)
     template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
-    return {**stored, **_special_ids(tokenizer), **template}
+    return {**stored, **_special_ids(tokenizer, vocab_size=vocab_size), **template}
 
 
-def tokenizer_limits(folder: Path) -> Sequence[str]:
+def tokenizer_limits(folder: Path, *, vocab_size: int) -> Sequence[str]:
     """Say of which text llama.cpp makes other tokens than a tokenizer that `tokenizer_metadata` accepts.
 
     Args:
         folder: The model folder.
+        vocab_size: Rows of the embedding.
     """
     written = read_json(folder / TOKENIZER_FILE)
-    if is_sentencepiece(written):
-        spaces = "llama.cpp takes ASCII's spaces away behind Phi-3's special tokens, not those of all Unicode"
-        return [spaces] if strips_behind(written) else []
     limits = []
+    added = _added_ids(written, read_backend(folder))
+    if without_row := {piece: number for piece, number in added.items() if number >= vocab_size}:
+        told = ", ".join(f"{piece} ({number})" for piece, number in without_row.items())
+        limits.append(f"llama.cpp takes tokens past the model's {vocab_size} rows for ordinary text: {told}")
+    if is_sentencepiece(written):
+        if strips_behind(written):
+            limits.append("llama.cpp takes ASCII's spaces away behind Phi-3's special tokens, not those of all Unicode")
+        return limits
     if _is_nfc(written):
         limits.append("llama.cpp does not bring text into NFC: text that is in another form becomes other tokens there")
     rule = _rule(written, folder=folder)
@@ -104,8 +112,7 @@ def tokenizer_limits(folder: Path) -> Sequence[str]:
             f"llama.cpp's rule {rule} takes letters beyond ASCII for small and capital at once, and no marks for parts "
             "of words: words in such capitals, and scripts with vowel signs as Hindi's, become other tokens there"
         )
-    added = written.get("added_tokens") or ()
-    strips = [token["content"] for token in added if token.get("lstrip") or token.get("rstrip")]
+    strips = [token["content"] for token in _added(written) if token.get("lstrip") or token.get("rstrip")]
     if strips:
         limits.append(f"llama.cpp keeps spaces beside special tokens, which {', '.join(strips)} take away")
     return limits
@@ -153,7 +160,7 @@ def _problems(written: Mapping[str, Any]) -> Iterator[str]:
         )
     elif (split, bool(model.get("ignore_merges"))) not in RULES:
         yield f"model.ignore_merges must be {not model.get('ignore_merges')} with this pre_tokenizer"
-    for token in written.get("added_tokens") or ():
+    for token in _added(written):
         if token.get("single_word"):
             yield f"added token {token['content']!r} must not be single_word"
 
@@ -191,21 +198,40 @@ def _steps(pre_tokenizer: Any) -> Sequence[Mapping[str, Any]]:
     return [{"use_regex": True, "invert": False, **step} if step else {} for step in steps]
 
 
-def _pieces(written: Mapping[str, Any], *, vocab_size: int) -> tuple[list[str], list[int]]:
+def _added(written: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return written.get("added_tokens") or ()
+
+
+def _added_ids(written: Mapping[str, Any], backend: tokenizers.Tokenizer) -> dict[str, int]:
+    """Return the id of each added token; the library numbers them itself, whatever the file says."""
+    return {token["content"]: backend.token_to_id(token["content"]) for token in _added(written)}
+
+
+def _pieces(
+    written: Mapping[str, Any], added: Mapping[str, int], *, vocab_size: int, folder: Path
+) -> tuple[list[str], list[int]]:
     pieces = [f"[PAD{number}]" for number in range(vocab_size)]
     kinds = [int(gguf.TokenType.UNUSED)] * vocab_size
     for piece, number in written["model"]["vocab"].items():
-        pieces[number], kinds[number] = piece, int(gguf.TokenType.NORMAL)
-    for token in written.get("added_tokens") or ():
-        pieces[token["id"]] = token["content"]
-        kinds[token["id"]] = int(gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED)
+        if number < vocab_size:
+            pieces[number], kinds[number] = piece, int(gguf.TokenType.NORMAL)
+        elif piece not in added:  # which some files have among the pieces, too
+            raise DataError(
+                f"Model folder {folder}: {TOKENIZER_FILE} has the piece {piece!r} as id {number}, "
+                f"and vocab_size in config.json is {vocab_size}"
+            )
+    for token in _added(written):
+        number = added[token["content"]]
+        if number < vocab_size:
+            pieces[number] = token["content"]
+            kinds[number] = int(gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED)
     return pieces, kinds
 
 
-def _special_ids(tokenizer: Tokenizer) -> Metadata:
+def _special_ids(tokenizer: Tokenizer, *, vocab_size: int) -> Metadata:
     """Return which tokens begin, end and fill a text, and whether the tokenizer itself puts them around it."""
     plain, framed = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=True)
-    others = [stop for stop in tokenizer.stop_ids if stop != tokenizer.eos_id]
+    others = [stop for stop in tokenizer.stop_ids if stop != tokenizer.eos_id and stop < vocab_size]
     unknown = tokenizer.special_tokens.get("unk_token")
     ids = {
         "bos": tokenizer.bos_id,
@@ -215,8 +241,9 @@ def _special_ids(tokenizer: Tokenizer) -> Metadata:
         "padding": tokenizer.pad_id,
         "unknown": tokenizer.backend.token_to_id(unknown) if unknown else None,
     }
+    ids = {name: number for name, number in ids.items() if number is not None and number < vocab_size}
     return {
-        **{f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items() if number is not None},
-        "tokenizer.ggml.add_bos_token": framed[0] == tokenizer.bos_id and plain[0] != tokenizer.bos_id,
-        "tokenizer.ggml.add_eos_token": framed[-1] == tokenizer.eos_id and plain[-1] != tokenizer.eos_id,
+        **{f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items()},
+        "tokenizer.ggml.add_bos_token": framed[0] == ids.get("bos") and plain[0] != tokenizer.bos_id,
+        "tokenizer.ggml.add_eos_token": framed[-1] == ids.get("eos") and plain[-1] != tokenizer.eos_id,
     }

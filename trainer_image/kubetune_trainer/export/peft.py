@@ -34,6 +34,7 @@ def save_peft(
     target_dir: Path,
     lora: "Lora",
     base_model: str,
+    revision: str | None = None,
     packed: bool = False,
     model_dir: Path | None = None,
 ) -> None:
@@ -44,6 +45,7 @@ def save_peft(
         target_dir: Made if it is not there.
         lora: The settings that the adapters were made with.
         base_model: Where the base model is: a Hub repository or a path; peft looks there unless it is given the base.
+        revision: The base's commit, where it is a repository of the Hub.
         packed: Record, for whoever merges them, that they belong to the base in NF4; peft does not look at it.
         model_dir: Where the tokenizer comes from that adapters with trained tokens have beside them.
     """
@@ -55,7 +57,7 @@ def save_peft(
         metadata={"format": "pt", **({BASE_FORM: NF4} if packed else {})},
     )
     weights_file.chmod(0o644)  # safetensors lets the owner alone read it
-    config = _adapter_config(adapters, lora=lora, base_model=base_model)
+    config = _adapter_config(adapters, lora=lora, base_model=base_model, revision=revision)
     (target_dir / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     if TRAINED_IDS in config and model_dir is not None:
         for file in (model_dir / name for name in TOKENIZER_FILES):
@@ -63,11 +65,14 @@ def save_peft(
                 shutil.copyfile(file, target_dir / file.name)
 
 
-def _adapter_config(adapters: Mapping[str, Tensor], *, lora: "Lora", base_model: str) -> dict[str, Any]:
+def _adapter_config(
+    adapters: Mapping[str, Tensor], *, lora: "Lora", base_model: str, revision: str | None
+) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,15 @@ from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.model.weights import WeightFiles, build_model
 from kubetune_trainer.tokenizer import TOKENIZER_FILE, read_backend
 from kubetune_trainer.trained_tokens import IDS_SUFFIX, ROWS_SUFFIX, TABLES, token_adapters
+
+BASE_UNCHANGED: Final = ("gaussian", "eva", "orthogonal", "mica")
+"""Values of peft's `init_lora_weights`, beside true and false, that leave the base's weights as they are. The others
+(pissa, olora, corda, lora_ga, loftq) change them, and the adapters are what is missing from the changed ones."""
+MORE_THAN_LORA: Final = (
+    "rank_pattern", "alpha_pattern", "modules_to_save", "alora_invocation_tokens", "layer_replication", "arrow_config",
+    "kasa_config", "lora_bias", "use_bdlora", "use_qalora",
+)  # fmt: skip
+"""Settings of peft's with which an adapter is something else than one scaled product for each weight, where set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,9 +240,18 @@ def _base_form(folder: Path) -> str | None:
 def _scale(folder: Path) -> float:
     """Return what the updates are multiplied with; refuse kinds of adapters that are more than that."""
     config = read_json(folder / ADAPTER_CONFIG_FILE)
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+    for key in MORE_THAN_LORA:
         if config.get(key):
             raise DataError(f"Adapter folder {folder}: {key} is not supported, got {config[key]!r}")
+    first = config.get("init_lora_weights")
+    if not (first is None or isinstance(first, bool) or str(first).lower() in BASE_UNCHANGED):
+        raise DataError(
+            f"Adapter folder {folder}: init_lora_weights must be true, false, null, {', '.join(BASE_UNCHANGED)}, whose "
+            f"adapters belong to the base as it is, got {first!r}",
+            hint="peft saves adapters of PiSSA, CorDA, OLoRA and LoRA-GA as ordinary ones of the base with "
+            "save_pretrained(…, path_initial_model_for_weight_conversion=…). Those of LoftQ belong to the weights that "
+            "it quantized: merge them there, and give the complete model.",
+        )
     if config.get("peft_type") != "LORA" or not config.get("r"):
         raise DataError(f"Adapter folder {folder}: peft_type must be LORA with a rank, got {config.get('peft_type')!r}")
     return update_scale(rank=config["r"], alpha=config["lora_alpha"], rank_stabilized=bool(config.get("use_rslora")))

@@ -23,6 +23,7 @@ from kubetune_trainer.data.store import DataStore, DataWriter
 from kubetune_trainer.errors import ConfigError, DataError
 from kubetune_trainer.estimate import count_parameters
 from kubetune_trainer.export.convert import check_outputs
+from kubetune_trainer.export.store import check_places
 from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.model.config import read_config
 from kubetune_trainer.model.weights import build_model
@@ -100,6 +101,7 @@ def prepare(config: QuantizeConfig, *, report: Report) -> PreparedQuantization:
     if known is not None and known.asked == _asked(config):
         return known
     report("prepare", stage="Checking the model")
+    check_places(config)
     model, adapter = locate_model(config, report=report), locate_adapter(config)
     folder = fetch_small(model, adapter, config=config)
     shape, tokenizer = read_config(folder), load_tokenizer(folder)

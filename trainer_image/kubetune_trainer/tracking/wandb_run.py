@@ -1,12 +1,13 @@
 """Weights & Biases: a run with the job's own identity, online, or offline as a folder for `wandb sync`.
 
-The step is a metric of its own, the axis of all others, so that numbers of one step may come one after the other.
+The step is a metric of its own, the axis of all others, so that numbers of one step may come one after the other. A
+validation comes after its step and may be cut off from it: it has a hidden number beside, by which its last is known.
 """
 
 import os
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +24,8 @@ HEADER: Final = b":W&B"
 HEADER_BYTES: Final = 7
 BLOCK_BYTES: Final = 32768
 FULL, FIRST, LAST = 1, 2, 4
+STEP: Final = "step"
+VALIDATION_STEP: Final = "validation_step"
 
 
 class WandbRun:
@@ -37,7 +40,8 @@ class WandbRun:
         self._settings = settings
         self._run: Any = None
         self._id = ""
-        self._told = self._logged = 0
+        self._told: dict[str, int] = {}
+        self._logged: dict[str, int] = {}
 
     def open(self, begun: Begun) -> None:
         """As `Tracker.open`."""
@@ -71,19 +75,21 @@ class WandbRun:
             config=begun.config.model_dump(mode="json", exclude_none=True),
             settings=wandb.Settings(**settings),
         )
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
+        self._run.define_metric(STEP)
+        self._run.define_metric(VALIDATION_STEP, hidden=True)
+        self._run.define_metric("*", step_metric=STEP)
         if asked.mode == "Online":
-            self._told = int(self._run.summary.get("step") or 0)
+            self._told = {kind: int(self._run.summary.get(kind) or 0) for kind in (STEP, VALIDATION_STEP)}
         else:
-            self._told = last_step_of(open_store(begun.folder, s3=begun.config.storage.s3), scratch=begun.scratch)
+            self._told = last_steps_of(open_store(begun.folder, s3=begun.config.storage.s3), scratch=begun.scratch)
 
     def log(self, rows: Sequence[Row]) -> None:
         """As `Tracker.log`."""
         for row in rows:
-            if row.step > self._told:
-                self._run.log({"step": row.step, **row.numbers})
-                self._logged = row.step
+            kind = kind_of(row.numbers)
+            if row.step > self._told.get(kind, 0):
+                self._run.log({STEP: row.step, kind: row.step, **row.numbers})
+                self._logged[kind] = row.step
 
     def refer(self, artifact: Artifact) -> None:
         """As `Tracker.refer`: an artifact that refers to the place, of which nothing is uploaded."""
@@ -98,9 +104,14 @@ class WandbRun:
         if self._settings.mode == "Online":
             return None
         log, deadline = Path(self._run.settings.sync_file), time.monotonic() + FLUSH_LIMIT_SECONDS
-        while last_step(log) < self._logged and time.monotonic() < deadline:
+        while self._is_behind(log) and time.monotonic() < deadline:
             time.sleep(FLUSH_SECONDS / 5)
         return Path(self._run.settings.sync_dir)
+
+    def _is_behind(self, log: Path) -> bool:
+        """Whether something of what was logged is not in the transaction log yet."""
+        written = last_steps(log)
+        return any(written.get(kind, 0) < step for kind, step in self._logged.items())
 
     def close(self, state: str) -> None:
         """As `Tracker.close`."""
@@ -110,22 +121,31 @@ class WandbRun:
         self._run.finish(exit_code=0 if state == "Complete" else 1)
 
 
-def last_step_of(store: Store, *, scratch: Path) -> int:
-    """Return the last step that earlier attempts have told, by their offline folders; 0 if there is none."""
-    last = 0
+def kind_of(numbers: Iterable[str]) -> str:
+    """Return what counts the rows with these numbers: STEP, or VALIDATION_STEP where they are a validation's."""
+    return VALIDATION_STEP if any(name.startswith("validation_") for name in numbers) else STEP
+
+
+def last_steps_of(store: Store, *, scratch: Path) -> dict[str, int]:
+    """Return the last step of each kind of row that earlier attempts have told, by their offline folders."""
+    last: dict[str, int] = {}
     for info in store.list():
         if info.path.endswith(".wandb"):
             local = scratch / "earlier.wandb"
             store.download(info.path, local)
-            last = max(last, last_step(local))
+            last = {kind: max(step, last.get(kind, 0)) for kind, step in (last | last_steps(local)).items()}
             local.unlink()
     return last
 
 
-def last_step(path: Path) -> int:
-    """Return the last step in a transaction log; 0 if there is none."""
-    steps = [row["step"] for row in history(path) if "step" in row]
-    return max(steps, default=0)
+def last_steps(path: Path) -> dict[str, int]:
+    """Return the last step of each kind of row in a transaction log; kinds of which it has none are left out."""
+    last: dict[str, int] = {}
+    for row in history(path):
+        if STEP in row:
+            kind = kind_of(row)
+            last[kind] = max(row[STEP], last.get(kind, 0))
+    return last
 
 
 def history(path: Path) -> Iterator[dict[str, Any]]:
