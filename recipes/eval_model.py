@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from kubetune_trainer.config import EvalConfig, load_config
-from kubetune_trainer.distributed import StopSignal, World, barrier, broadcast_object, join_world
+from kubetune_trainer.distributed import StopSignal, World, broadcast_object, join_world, waiting_for_all
 from kubetune_trainer.errors import PreemptedError
 from kubetune_trainer.evaluate.answers import Answers
 from kubetune_trainer.evaluate.gates import Verdict
@@ -94,11 +94,11 @@ def evaluate(config: EvalConfig, world: World, stop: StopSignal) -> None:
     open_log(log)
     try:
         local, crew = set_up(config, world, stop)
-        if world.is_first:
-            finish(config, local, crew)
-        else:
-            crew.work()
-        barrier()  # no rank is done before the results are stored
+        with waiting_for_all():  # no rank is done before the results are stored
+            if world.is_first:
+                finish(config, local, crew)
+            else:
+                crew.work()
     finally:
         if world.is_first:
             keep_log(config, log)
@@ -107,12 +107,12 @@ def evaluate(config: EvalConfig, world: World, stop: StopSignal) -> None:
 def set_up(config: EvalConfig, world: World, stop: StopSignal) -> tuple[Local, Crew]:
     """Gets the model to this node and loads it, whole, on every rank."""
     report("phase", phase="Downloading")
-    prepared = broadcast_object(prepare(config, report=report) if world.is_first else None)
-    if not world.is_first_of_node:
-        barrier()  # the first rank of the node downloads for all of them
-    base_dir, adapter_dir, model_dir = fetch(prepared, config)
-    if world.is_first_of_node:
-        barrier()
+    with waiting_for_all():
+        ready = prepare(config, report=report) if world.is_first else None
+    prepared = broadcast_object(ready)
+    with waiting_for_all():  # the first rank of the node downloads for all of them
+        fetched = fetch(prepared, config) if world.is_first_of_node else None
+    base_dir, adapter_dir, model_dir = fetched or fetch(prepared, config)
 
     report("phase", phase="Loading")
     # On a CPU fp32 is the faster type and the one that lm_eval's numbers are compared in.

@@ -1,7 +1,7 @@
-"""What each rank of test_parallel.py does; a module of its own, so that a spawned process can import it."""
+"""What each rank of test_parallel.py and test_tensor_parallel.py does: a spawned process can import this module."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +61,20 @@ def run(rank: int, mesh: str, folder: Path, cases: Collection[str] = tuple(CASES
     }
     if rank == 0:
         torch.save(results, folder / f"{mesh}.pt")
+    dist.destroy_process_group()
+
+
+def run_families(rank: int, mesh: dict[str, int], folder: Path, cases: Mapping[str, dict[str, Any]]) -> None:
+    """Train cases, each the settings of `_train` under `<family> …`; every rank leaves in `<ranks>-<rank>.pt` its own.
+
+    The model of a family is in `<folder>/<family>`.
+    """
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    ranks = mesh["num_ranks"]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{ranks}", rank=rank, world_size=ranks)
+    results = {name: _train(folder / name.split()[0], rank=rank, mesh=mesh, **case) for name, case in cases.items()}
+    torch.save(results, folder / f"{ranks}-{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -5,10 +5,12 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed as dist
+from torch import multiprocessing
 
 from kubetune_trainer import distributed as module
 from kubetune_trainer import report
@@ -23,6 +25,7 @@ from kubetune_trainer.distributed import (
     wait_for_name,
 )
 from kubetune_trainer.errors import DataError, PeerLostError
+from tests.trainer.waiting_ranks import COLLECTIVE_SECONDS, WORK_SECONDS, run
 
 
 @pytest.fixture
@@ -152,6 +155,40 @@ def test_peers_that_do_not_come_are_lost(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(PeerLostError, match="rank 0 of 2 did not meet the others"), join_world():
         pass
+
+
+def ranks_with(first: str, *, folder: Path) -> list[str]:
+    """What came of rank 1, and of rank 0 if it was left to end, where rank 0 works, dies, stops or fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "tests.trainer.waiting_ranks"])
+    ranks = [context.Process(target=run, args=(rank, port, folder, first)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    ranks[1].join(timeout=120)
+    if first != "works":
+        ranks[0].kill()
+    for rank in ranks:
+        rank.join(timeout=120)
+        rank.kill()
+    return [path.read_text() for path in sorted(folder.iterdir())]
+
+
+def test_a_rank_that_works_is_waited_for_however_long(tmp_path: Path) -> None:
+    assert WORK_SECONDS > COLLECTIVE_SECONDS
+    waited = [float(outcome.removeprefix("waited ")) for outcome in ranks_with("works", folder=tmp_path)]
+    assert len(waited) == 2
+    assert min(waited) >= WORK_SECONDS - 1, "rank 1 may enter a little later"
+
+
+@pytest.mark.parametrize(("first", "seconds"), [("dies", 4), ("fails", 4), ("stops", COLLECTIVE_SECONDS + 4)])
+def test_a_rank_that_does_not_come_any_more_is_a_lost_peer(tmp_path: Path, first: str, seconds: float) -> None:
+    [outcome] = ranks_with(first, folder=tmp_path)
+    after, _, message = outcome.removeprefix("lost after ").partition(": ")
+    assert message.startswith("rank 1 lost a peer: ")
+    assert float(after) < seconds
 
 
 @pytest.mark.usefixtures("sigterm")

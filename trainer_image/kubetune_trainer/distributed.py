@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,9 @@ from kubetune_trainer.names import ENV_SCRATCH
 RENDEZVOUS_SECONDS: Final = 300.0
 """How long a rank waits for its peers: their pods may be scheduled, and pull an image, a few minutes later."""
 COLLECTIVE_SECONDS: Final = 1800.0
-"""How long a collective may take; rank 0 may be downloading a model meanwhile."""
+"""How long a collective may take: by then a peer that does not answer is lost, though its connections are open."""
+SIGN_SECONDS: Final = 10.0
+"""How often a rank that others wait for in `waiting_for_all` gives a sign of life."""
 
 ALONE: Final = {
     "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
@@ -46,6 +49,8 @@ _PEER_LOST = re.compile(
 _T = TypeVar("_T")
 _joined: "list[World]" = []
 """The world that this process is in, while it is in one: for `exchange`, as torch keeps its default group."""
+_signs: "list[dist.ProcessGroup]" = []
+"""All ranks of that world once more, for `waiting_for_all`: its signs must not mix with other collectives."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +112,12 @@ def join_world(*, tensor: int = 1) -> Iterator[World]:
                 rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device, tensor=tensor
             )
             _joined.append(world)
+            if size > 1:
+                _signs.append(dist.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_SECONDS)))
             yield world
     finally:
         _joined.clear()
+        _signs.clear()
         for name in unset:  # to other libraries in this process they would mean that torchrun started it
             os.environ.pop(name, None)
     dist.destroy_process_group()
@@ -196,9 +204,45 @@ def broadcast_object(value: _T | None) -> _T:
     return box[0]  # type: ignore[no-any-return]
 
 
-def barrier() -> None:
-    """Waits until every rank is here."""
-    gather_vector([0.0])
+@contextmanager
+def waiting_for_all() -> Iterator[None]:
+    """Ends when every rank has come to the block's end, however long one of them works in it.
+
+    A collective would end for good after COLLECTIVE_SECONDS. Here the ranks give each other signs of life: one whose
+    connections close is missed at once, one that is silent after COLLECTIVE_SECONDS. Who works notices at the end.
+
+    Raises:
+        RuntimeError: Another rank is gone; where the world was joined this becomes PeerLostError.
+    """
+    if not _signs:
+        yield
+        return
+    is_here, has_failed = threading.Event(), threading.Event()
+    losses: list[RuntimeError] = []
+    signs = threading.Thread(target=_give_signs, args=(is_here, has_failed, losses), name="signs", daemon=True)
+    signs.start()
+    try:
+        yield
+    except BaseException:
+        has_failed.set()  # no sign from now on: the others learn it when this process ends
+        raise
+    finally:
+        is_here.set()
+    signs.join()
+    if losses:
+        raise losses[0]
+
+
+def _give_signs(is_here: threading.Event, has_failed: threading.Event, losses: list[RuntimeError]) -> None:
+    try:
+        all_here = False
+        while not all_here:
+            is_here.wait(SIGN_SECONDS)
+            if has_failed.is_set():
+                return
+            all_here = bool(gather_vector([float(is_here.is_set())], group=_signs[0]).all())
+    except RuntimeError as error:
+        losses.append(error)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -217,14 +261,14 @@ def shard_number(tensor: torch.Tensor) -> int:
     return number
 
 
-def gather_vector(values: list[float]) -> torch.Tensor:
+def gather_vector(values: list[float], *, group: "dist.ProcessGroup | None" = None) -> torch.Tensor:
     """Every rank's few numbers, in rank order: (ranks, len(values)) in fp64 on the CPU.
 
     Sums over its first axis are the same on every rank, bit for bit.
     """
     mine = torch.tensor(values, dtype=torch.float64)
     everyone = torch.empty(dist.get_world_size() * len(values), dtype=torch.float64)
-    dist.all_gather_single(everyone, mine)
+    dist.all_gather_single(everyone, mine, group=group)
     return everyone.view(-1, len(values))
 
 

@@ -2,8 +2,10 @@
 
 The projections into a block's heads and inner width are split by their outputs, those back by their inputs, so that a
 rank computes some heads and a part of the inner width, and one sum over the group ends attention and one the
-feed-forward block. Norms, embedding and output head are whole on every rank of the group; FSDP shards them. Adapters
-are split with their layers: of a layer that is split by outputs B, of one that is split by inputs A.
+feed-forward block. Norms, embedding and output head are whole on every rank of the group; FSDP shards them. All ranks
+compute the same with them and have the same gradients, but for the norms of heads, of which a rank has some: their
+gradients are summed over the group. Adapters are split with their layers: of a layer that is split by outputs B, of one
+that is split by inputs A.
 
 The ranks of a group see the same rows. This tree's tests run it with gloo on CPUs; it was not run on GPUs by us.
 """
@@ -77,16 +79,24 @@ def split_layers(model: Decoder, mesh: DeviceMesh) -> None:
             _split(block.get_submodule(name), mesh, by_outputs=True)
         for name in BY_INPUTS:
             _split(block.get_submodule(name), mesh, by_outputs=False)
+        if model.config.query_key_norm == "Head":
+            for norm in (block.self_attn.q_norm, block.self_attn.k_norm):
+                _place(norm, "weight", mesh, WHOLE)
+
+
+def _place(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
+    """Spread a parameter over a group; in backward the group sums what its ranks find for one that is whole."""
+    whole = module.get_parameter(name)
+    placed = nn.Parameter(distribute_tensor(whole.data, mesh, [placement]), requires_grad=whole.requires_grad)
+    module.register_parameter(name, placed)
 
 
 def _split(layer: nn.Module, mesh: DeviceMesh, *, by_outputs: bool) -> None:
     for name, placement in PLACES[by_outputs].items():
         owner, _, last = name.rpartition(".")
         module = layer.get_submodule(owner) if not owner or hasattr(layer, owner) else None
-        whole = getattr(module, last, None)
-        if module is not None and whole is not None:
-            split = nn.Parameter(distribute_tensor(whole.data, mesh, [placement]), requires_grad=whole.requires_grad)
-            module.register_parameter(last, split)
+        if module is not None and getattr(module, last, None) is not None:
+            _place(module, last, mesh, placement)
     given, returned = (WHOLE, Shard(-1)) if by_outputs else (Shard(-1), WHOLE)
 
     def enter(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:

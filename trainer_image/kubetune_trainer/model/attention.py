@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Union
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional
 
 from kubetune_trainer.loss import soft_capped
@@ -74,6 +75,15 @@ class KVCache:
         self.documents_BS, self.positions_BS = self.documents_BS[index], self.positions_BS[index]
 
 
+class QueryKeyNorm(RMSNorm):
+    """Norm of queries or keys; where ranks have some of the heads each, they sum the gradient of its weight."""
+
+    def _scaled(self, normed: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        if isinstance(weight, DTensor):  # `tensor_parallel` makes it one
+            weight = weight.to_local(grad_placements=[Partial()])
+        return super()._scaled(normed, weight, dtype)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped keys and values."""
 
@@ -95,7 +105,7 @@ class Attention(nn.Module):
         if config.query_key_norm != "None":
             widths = (config.head_dim,) * 2 if config.query_key_norm == "Head" else (query_size, kv_size)
             self.q_norm, self.k_norm = (
-                RMSNorm(width, eps=config.norm_eps, style=config.norm_style) for width in widths
+                QueryKeyNorm(width, eps=config.norm_eps, style=config.norm_style) for width in widths
             )
         self.head_dim = config.head_dim
         self.scale, self.softcap = config.attention_scale, config.attention_softcap

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kubetune_trainer.card import write_card
-from kubetune_trainer.distributed import barrier
+from kubetune_trainer.distributed import waiting_for_all
 from kubetune_trainer.export import complete_weights, save_huggingface, save_peft, trained_weights
 from kubetune_trainer.export.check import MergeCheck, rows_to_check
 from kubetune_trainer.export.convert import convert
@@ -36,33 +36,39 @@ def finish(job: Job, outputs: list[dict[str, Any]]) -> None:
 def export(job: Job) -> list[dict[str, Any]]:
     """Writes the outputs: all ranks gather the weights, rank 0 stores them; returns what it stored.
 
+    Rank 0 may need hours for a large model, and the others wait for it as long.
+
     Raises:
         NonFiniteLossError: The weights are not finite.
     """
     report("phase", phase="Exporting")
     check_weights(job, job.total_steps)
     stored: list[StoredOutput] = []
-    complete, check = scratch_dir() / "complete", prepare_check(job)
+    complete = scratch_dir() / "complete"
+    with waiting_for_all():
+        check = prepare_check(job)
     if any(output.type not in {"HuggingFace", "PEFT"} for output in job.config.outputs):
-        gather_model(job, complete)
-        check_merged(check, complete, name="complete")
+        with waiting_for_all():
+            gather_model(job, complete)
+            check_merged(check, complete, name="complete")
     for output in job.config.outputs:
-        folder, difference = scratch_dir() / OUTPUTS_DIR / output.name, None
-        if output.type == "PEFT":
-            gather_adapters(job, folder)
-        elif output.type == "HuggingFace":
-            gather_model(job, folder, dtype=output.dtype)
-            difference = check_merged(check, folder, name=output.name)
-        elif job.world.is_first:
-            convert(output, complete, folder)
+        with waiting_for_all():
+            folder, difference = scratch_dir() / OUTPUTS_DIR / output.name, None
+            if output.type == "PEFT":
+                gather_adapters(job, folder)
+            elif output.type == "HuggingFace":
+                gather_model(job, folder, dtype=output.dtype)
+                difference = check_merged(check, folder, name=output.name)
+            elif job.world.is_first:
+                convert(output, complete, folder)
+            if job.world.is_first:
+                found = store_output(output, folder, config=job.config)
+                stored.append(replace(found, merge_difference=difference))
+                report("output", **stored[-1].told())
+                shutil.rmtree(folder)
+    with waiting_for_all():  # no rank is done before the outputs are stored
         if job.world.is_first:
-            found = store_output(output, folder, config=job.config)
-            stored.append(replace(found, merge_difference=difference))
-            report("output", **stored[-1].told())
-            shutil.rmtree(folder)
-    if job.world.is_first:
-        describe(job, stored)
-    barrier()  # no rank is done before the outputs are stored
+            describe(job, stored)
     return [output.told() for output in stored]
 
 
@@ -143,6 +149,7 @@ def gather_adapters(job: Job, folder: Path) -> None:
             target_dir=folder,
             lora=lora,
             base_model=base,
+            revision=job.prepared.model.commit,
             packed=job.config.merges_packed,
             model_dir=job.local.model_dir,
         )
