@@ -75,7 +75,7 @@ class KVCache:
         self.documents_BS, self.positions_BS = self.documents_BS[index], self.positions_BS[index]
 
 
-class QueryKeyNorm(RMSNorm):
+class QueryKeyRMSNorm(RMSNorm):
     """Norm of queries or keys; where ranks have some of the heads each, they sum the gradient of its weight."""
 
     def _scaled(self, normed: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         if config.query_key_norm != "None":
             widths = (config.head_dim,) * 2 if config.query_key_norm == "Head" else (query_size, kv_size)
             self.q_norm, self.k_norm = (
-                QueryKeyNorm(width, eps=config.norm_eps, style=config.norm_style) for width in widths
+                QueryKeyRMSNorm(width, eps=config.norm_eps, style=config.norm_style) for width in widths
             )
         self.head_dim = config.head_dim
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
