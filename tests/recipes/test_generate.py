@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,8 @@ def test_a_gguf_folder_is_talked_to_like_any_other(tmp_path: Path) -> None:
 def test_an_executorch_program_is_talked_to_like_any_other(tmp_path: Path) -> None:
     make_folder(tmp_path / "source", vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
     write_tokenizer(tmp_path / "source")
+    told = tmp_path / "source" / "generation_config.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"repetition_penalty": 1.5}))
     save_executorch(tmp_path / "source", tmp_path / "program", max_sequence_length=48)
     asked = ("--chat", "--max-new-tokens", "12")
     answers = [ask("--model", tmp_path / form, *asked, typed="red cat\n" * 4) for form in ("source", "program")]
@@ -355,11 +358,12 @@ def test_what_was_answered_before_an_interruption_stays_and_the_output_appears_w
 def test_ctrl_c_between_batches_leaves_no_traceback(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "cat"}\n' * 2000)
     command = [sys.executable, RECIPE, "--model", tiny, "--prompts", tmp_path / "p.jsonl", "--batch-size", "1"]
-    command += ["--max-new-tokens", "8"]
-    with subprocess.Popen([*command, "--output", tmp_path / "out.jsonl"], stderr=subprocess.PIPE, text=True) as process:
+    command += ["--max-new-tokens", "8", "--output", tmp_path / "out.jsonl"]
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hears) as process:  # noqa: PLW1509
         assert process.stderr is not None
         lines = iter(process.stderr)
-        next(line for line in lines if "of 2000 answered" in line)
+        next(line for line in lines if " of 2000 answered" in line)
         process.send_signal(signal.SIGINT)
         rest = "".join(lines)
     assert process.returncode == 128 + signal.SIGINT
@@ -368,17 +372,23 @@ def test_ctrl_c_between_batches_leaves_no_traceback(tiny: Path, tmp_path: Path) 
     assert f"{kept} answers are in" in rest
 
 
-def test_the_penalty_of_the_models_folder_counts_where_the_command_line_says_none(tiny: Path, tmp_path: Path) -> None:
-    asked = ("--prompt", "the red cat", "--max-new-tokens", "24")
-    plain = ask("--model", tiny, *asked).stdout
-    given = ask("--model", tiny, *asked, "--repetition-penalty", "1.5").stdout
+def test_the_penalty_of_the_models_folder_counts_where_the_command_line_says_none(
+    recipe: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*options: str) -> str:
+        asked = ["--model", str(tiny), "--prompt", "the red cat", "--max-new-tokens", "24", *options]
+        monkeypatch.setattr(sys, "argv", ["generate.py", *asked])
+        capsys.readouterr()
+        recipe.main()
+        return capsys.readouterr().out
+
+    plain = said()
+    given = said("--repetition-penalty", "1.5")
     assert given not in ("", plain)
     told = json.loads((tiny / "generation_config.json").read_text())
     (tiny / "generation_config.json").write_text(json.dumps(told | {"repetition_penalty": 1.5}))
-    assert ask("--model", tiny, *asked).stdout == given
-    assert ask("--model", tiny, *asked, "--repetition-penalty", "1").stdout == plain
-    save_executorch(tiny, tmp_path / "program", max_sequence_length=64)
-    assert ask("--model", tmp_path / "program", *asked).stdout == given
+    assert said() == given
+    assert said("--repetition-penalty", "1") == plain
 
 
 def test_an_adapter_is_asked_through_the_chat_template_that_it_was_trained_with(
