@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from kubetune_trainer.config import EvalConfig, load_config
-from kubetune_trainer.distributed import StopSignal, World, broadcast_object, join_world, waiting_for_all
+from kubetune_trainer.distributed import StopSignal, World, brought_to_node, join_world, made_by_first, waiting_for_all
 from kubetune_trainer.errors import PreemptedError
 from kubetune_trainer.evaluate.answers import Answers
 from kubetune_trainer.evaluate.gates import Verdict
@@ -107,12 +107,8 @@ def evaluate(config: EvalConfig, world: World, stop: StopSignal) -> None:
 def set_up(config: EvalConfig, world: World, stop: StopSignal) -> tuple[Local, Crew]:
     """Gets the model to this node and loads it, whole, on every rank."""
     report("phase", phase="Downloading")
-    with waiting_for_all():
-        ready = prepare(config, report=report) if world.is_first else None
-    prepared = broadcast_object(ready)
-    with waiting_for_all():  # the first rank of the node downloads for all of them
-        fetched = fetch(prepared, config) if world.is_first_of_node else None
-    base_dir, adapter_dir, model_dir = fetched or fetch(prepared, config)
+    prepared = made_by_first(world, lambda: prepare(config, report=report))
+    base_dir, adapter_dir, model_dir = brought_to_node(world, lambda: fetch(prepared, config))
 
     report("phase", phase="Loading")
     # On a CPU fp32 is the faster type and the one that lm_eval's numbers are compared in.

@@ -233,6 +233,20 @@ def waiting_for_all() -> Iterator[None]:
         raise losses[0]
 
 
+def made_by_first(world: World, make: Callable[[], _T]) -> _T:
+    """Makes something on rank 0, however long that takes, and hands it to every rank."""
+    with waiting_for_all():
+        made = make() if world.is_first else None
+    return broadcast_object(made)
+
+
+def brought_to_node(world: World, bring: Callable[[], _T]) -> _T:
+    """Returns what `bring` does; the first rank of each node calls it before the others, which find its files there."""
+    with waiting_for_all():
+        brought = bring() if world.is_first_of_node else None
+    return bring() if brought is None else brought
+
+
 def _give_signs(is_here: threading.Event, has_failed: threading.Event, losses: list[RuntimeError]) -> None:
     try:
         all_here = False

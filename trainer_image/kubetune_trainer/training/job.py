@@ -15,7 +15,7 @@ from kubetune_trainer.compiled import check_compiler, keep_kernels
 from kubetune_trainer.config import FineTuneConfig, load_config
 from kubetune_trainer.data.prepare import Local, Prepared, fetch, prepare
 from kubetune_trainer.data.sampler import total_steps
-from kubetune_trainer.distributed import StopSignal, World, broadcast_object, join_world, waiting_for_all
+from kubetune_trainer.distributed import StopSignal, World, broadcast_object, brought_to_node, join_world, made_by_first
 from kubetune_trainer.errors import ConfigError, PreemptedError
 from kubetune_trainer.fingerprint import fingerprint
 from kubetune_trainer.logs import keep_log
@@ -112,12 +112,8 @@ def set_up(
 ) -> Job:
     """Gets the model and the data to this node, and builds the model on all ranks."""
     report("phase", phase="Downloading")
-    with waiting_for_all():
-        ready = prepare(config, report=report) if world.is_first else None
-    prepared = broadcast_object(ready)
-    with waiting_for_all():  # the first rank of the node downloads for all of them
-        local = fetch(prepared, config) if world.is_first_of_node else None
-    local = local or fetch(prepared, config)
+    prepared = made_by_first(world, lambda: prepare(config, report=report))
+    local = brought_to_node(world, lambda: fetch(prepared, config))
 
     report("phase", phase="Loading")
     training = config.training
