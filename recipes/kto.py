@@ -14,12 +14,12 @@ gradient and is the same on all ranks. The loss is in `kubetune_trainer.preferen
 Shapes: B answers of a micro batch, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from kubetune_trainer.data.preference import is_good, with_answer_of
+from kubetune_trainer.data.preference import is_good, prompt_of, with_answer_of
 from kubetune_trainer.data.sampler import Batch, collate
 from kubetune_trainer.data.store import DataStore
 from kubetune_trainer.distributed import exchange, gather_vector
@@ -60,15 +60,15 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def check_answers(job: Job) -> None:
-    """Refuses data of a single answer: with it the divergence would be estimated from an answer to its own prompt.
+    """Refuses data of a single prompt: with it the divergence would be estimated from answers to their own prompt.
 
     Raises:
-        DataError: The training data or the held-out data have one row.
+        DataError: The training data or the held-out data have one prompt.
     """
     for field, data in (("sources", job.local.train_data), ("validation", job.local.validation_data)):
-        if data is not None and len(data) < 2:
+        if data is not None and next(rows_of_others(data, 0), None) is None:
             raise DataError(
-                f"{job.config.title}: dataset.{field} must give recipe KTO at least 2 answers, got {len(data)}",
+                f"{job.config.title}: dataset.{field} must give recipe KTO answers to at least 2 prompts, got 1",
                 hint="The divergence is estimated from answers to the prompts of others.",
             )
 
@@ -148,7 +148,7 @@ def estimate_divergence(
         everyone: All ranks' rows in order; each gets the answer of another, see `others_answers`.
     """
     job.model.eval()
-    other = others_answers(everyone, num_rows=len(data))
+    other = others_answers(everyone, data)
     sums = torch.zeros(2, dtype=torch.float64)
     for rows in mine:
         mixed = [
@@ -163,17 +163,26 @@ def estimate_divergence(
     return max(0.0, total / num_rows)
 
 
-def others_answers(rows: Sequence[int], *, num_rows: int) -> dict[int, int]:
-    """Whose answer each row gets: that of the closest other one before it, the first ones from the end.
+def others_answers(rows: Sequence[int], data: DataStore) -> dict[int, int]:
+    """Whose answer each row gets: that of the closest one before it with another prompt, the first ones from the end.
 
-    A batch that reaches into the next pass may have a row twice, even nothing else; the next row of the data serves
-    then, so that no answer is paired with its own prompt.
+    The two answers of a pair have one prompt, and a batch may have nothing else; the next row of the data with another
+    prompt serves then, so that no answer is paired with its own prompt.
     """
-    found = {}
+    prompts, found = {row: prompt_of(data[row]) for row in rows}, {}
     for at, row in enumerate(rows):
         before = (rows[at - distance] for distance in range(1, len(rows)))
-        found[row] = next((other for other in before if other != row), (row + 1) % num_rows)
+        others = (other for other in before if prompts[other] != prompts[row])
+        chosen = next(others, None)
+        found[row] = chosen if chosen is not None else next(rows_of_others(data, row))
     return found
+
+
+def rows_of_others(data: DataStore, row: int) -> Iterator[int]:
+    """The rows of other prompts, from the next one on and around the end."""
+    prompt = prompt_of(data[row])
+    following = ((row + distance) % len(data) for distance in range(1, len(data)))
+    return (other for other in following if prompt_of(data[other]) != prompt)
 
 
 def collate_answers(job: Job, data: DataStore, rows: Sequence[int]) -> Batch:

@@ -1,11 +1,14 @@
 """KTO: it learns, its numbers depend on the rows of a step alone, and pairs are two answers each."""
 
+import json
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kubetune_trainer.data.store import DataStore, DataWriter, Row
 from recipes.kto import others_answers
 from tests.recipes.gang import Gang, Zygote
 from tests.recipes.tiny import write_answers, write_config, write_model
@@ -79,27 +82,38 @@ def test_pairs_are_a_good_answer_and_a_bad_one_each(zygote: Zygote, tiny: Path) 
 def test_data_of_one_answer_is_refused(zygote: Zygote, tiny: Path) -> None:
     write_answers(tiny / "kto-few.jsonl", pairs=tiny / "preferences.jsonl")
     lines = (tiny / "kto-few.jsonl").read_text().splitlines(keepends=True)
-    (tiny / "kto-one.jsonl").write_text(lines[0])
+    prompt = json.loads(lines[0])["prompt"]
+    of_one = [line for line in lines if json.loads(line)["prompt"] == prompt]
+    assert len(of_one) == 2, "both answers of a pair"
+    (tiny / "kto-one.jsonl").write_text("".join(of_one))
     one = [{"name": "one", "uri": {"location": f"file://{tiny}/kto-one.jsonl"}}]
     few = [{"name": "few", "uri": {"location": f"file://{tiny}/kto-few.jsonl"}}]
     for name, sources, held_out in (("sources", one, None), ("validation", few, {"sources": one})):
         dataset = {"sources": sources, "validation": held_out, "max_sequence_length": 64}
         gang = run(zygote, tiny, f"kto-one-{name}", dataset=dataset)
         assert gang.wait() == [65], gang.stderr()
-        assert f"dataset.{name} must give recipe KTO at least 2 answers, got 1" in gang.message()["message"]
+        assert f"dataset.{name} must give recipe KTO answers to at least 2 prompts, got 1" in gang.message()["message"]
 
 
 @pytest.mark.parametrize(
-    ("rows", "given"),
+    ("prompts", "rows", "given"),
     [
-        ([4, 0, 7], {4: 7, 0: 4, 7: 0}),
-        ([1, 0, 0, 1], {1: 0, 0: 1}),  # where a pass ends and the next one begins
-        ([4, 4], {4: 5}),
-        ([9, 9], {9: 0}),
+        (range(10), [4, 0, 7], {4: 7, 0: 4, 7: 0}),
+        (range(10), [1, 0, 0, 1], {1: 0, 0: 1}),  # where a pass ends and the next one begins
+        (range(10), [4, 4], {4: 5}),
+        (range(10), [9, 9], {9: 0}),
+        ([0, 0, 1, 1, 2, 2], range(6), {0: 5, 1: 5, 2: 1, 3: 1, 4: 3, 5: 3}),  # both answers of pairs, as held out
+        ([0, 0, 1, 1, 2, 2], [4, 5], {4: 0, 5: 0}),
+        ([0, 0, 1, 1, 2, 2], [3, 2, 3], {3: 4, 2: 4}),
     ],
 )
-def test_no_answer_is_paired_with_its_own_prompt(rows: list[int], given: dict[int, int]) -> None:
-    assert others_answers(rows, num_rows=10) == given
+def test_no_answer_is_paired_with_its_own_prompt(
+    prompts: Sequence[int], rows: Sequence[int], given: dict[int, int], tmp_path: Path
+) -> None:
+    with DataWriter(tmp_path / "rows") as writer:
+        for number, prompt in enumerate(prompts):
+            writer.append([Row.of([1, 2 + prompt, 50 + number], [False, False, True])])
+    assert others_answers(rows, DataStore.open(tmp_path / "rows")) == given
 
 
 def test_answers_are_measured_against_the_model_that_the_reference_names(zygote: Zygote, tiny: Path) -> None:

@@ -84,6 +84,11 @@ def is_good(row: Row) -> bool:
     return bool(row.documents[0] == 0)
 
 
+def prompt_of(row: Row) -> bytes:
+    """Returns what a row's answer answers: the tokens before the first that is trained."""
+    return row.tokens[: int(np.argmax(row.labels != IGNORE_LABEL)) + 1].tobytes()
+
+
 def with_answer_of(row: Row, other: Row, *, max_length: int) -> Row:
     """Returns a row's prompt with another row's answer, cut at a length."""
     begin, other_begin = (int(np.argmax(each.labels != IGNORE_LABEL)) for each in (row, other))
