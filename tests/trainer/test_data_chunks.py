@@ -12,7 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from kubetune_trainer.config import Dataset
 from kubetune_trainer.data.chunks import Chunk, ChunkEncoder, EncodedChunk
-from kubetune_trainer.data.encode import TokenizedSource, hold_out
+from kubetune_trainer.data.encode import TokenizedSource, epoch_of, hold_out
 from kubetune_trainer.errors import DataError
 from kubetune_trainer.names import IGNORE_LABEL
 from kubetune_trainer.tokenizer import Tokenizer, load_tokenizer
@@ -214,3 +214,11 @@ def test_half_of_a_character_is_named_with_its_line_and_field(
 ) -> None:
     with pytest.raises(DataError, match=rf"^dataset source a: a\.jsonl line 1: {field} has half of a character"):
         encoded([record], format_, chatml, chat_template=TOJSON)
+
+
+@pytest.mark.parametrize(("weight", "samples"), [(0.1, 1), (0.5, 2), (1.0, 3), (1.1, 3), (2.5, 8)])
+def test_a_small_source_of_a_small_weight_is_not_rounded_away(weight: float, samples: int) -> None:
+    source = TokenizedSource(name="few", weight=weight, first=5, digests=np.arange(3, dtype=np.uint64))
+    epoch = epoch_of([source], held=np.empty(0, dtype=np.uint64), seed=0)
+    assert len(epoch) == samples
+    assert set(epoch) <= {5, 6, 7}

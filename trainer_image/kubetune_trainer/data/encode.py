@@ -196,6 +196,8 @@ def hold_out(sources: Sequence[TokenizedSource], *, fraction: float) -> np.ndarr
 def epoch_of(sources: Sequence[TokenizedSource], *, held: np.ndarray, seed: int) -> np.ndarray:
     """Returns the samples of one epoch: each dataset as often as its weight says, the rest of a weight by lot.
 
+    A dataset of any weight has a sample in it at least, if it has one: a few samples at 0.1 would be gone otherwise.
+
     Args:
         sources: The datasets.
         held: Digests of samples that are held out.
@@ -207,7 +209,8 @@ def epoch_of(sources: Sequence[TokenizedSource], *, held: np.ndarray, seed: int)
         whole, rest = divmod(source.weight, 1.0)
         epoch += [samples] * int(whole)
         if rest:
-            lot = np.random.default_rng([seed, number]).permutation(len(samples))[: round(rest * len(samples))]
+            lot = np.random.default_rng([seed, number]).permutation(len(samples))
+            lot = lot[: max(round(rest * len(samples)), not whole)]
             epoch.append(samples[np.sort(lot)])
     return np.concatenate(epoch)
 
