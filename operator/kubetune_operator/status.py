@@ -148,6 +148,15 @@ def phase_of(pod: Json) -> str:
     return str(pod.get("status", {}).get("phase", "Pending"))
 
 
+def image_of(pods: Iterable[Json]) -> str | None:
+    """The image that the first of these pods runs, with its hash; None as long as no kubelet has said it."""
+    for pod in pods:
+        for container in pod.get("status", {}).get("containerStatuses") or []:
+            if container["name"] == TRAINER_CONTAINER and container.get("imageID"):
+                return str(container["imageID"]).removeprefix("docker-pullable://")[:512]
+    return None
+
+
 def is_live(pod: Json) -> bool:
     """Whether a pod runs or will run."""
     return not is_deleting(pod) and phase_of(pod) in {"Pending", "Running"}

@@ -14,6 +14,7 @@ from tests.s3 import endpoint_of, s3_server
 
 LINEAGE: dict[str, Any] = {
     "kind": "QuantizeJob", "namespace": "team", "name": "small", "uid": "2", "image": "trainer@sha256:9",
+    "softwareDigest": "sha256:6",
     "configDigest": "sha256:7", "finishedAt": "2026-01-01T00:00:00Z",
     "model": {"location": "s3://runs/bot/outputs/merged", "digest": "sha256:m"},
     "otherModels": [{"field": "dpo.reference", "location": "org/other", "commit": "def"}],
@@ -45,6 +46,7 @@ QuantizeJob team/small, finished 2026-01-01T00:00:00Z
 ├── data calibration: s3://data/c.jsonl, digest sha256:c
 ├── config sha256:7
 ├── image trainer@sha256:9
+├── software sha256:6
 ├── output int8 (CompressedTensors): s3://m/int8, sha256:8
 ├── FineTuneJob team/bot
 │   ├── model org/base, commit abc
@@ -132,6 +134,7 @@ def chain(control_plane: ControlPlane, namespace: str, monkeypatch: pytest.Monke
                 "sources": [{"name": "tickets", "etag": "e"}],
                 "config": "first-c",
             },
+            "image": "registry.example/trainer@sha256:9",
             "outputs": [{"name": "merged", "type": "HuggingFace", "uri": "s3://m/1", "digest": "sha256:1"}],
         },
     )
@@ -156,6 +159,7 @@ FineTuneJob {namespace}/second: Running
 │   ├── model org/base on the Hub, commit abc
 │   ├── data tickets: etag e
 │   ├── config: ConfigMap first-c
+│   ├── image registry.example/trainer@sha256:9
 │   └── output merged (HuggingFace): s3://m/1, sha256:1
 └── FineTuneJob gone: deleted; its outputs may still be there
 """

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kubetune_operator.status import index_of
-from tests.controller.world import World, condition_of, running_of
+from tests.controller.world import IMAGE_ID, World, condition_of, running_of
 
 pytestmark = pytest.mark.control_plane
 
@@ -97,7 +97,7 @@ async def test_one_pod_is_restarted_by_the_job_controller_and_counted(world: Wor
     [pod] = await world.live_pods("train", count=1)
     await world.run(pod)
     status = await world.state("Running")
-    assert status["attempt"] == 1
+    assert (status["attempt"], status["image"]) == (1, IMAGE_ID)
     assert "SIGSEGV" in status["lastFailure"]["message"]
     status = await world.complete([pod])
     assert status["restarts"] == 1

@@ -31,6 +31,7 @@ Json = dict[str, Any]
 
 KIND = "FineTuneJob"
 HEARTBEAT_SECONDS = 5.0
+IMAGE_ID = "registry.example/trainer@sha256:9"
 RIGHTS: list[Json] = [
     {
         "apiGroups": ["kubetune.dev"], "resources": ["finetunejobs", "evaljobs", "quantizejobs"],
@@ -323,7 +324,7 @@ class World:
 
     async def _status(self, pod: Json, *, phase: str, state: Json, **status: Any) -> None:
         container = {
-            "name": "trainer", "image": "trainer", "imageID": "", "ready": phase == "Running", "restartCount": 0,
+            "name": "trainer", "image": "trainer", "imageID": IMAGE_ID, "ready": phase == "Running", "restartCount": 0,
             "state": state,
         }  # fmt: skip
         patch = {"status": {"phase": phase, "containerStatuses": [container], **status}}

@@ -72,8 +72,10 @@ def test_a_chain_in_one_file_runs_in_order_and_a_failed_gate_stops_it(
     assert folder_digest(tmp_path / "int8")[0] == int8["digest"]
     lineage = json.loads((tmp_path / "int8" / "lineage.json").read_text())
     assert (lineage["kind"], lineage["name"]) == ("QuantizeJob", "small")
+    assert "sha256:" in statuses["small"]["image"]
     [parent] = lineage["parents"]
     assert (parent["kind"], parent["name"]) == ("FineTuneJob", "tune")
+    assert parent["softwareDigest"] == lineage["softwareDigest"]
     assert merged["digest"] in {each["digest"] for each in parent["outputs"]}
 
     strict.wait_state("Complete", timeout_seconds=200)

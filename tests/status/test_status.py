@@ -8,6 +8,7 @@ import pytest
 from kubetune_operator.status import (
     ending_of,
     first_cause,
+    image_of,
     lost_node,
     may_be_lost,
     must_be_lost,
@@ -91,6 +92,24 @@ def test_the_end_of_a_pod(ended: Json, reason: str, message: str, preempted: boo
     assert message in (ending.failure.message or "")
     assert ending.preempted is preempted
     assert ending.permanent is permanent
+
+
+@pytest.mark.parametrize(
+    ("image_id", "image"),
+    [
+        ("registry.example/trainer@sha256:9", "registry.example/trainer@sha256:9"),
+        ("docker-pullable://registry.example/trainer@sha256:9", "registry.example/trainer@sha256:9"),
+        ("sha256:9", "sha256:9"),
+        ("", None),
+    ],
+    ids=["containerd", "docker", "brought to the node without a registry", "not started"],
+)
+def test_the_image_is_the_one_that_the_kubelet_names(image_id: str, image: str | None) -> None:
+    waits, runs = pod(waiting={}), pod(code=0)
+    runs["status"]["containerStatuses"][0]["imageID"] = image_id
+    sidecar = {"name": "sidecar", "imageID": "other@sha256:1"}
+    runs["status"]["containerStatuses"].insert(0, sidecar)
+    assert image_of([waits, runs]) == image
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from kubetune_trainer.config import FineTuneConfig, Output
 from kubetune_trainer.export import folder_digest
 from kubetune_trainer.export.store import StoredOutput, store_output
 from kubetune_trainer.lineage import make_lineage
-from kubetune_trainer.model_files import find_model
+from kubetune_trainer.model_files import FoundOther, LocalModel, find_model
+from kubetune_trainer.software import software_digest
 from tests.trainer.tiny_model import write_model
 
 BASE_CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\ntags:\n- chat\n---\n# Tiny\n"
@@ -81,7 +82,8 @@ def test_the_text_tells_data_settings_results_and_lineage_with_digests(tmp_path:
         "| tickets | `s3://data/tickets.jsonl` | `abc` |", "| alpaca | `tatsu-lab/alpaca` | `beef` |", "| Rows | 20 |",
         "| Training loss, last step | 0.123457 |", "| Validation loss, last | 0.25 |", "| Optimizer steps | 12 |",
         "FineTuneJob team/support (uid-1)", f"| Base model, digest | `{base_digest}` |", "`c0ffee`",
-        f"`sha256:{config(tmp_path).digest()}`", "| Image | `trainer@sha256:9` |", "`sha256:77`",
+        f"`sha256:{config(tmp_path).digest()}`", "| Image | `trainer@sha256:9` |",
+        f"| Software, digest | `{software_digest()}` |", "`sha256:77`",
     ):  # fmt: skip
         assert told in card, told
     assert "my-secret" not in card
@@ -111,6 +113,27 @@ def test_a_card_without_a_head_says_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "README.md").write_text(text)
     assert read_head(tmp_path) == {}
     assert read_head(tmp_path / "none") == {}
+
+
+def test_the_models_beside_its_own_have_their_commits_and_digests(tmp_path: Path) -> None:
+    run, model = config(tmp_path), write_model(tmp_path / "model")
+    found = FoundOther(model=find_model(f"file://{model}", s3=None, commit="f00d"))
+    output = StoredOutput(
+        name="merged", type="HuggingFace", uri="s3://out/merged", digest="sha256:77", bytes=9, files={}
+    )
+    lineage = make_lineage(
+        run, model=find_model(f"file://{model}", s3=None), model_dir=model, outputs=[output],
+        others={"dpo.reference": (found, LocalModel(model_dir=model, base_dir=model, adapter_dir=None))},
+        first_adapters=(find_model(f"file://{model}", s3=None), model),
+    )  # fmt: skip
+    card = render_card(output, config=run, lineage=lineage, base={}, measured=MEASURED, data={})
+    digest, _ = folder_digest(model)
+    for told in (
+        "| `dpo.reference`, commit | `f00d` |", f"| `dpo.reference`, digest | `{digest}` |",
+        f"| `lora.adapter`, digest | `{digest}` |",
+    ):  # fmt: skip
+        assert told in card, told
+    assert "`dpo.reference`, adapter" not in card
 
 
 def test_how_a_reference_is_reached_stays_out_of_the_card(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from kubetune_trainer.export import folder_digest
 from kubetune_trainer.export.store import store_output
 from kubetune_trainer.lineage import lineage_sources, read_lineage, record_lineage
 from kubetune_trainer.model_files import find_model
+from kubetune_trainer.software import software_digest
 from tests.trainer.tiny_model import write_model
 
 
@@ -55,6 +56,7 @@ def test_the_lineage_stands_in_the_runs_folder_and_beside_each_output(
     assert json.loads((tmp_path / "first" / "lineage.json").read_text()) == told
     assert (told["kind"], told["namespace"], told["name"], told["uid"]) == ("FineTuneJob", "team", "first", "uid-first")
     assert told["image"] == "trainer@sha256:9"
+    assert told["softwareDigest"] == software_digest()
     assert told["model"] == {"location": f"file://{tmp_path}/model", "digest": digest}
     assert told["sources"] == [{"name": "tickets", "location": "s3://data/tickets.jsonl", "etag": "abc"}]
     uri = f"file://{tmp_path}/first/outputs/merged"

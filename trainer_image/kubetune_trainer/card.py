@@ -163,9 +163,16 @@ def _lineage(lineage: Lineage, output: StoredOutput) -> Iterable[Sequence[Any]]:
             yield f"Base {name}", _code(found["location"])
             yield f"Base {name}, commit", _code(found.get("commit"))
             yield f"Base {name}, digest", _code(found["digest"])
+    for other in lineage.get("otherModels") or ():
+        for name, found in ((other["field"], other), (f"{other['field']}, adapter", other.get("adapter"))):
+            if found:
+                yield f"`{name}`", _code(found["location"])
+                yield f"`{name}`, commit", _code(found.get("commit"))
+                yield f"`{name}`, digest", _code(found["digest"])
     for parent in lineage["parents"]:
         yield "Made from", f"{parent['kind']} {parent['name']} ({parent['uid']})"
     yield "Image", _code(lineage.get("image"))
+    yield "Software, digest", _code(lineage.get("softwareDigest"))
     yield "This model, digest", _code(output.digest)
     yield "Finished", lineage["finishedAt"]
 

@@ -35,6 +35,7 @@ from kubetune_trainer.names import (
     ExitCode,
 )
 from kubetune_trainer.report import write_termination_record
+from kubetune_trainer.software import recipe_folders
 
 LINGER_SECONDS: Final = 10.0
 """How long the other ranks of a node have, after one failed, to notice it and end by themselves."""
@@ -142,8 +143,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         ConfigError: There is no such recipe; names those that there are.
     """
-    package = Path(__file__).parent
-    folders = [package / "recipes", package.parent.parent / "recipes"]
+    folders = recipe_folders()
     for candidate in (*(folder / f"{name}.py" for folder in folders), Path(name)):
         if candidate.suffix == ".py" and candidate.is_file():
             return candidate

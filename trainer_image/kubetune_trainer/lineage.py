@@ -22,6 +22,7 @@ from kubetune_trainer.export.digest import digest_of
 from kubetune_trainer.export.store import StoredOutput
 from kubetune_trainer.model_files import FoundModel, FoundOther, LocalModel
 from kubetune_trainer.names import ABOUT_FILES, ENV_IMAGE, LINEAGE_FILE
+from kubetune_trainer.software import software_digest
 from kubetune_trainer.storage import open_store
 
 Lineage = dict[str, Any]
@@ -104,6 +105,7 @@ def make_lineage(
         "name": config.run.name,
         "uid": config.run.uid,
         "image": os.environ.get(ENV_IMAGE),
+        "softwareDigest": software_digest(),
         "configDigest": f"sha256:{config.digest()}",
         "scriptDigest": f"sha256:{hashlib.sha256(script.read_bytes()).hexdigest()}" if script is not None else None,
         "model": inputs[0],

@@ -312,6 +312,8 @@ class JobStatus(StatusModel):
     """How many of the restarts were preemptions, which maxRestarts does not count."""
     pods: Annotated[list[AttemptPod], Field(max_length=512), Unique(("uid",))] | None = None
     """Pods of the current attempt, so that each failure is answered once."""
+    image: Annotated[str, Field(max_length=512)] | None = None
+    """Image that they run, with its hash, as the kubelet of the first says it."""
     estimate: Estimate | None = None
     """What the job is expected to need."""
     resolved: Resolved | None = None

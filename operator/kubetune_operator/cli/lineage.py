@@ -96,6 +96,8 @@ def recorded(lineage: Json) -> Node:
         node.facts.append(f"script {digest}")
     if image := lineage.get("image"):
         node.facts.append(f"image {image}")
+    if digest := lineage.get("softwareDigest"):
+        node.facts.append(f"software {digest}")
     node.facts += _outputs(lineage.get("outputs"))
     node.facts += _gates(lineage.get("gates"))
     node.parents = [recorded(parent) for parent in lineage.get("parents") or []]
@@ -206,6 +208,8 @@ def _traced(cluster: Connection, job: Json, *, seen: set[str]) -> Node:
     node.facts += _inputs(None, resolved.get("sources"))
     if config := resolved.get("config"):
         node.facts.append(f"config: ConfigMap {config}")
+    if image := status.get("image"):
+        node.facts.append(f"image {image}")
     node.facts += _outputs(status.get("outputs"))
     node.facts += _gates(status.get("gates"))
     for parent in resolved.get("parents") or []:

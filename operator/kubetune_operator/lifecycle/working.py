@@ -16,6 +16,7 @@ from kubetune_operator.status import (
     ending_of,
     ends_by,
     first_cause,
+    image_of,
     index_of,
     is_deleting,
     is_live,
@@ -158,6 +159,8 @@ def _remember(draft: Draft, *, pods: list[Json]) -> None:
         kept.append(AttemptPod(name=metadata["name"], uid=metadata["uid"], index=index_of(pod), ended=ended))
     if kept != (draft.status.pods or []):
         draft.set(pods=kept)
+    if image := image_of(pods):
+        draft.set(image=image)
 
 
 def _follow_max_restarts(draft: Draft, *, current: Json) -> None:
