@@ -64,13 +64,13 @@ PRECISIONS = {
 RANKS = {
     "base": Switches(),
     "2 ranks, FSDP2": Switches(ranks=2),
-    "2 ranks, parallelism.replicas 2": Switches(ranks=2, replicate=2),
+    "2 ranks, parallelism.replicate 2": Switches(ranks=2, replicate=2),
     "3 ranks, parallelism.tensor 3": Switches(ranks=3, tensor=3),
 }
 SIDES = {**BY_ITSELF, **PRECISIONS, **RANKS}
 SAVE_NOTHING_HERE = {
     "base", "loss not chunked", "compile Blocks", "activationOffload", "cpuOffload", "2 ranks, FSDP2",
-    "2 ranks, parallelism.replicas 2",
+    "2 ranks, parallelism.replicate 2",
 }  # fmt: skip
 """Sides that need no less memory: on a CPU what is offloaded lies in the memory that it comes from, and two ranks hold
 beside their halves of a small model the whole."""

@@ -59,6 +59,9 @@ def test_a_whole_number_written_as_a_float_is_an_integer() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("name: {{ .Values.name }}\n", "job.yaml: a key is no text; is this a template that was not rendered?"),
+        ("? [a]\n: 1\n", "job.yaml: a key is no text"),
+        ("[" * 5000, "job.yaml: is nested too deep"),
         ("a: 1\na: 2\n", 'job.yaml: key "a" stands twice in "<unicode string>", line 2, column 1'),
         ("\ta: 1\n", "job.yaml: while scanning"),
         ("- a\n", "job.yaml: document 1 is no object with apiVersion and kind"),

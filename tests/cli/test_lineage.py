@@ -103,6 +103,17 @@ def test_a_uri_that_cannot_be_read_is_one_line(kubetune: Any, uri: str, problem:
     assert problem in ran.err
 
 
+@pytest.mark.parametrize(("content", "problem"), [("{", "cannot be read"), ("[]", "is no JSON object")])
+def test_a_lineage_that_is_broken_is_named_wherever_it_lies(
+    kubetune: Any, tmp_path: Path, content: str, problem: str
+) -> None:
+    (tmp_path / "lineage.json").write_text(content)
+    for target in (str(tmp_path), f"file://{tmp_path}"):
+        ran = kubetune("lineage", target)
+        assert ran.code == 1
+        assert f"{tmp_path}/lineage.json: {problem}" in ran.err
+
+
 # --------------------------------------------------------------------------------------------------- a cluster
 
 

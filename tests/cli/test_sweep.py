@@ -66,6 +66,7 @@ def test_a_setting_is_a_field_and_its_values(setting: str, parts: tuple[str, lis
         (["lora.rank"], "--set lora.rank: must be FIELD=VALUE,VALUE,… with values that differ"),
         (["lora.rank=8,"], "with values that differ"),
         (["lora.rank=8,8"], "with values that differ"),
+        (["training.learningRate=[1"], "training.learningRate: "),
         (["lora.rank=8", "spec.lora.rank=16"], "--set lora.rank stands twice"),
         (["lora.rank=eight"], "spec.lora.rank"),
         (["lora.rnk=8"], 'unknown field "spec.lora.rnk"'),

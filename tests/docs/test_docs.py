@@ -14,6 +14,8 @@ from kubetune_operator.api.evaljob import parse_evaljob
 from kubetune_operator.api.finetunejob import parse_finetunejob
 from kubetune_operator.api.quantizejob import parse_quantizejob
 from kubetune_operator.cli import app
+from kubetune_operator.cli.bundle import Bundle
+from kubetune_operator.cli.local import check_batch
 from kubetune_operator.names import ExitCode
 from kubetune_trainer import errors as trainer_errors
 from kubetune_trainer.config import load_config
@@ -58,7 +60,7 @@ def test_every_manifest_is_valid() -> None:
     for block in (block for page in PAGES for block in code_blocks(page, "yaml")):
         if "apiVersion: kubetune.dev" in block:
             for manifest in yaml.safe_load_all(block):
-                PARSERS[manifest["kind"]](manifest)
+                check_batch(Bundle(job=PARSERS[manifest["kind"]](manifest), manifest=manifest))
                 found += 1
     assert found
 

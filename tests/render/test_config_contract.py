@@ -69,6 +69,15 @@ def loaded(text: str, *, tmp_path: Path, resolved: Resolved | None = None, **spe
     return config
 
 
+@pytest.mark.parametrize("text", ["81e4567", "1e5", "2e-4", "+.5E3", "12", "0x1f", "null", "true", "2026-01-01", "~"])
+def test_a_string_that_looks_like_something_else_arrives_as_it_is(text: str, tmp_path: Path) -> None:
+    model = {"hub": {"repo": "org/base", "revision": text}}
+    config = loaded(SMALL, tmp_path=tmp_path, model=model, lora={"trainTokens": [text]})
+    assert config.model.hub is not None
+    assert config.lora is not None
+    assert (config.model.hub.revision, list(config.lora.train_tokens)) == (text, [text])
+
+
 def test_the_trainer_reads_the_smallest_job_with_the_operators_defaults(tmp_path: Path) -> None:
     config = loaded(SMALL, tmp_path=tmp_path)
     spec = finetunejob(SMALL).spec

@@ -36,6 +36,10 @@ class _Loader(yaml.SafeLoader):
         """A mapping with keys as JSON has them."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is no text; is this a template that was not rendered?", key_node.start_mark
+                )
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f'key "{key_node.value}" stands twice', key_node.start_mark
@@ -75,6 +79,8 @@ def load_manifests(text: str, *, source: str) -> list[dict[str, Any]]:
         documents = [document for document in yaml.load_all(text, Loader=_Loader) if document is not None]
     except yaml.YAMLError as error:
         raise SpecError(source, problems=[" ".join(str(error).split())]) from error
+    except RecursionError as error:
+        raise SpecError(source, problems=["is nested too deep"]) from error
     for number, document in enumerate(documents, start=1):
         if not isinstance(document, dict):
             raise SpecError(source, problems=[f"document {number} is no object with apiVersion and kind"])

@@ -50,7 +50,8 @@ def show(target: str, *, namespace: str | None, s3_endpoint: str | None) -> None
         s3_endpoint: Where S3 is reached from this machine.
     """
     if "://" in target:
-        node = recorded(json.loads(_fetch(f"{target.rstrip('/')}/{LINEAGE_FILE}", s3_endpoint=s3_endpoint)))
+        place = f"{target.rstrip('/')}/{LINEAGE_FILE}"
+        node = recorded(_parsed(_fetch(place, s3_endpoint=s3_endpoint), place=place))
     elif Path(target).is_dir():
         node = recorded(read_lineage(Path(target)))
     else:
@@ -66,13 +67,21 @@ def read_lineage(folder: Path) -> Json:
         SpecError: It wrote nothing, or nothing that can be read.
     """
     try:
-        found = json.loads((folder / LINEAGE_FILE).read_bytes())
+        content = (folder / LINEAGE_FILE).read_bytes()
     except FileNotFoundError as error:
         raise SpecError(str(folder), problems=[f"has no {LINEAGE_FILE}: no job of kubetune wrote it"]) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise SpecError(str(folder / LINEAGE_FILE), problems=[f"cannot be read: {error}"]) from error
+    return _parsed(content, place=str(folder / LINEAGE_FILE))
+
+
+def _parsed(content: bytes, *, place: str) -> Json:
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise SpecError(place, problems=[f"cannot be read: {error}"]) from error
     if not isinstance(found, dict):
-        raise SpecError(str(folder / LINEAGE_FILE), problems=["is no JSON object"])
+        raise SpecError(place, problems=["is no JSON object"])
     return found
 
 

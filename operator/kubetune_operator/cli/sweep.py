@@ -105,7 +105,10 @@ def _typed(manifest: Json, path: str, text: str) -> Any:
     Raises:
         SpecError: It is wrong either way; told is what is wrong with it as YAML.
     """
-    literal = yaml.safe_load(text)
+    try:
+        literal = yaml.safe_load(text)
+    except yaml.YAMLError:
+        literal = text  # no YAML: the words themselves, of which the field says what is wrong
     for value in dict.fromkeys((text, literal)) if isinstance(literal, int | float) else (literal,):
         try:
             parse_finetunejob(_with(manifest, {path: value}))

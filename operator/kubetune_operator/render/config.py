@@ -1,5 +1,6 @@
 """The config file of a run: the spec in the trainer's words, complete, with what only the cluster knows filled in."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -104,9 +105,18 @@ def render_config(job: Job, *, resolved: Resolved) -> Json:
     return {"api_version": GROUP_VERSION, "kind": job.kind, "run": _render_run(job, resolved=resolved), **config}
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes a string like 2e-4, or the commit 81e4567: YAML 1.1 reads it back as one, the trainer as a number."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def dump_config(config: Json) -> str:
     """Write a config as YAML, always in the same way. YAML 1.1 reads `None` as a string, and so does the trainer."""
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _render_run(job: Job, *, resolved: Resolved) -> Json:
