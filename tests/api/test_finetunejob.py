@@ -284,6 +284,27 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"spec__dataset__sources__0__format": "Preference"},
         "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, this or",
     ),
+    "held-out pairs for supervised fine-tuning": (
+        {
+            "spec__dataset__validation": {
+                "sources": [
+                    {"name": "held", "uri": {"location": "s3://data/held"}, "format": "Preference"},
+                ]
+            }
+        },
+        "spec.dataset.validation.sources must have format Preference with recipe: DPO, ORPO or SimPO, this or",
+    ),
+    "held-out texts for preferences": (
+        {
+            "spec__recipe": "DPO",
+            "spec__dataset__validation": {
+                "sources": [
+                    {"name": "held", "uri": {"location": "s3://data/held"}, "format": "Text"},
+                ]
+            },
+        },
+        "spec.dataset.validation.sources must have format Preference with recipe: DPO, ORPO or SimPO, this or",
+    ),
     "texts for preferences": (
         {"spec__recipe": "DPO", "spec__dataset__sources__0__format": "Text"},
         "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, this or",

@@ -1,6 +1,6 @@
 """FineTuneJob: adapt a language model to data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Final, Literal
 
@@ -20,7 +20,7 @@ from kubetune_operator.api.common import (
     Uri,
     matches,
 )
-from kubetune_operator.api.dataset import Dataset
+from kubetune_operator.api.dataset import Dataset, Source
 from kubetune_operator.api.jobs import (
     Count,
     Digest,
@@ -386,6 +386,20 @@ _EXAMPLES: Final = (
 )
 
 
+_FORMATS: Final = (
+    "must have format Preference with recipe: DPO, ORPO or SimPO, this or UnpairedPreference with KTO, neither with SFT, "
+    "QAT or Distillation, and all or none of them with Custom"
+)
+
+
+def _formats_rule(sources: str) -> str:
+    return (
+        f"{_EXAMPLES} ? {sources}.all(s, !(s.format in ['Preference', 'UnpairedPreference'])) : "
+        f"{sources}.all(s, s.format in ['Auto', 'Preference'] || "
+        "(s.format == 'UnpairedPreference' && self.recipe in ['KTO', 'Custom']))"
+    )
+
+
 def learns_from_examples(spec: "FineTuneJobSpec") -> bool:
     """Whether rows are examples, not judged answers; for a script of one's own, the format of its data says it."""
     if spec.recipe == "Custom":
@@ -402,8 +416,8 @@ def _rounds_as_trained(spec: "FineTuneJobSpec") -> bool:
     )
 
 
-def _formats_fit(spec: "FineTuneJobSpec") -> bool:
-    formats = {source.format for source in spec.dataset.sources}
+def _formats_fit(spec: "FineTuneJobSpec", sources: Sequence[Source]) -> bool:
+    formats = {source.format for source in sources}
     if learns_from_examples(spec):
         return not formats & {*JUDGED}
     return formats <= {"Auto", *(JUDGED if spec.recipe in {"KTO", "Custom"} else JUDGED[:1])}
@@ -565,17 +579,19 @@ class FineTuneJobSpec(JobSpec):
             check=lambda value: (value.recipe == "Custom") == (value.custom is not None),
         ),
         Rule(
+            cel=_formats_rule("self.dataset.sources"),
+            message=f"spec.dataset.sources {_FORMATS}",
+            check=lambda value: _formats_fit(value, value.dataset.sources),
+        ),
+        Rule(
             cel=(
-                f"{_EXAMPLES} ? self.dataset.sources.all(s, !(s.format in ['Preference', 'UnpairedPreference'])) : "
-                "self.dataset.sources.all(s, s.format in ['Auto', 'Preference'] || "
-                "(s.format == 'UnpairedPreference' && self.recipe in ['KTO', 'Custom']))"
+                "!has(self.dataset.validation) || !has(self.dataset.validation.sources) || "
+                f"({_formats_rule('self.dataset.validation.sources')})"
             ),
-            message=(
-                "spec.dataset.sources must have format Preference with recipe: DPO, ORPO or SimPO, this or "
-                "UnpairedPreference with KTO, neither with SFT, QAT or Distillation, and all or none of them with "
-                "Custom"
+            message=f"spec.dataset.validation.sources {_FORMATS}",
+            check=lambda value: (
+                value.dataset.validation is None or _formats_fit(value, value.dataset.validation.sources or [])
             ),
-            check=_formats_fit,
         ),
         Rule(
             cel=f"{_EXAMPLES} || !has(self.dataset.packing) || self.dataset.packing == 'None'",
