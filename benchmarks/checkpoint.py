@@ -58,8 +58,10 @@ TABLE = Table(
     file=__file__,
     title="Full fine-tuning of SmolLM2-135M-Instruct with one checkpoint, of 1.6 GB, among its steps.",
     notes=(
-        "fp32, one row of 256 tokens a step, onto the local disk, by way of the local scratch folder. `stall` is what "
-        "the loop waits in the save; `loop` is all steps, which an asynchronous save slows where it shares the cores."
+        "fp32, one row of 256 tokens a step, all trained, no activation checkpointing, onto the local disk, by way "
+        "of the local scratch folder. `stall` is what "
+        "the loop waits in the save; `loop` is all steps, which an asynchronous save slows where it shares the cores: "
+        "on two of them, what the writing takes is taken from the steps beside it."
     ),
     sides={
         "async": Side(run=lambda settings: train(settings, mode="Async")),

@@ -1,7 +1,7 @@
 """What each switch of training saves and costs: memory and tokens per second of a step, beside the step without any.
 
-Each side is built as a recipe builds it, with FSDP2, of one rank where the switch is not about ranks. A side of several
-ranks starts itself again for the others; what it measures is its own memory, and all ranks' tokens.
+Each side is built as a recipe builds it, of one rank where the switch is not about ranks, and then without FSDP2. A
+side of several ranks starts itself again for the others; what it measures is its own memory, and all ranks' tokens.
 """
 
 import json
@@ -197,7 +197,8 @@ TABLE = Table(
     title="The switches of training on SmolLM2-135M-Instruct: tokens per second and peak memory of a training step.",
     notes=(
         "fp32 and all weights where the row does not say otherwise, built as the recipes do: one rank is without "
-        "FSDP2, but for cpuOffload. 2 rows of 256 tokens, all real. Memory is the peak less what the process holds "
+        "FSDP2, but for cpuOffload. 2 rows of 256 tokens, all real, not packed, the last 0.375 of each trained. "
+        "Memory is the peak less what the process holds "
         "after its imports, with what glibc keeps of freed temporaries: up to a third of stochasticRounding's row, "
         "which by an allocator that keeps nothing is 1.05 of BF16's. Compilation is not in the time, but in the peak. "
         "activationOffload and cpuOffload save memory of a GPU; on a CPU, where both memories are one, they show what "

@@ -58,7 +58,8 @@ TABLE = Table(
     notes=(
         "The matmul FLOPs that the work needs (no recomputation, causal half of attention) per second, divided by the "
         "best matmul of the same type in the same round. All in bf16; no activation checkpointing, no padding, nothing "
-        "compiled. Of our step of 1.7 s the profiler gives 0.81 s to matmuls alone, for which the best rate would "
+        "compiled. Of our step, of 1.7 s in a quieter run, the profiler gives 0.81 s to matmuls alone, for which the "
+        "best rate would "
         "need 0.28 s: with weights that are not in the cache, and for the gradients of weights, torch's bf16 matmul is "
         "that much slower than its best. So matmuls and nothing else would reach 0.35 here. Attention's backward pass "
         "takes 0.2 s (made of bf16 matmuls instead, it was measured to take as long), AdamW over 135 million weights "

@@ -387,7 +387,8 @@ _EXAMPLES: Final = (
 
 
 _FORMATS: Final = (
-    "must have format Preference with recipe: DPO, ORPO or SimPO, this or UnpairedPreference with KTO, neither with SFT, "
+    "must have format Preference with recipe: DPO, ORPO or SimPO, this or UnpairedPreference with KTO, neither with "
+    "SFT, "
     "QAT or Distillation, and all or none of them with Custom"
 )
 
