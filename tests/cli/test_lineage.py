@@ -24,7 +24,8 @@ LINEAGE: dict[str, Any] = {
         {
             "kind": "FineTuneJob", "namespace": "team", "name": "bot", "uid": "1",
             "model": {"location": "org/base", "commit": "abc"},
-            "sources": [{"name": "tickets", "location": "s3://data/t.jsonl", "digest": "sha256:t"}],
+            "sources": [{"name": "tickets", "location": "s3://data/t.jsonl", "digest": "sha256:t"},
+                        {"name": "held", "location": "s3://data/h.jsonl", "etag": "h", "use": "validation"}],
             "scriptDigest": "sha256:5",
             "outputs": [{"name": "merged", "type": "HuggingFace", "uri": "s3://m/merged", "digest": "sha256:m"}],
             "parents": [{"kind": "FineTuneJob", "name": "older", "uid": "0"}],
@@ -51,6 +52,7 @@ QuantizeJob team/small, finished 2026-01-01T00:00:00Z
 ├── FineTuneJob team/bot
 │   ├── model org/base, commit abc
 │   ├── data tickets: s3://data/t.jsonl, digest sha256:t
+│   ├── validation data held: s3://data/h.jsonl, etag h
 │   ├── script sha256:5
 │   ├── output merged (HuggingFace): s3://m/merged, sha256:m
 │   └── FineTuneJob older

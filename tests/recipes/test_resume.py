@@ -1,5 +1,6 @@
 """A run that is killed, at whatever moment, goes on with the numbers that it would have had."""
 
+import json
 import random
 import signal
 from pathlib import Path
@@ -192,6 +193,24 @@ def test_a_run_that_began_with_anothers_checkpoint_finishes_again(zygote: Zygote
     for name, trained in (("second", [5, 6]), ("again", [])):
         gang = Gang.start(zygote, place / name, config, "training.max_steps=6", begin).succeed()
         assert list(gang.losses()) == trained
+
+
+def test_a_run_has_neither_anothers_validation_loss_nor_its_lineage_without_held_out_data(
+    zygote: Zygote, place: Path
+) -> None:
+    sources = [{"name": "seen", "uri": {"location": f"file://{place}/pairs.jsonl"}}]
+    held = [{"name": "held", "uri": {"location": f"file://{place}/more.jsonl"}}]
+    dataset = {"sources": sources, "validation": {"sources": held}, "max_sequence_length": 64}
+    config = write_config(place / "run.yaml", dataset=dataset)
+    first = Gang.start(zygote, place / "first", config, "training.max_steps=4", "run.name=first").succeed()
+    assert first.message()["progress"]["validationLoss"] > 0
+    told = json.loads((place / "runs" / "first" / "lineage.json").read_text())["sources"]
+    assert [(each["name"], each.get("use")) for each in told] == [("seen", None), ("held", "validation")]
+    assert told[1]["location"].endswith("more.jsonl")
+    assert told[1].get("etag") or told[1].get("digest")
+    begin = f"checkpoint.resume_from.uri=file://{place}/runs/first/checkpoints"
+    second = Gang.start(zygote, place / "second", config, "training.max_steps=6", "dataset.validation=null", begin)
+    assert "validationLoss" not in second.succeed().message()["progress"]
 
 
 def test_a_checkpoint_of_another_config_says_at_which_step_training_goes_on(zygote: Zygote, place: Path) -> None:

@@ -187,6 +187,9 @@ def test_validation_may_have_sources_of_its_own(project: Project) -> None:
     prepared = project.prepare(f"dataset.validation.sources=[{source}]")
     assert prepared.validation is not None
     assert (prepared.validation.rows, prepared.data.samples) == (1, 40)
+    [held] = prepared.held_out
+    assert held.name == "held"
+    assert held.etag or held.digest
 
 
 @pytest.mark.parametrize(("weight", "rows"), [("2", 80), ("0.5", 20), ("1.25", 50)])

@@ -150,7 +150,8 @@ def _without_access(node: Any) -> Any:
 def _sources(lineage: Lineage) -> Iterable[Sequence[Any]]:
     for source in lineage["sources"]:
         version = next((source[key] for key in ("commit", "digest", "etag") if source.get(key)), None)
-        yield source["name"], _code(source.get("location")), _code(version)
+        used = f" ({source['use']})" if source.get("use") else ""
+        yield f"{source['name']}{used}", _code(source.get("location")), _code(version)
 
 
 def _lineage(lineage: Lineage, output: StoredOutput) -> Iterable[Sequence[Any]]:

@@ -238,6 +238,11 @@ class Resumed:
     uri: str
     record: Mapping[str, Any]
 
+    def without_validation(self) -> "Resumed":
+        """The same for another run, which has held-out data of its own, or none."""
+        progress = {key: value for key, value in self.record["progress"].items() if not key.startswith("validation")}
+        return replace(self, record={**self.record, "progress": progress})
+
 
 def find_checkpoint(store: "Store") -> str | None:
     """The newest complete checkpoint that is not damaged; call it on one rank, and tell the others.

@@ -122,7 +122,8 @@ def _inputs(model: Json | None, sources: Any) -> Iterator[str]:
     if model:
         yield f"model {_place(model)}"
     for source in sources or []:
-        yield f"data {source.get('name')}: {_place(source)}"
+        used = f"{source['use']} " if source.get("use") else ""
+        yield f"{used}data {source.get('name')}: {_place(source)}"
 
 
 def _others(models: Any) -> Iterator[str]:

@@ -127,6 +127,8 @@ class Prepared(PreparedData):
     """The models that are used beside it, by field."""
     sources: tuple[FoundSource, ...]
     """The datasets."""
+    held_out: tuple[FoundSource, ...] = ()
+    """The datasets that are held out whole."""
     estimate: Estimate
     """What training needs."""
     parameters: int
@@ -138,7 +140,8 @@ class Prepared(PreparedData):
 
     def message(self) -> dict[str, Any]:
         """Returns the fields of the termination message; datasets too many for its size are left out of it."""
-        inner = {"asked", "model", "adapter", "first_adapters", "others", "train", "validation", "preview", "report"}
+        inner = {"asked", "model", "adapter", "first_adapters", "others", "held_out"}
+        inner |= {"train", "validation", "preview", "report"}
         told = self.model_dump(mode="json", by_alias=True, exclude=inner, exclude_none=True)
         message = {"model": self.model.told(), **told}
         others = [other.told(field) for field, other in self.others.items()]
@@ -197,10 +200,12 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
         report("warning", message=limit)
     _check_first_adapters(first_adapters, config, folder, report=report)
     others = locate_others(config, tokenizer=tokenizer, report=report)
+    validation = config.dataset.validation
     sources = [open_source(source, config=config) for source in config.dataset.sources]
+    held_out = [open_source(source, config=config) for source in (validation and validation.sources) or ()]
     decide = (TOKENIZER_FILE, CHAT_TEMPLATE_FILE)
     bring = [found for found in (adapter, first_adapters) if found and any(file in found.etags for file in decide)]
-    data = _prepare_data(config, sources, model=model, bring_tokens=bring, tokenizer=tokenizer, report=report)
+    data = _prepare_data(config, sources, held_out, model=model, bring_tokens=bring, tokenizer=tokenizer, report=report)
     prepared = Prepared(
         **dict(data),
         report=directory.uri(REPORT_FILE),
@@ -210,6 +215,7 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
         first_adapters=first_adapters,
         others={field: found for field, (found, _) in others.items()},
         sources=tuple(opened.found for opened in sources),
+        held_out=tuple(opened.found for opened in held_out),
         estimate=estimate_memory(
             config, shape, others={field: read_config(folder) for field, (_, folder) in others.items()}
         ),
@@ -330,6 +336,7 @@ def fetch_rows(rows: StoredRows, config: JobConfig) -> DataStore:
 def _prepare_data(
     config: FineTuneConfig,
     sources: Sequence[OpenSource],
+    held_out: Sequence[OpenSource],
     *,
     model: FoundModel,
     bring_tokens: Sequence[FoundModel],
@@ -337,8 +344,6 @@ def _prepare_data(
     report: Report,
 ) -> PreparedData:
     """Takes tokenized data from the cache, or makes it and puts it there."""
-    validation = config.dataset.validation
-    held_out = [open_source(source, config=config) for source in (validation and validation.sources) or ()]
     key = _data_key(config, [*sources, *held_out], [model, *bring_tokens])
     cache = open_store(f"{config.run.cache}/data/{key}", s3=config.storage.s3)
     if cache.exists(COMPLETE_MARKER):

@@ -265,6 +265,7 @@ def _load_newest_checkpoint(job: Job) -> int:
             resumed = load_checkpoint(store, folder, model=job.model, optimizer=job.optimizer, scratch=scratch)
             if place != own:
                 _check_steps_left(job, resumed)
+                resumed = resumed.without_validation()
             if resumed.record["configDigest"] != _digest(config):
                 report(
                     "warning",

@@ -104,6 +104,8 @@ def check_merged(check: MergeCheck | None, folder: Path, *, name: str) -> str | 
 def describe(job: Job, outputs: Sequence[StoredOutput]) -> None:
     """Puts a card and the lineage beside each output, and the lineage into the run's folder last, as a mark of all."""
     config, local, prepared = job.config, job.local, job.prepared
+    validation = config.dataset.validation
+    held_out = lineage_sources((validation and validation.sources) or (), prepared.held_out)
     lineage = make_lineage(
         config,
         model=prepared.model,
@@ -117,7 +119,10 @@ def describe(job: Job, outputs: Sequence[StoredOutput]) -> None:
         ),
         script=Path(sys.argv[0]) if config.recipe == "Custom" else None,
         others={field: (found, local.others[field]) for field, found in prepared.others.items()},
-        sources=lineage_sources(config.dataset.sources, prepared.sources),
+        sources=[
+            *lineage_sources(config.dataset.sources, prepared.sources),
+            *({**told, "use": "validation"} for told in held_out),
+        ],
         outputs=outputs,
     )
     data = prepared.data.model_dump()
