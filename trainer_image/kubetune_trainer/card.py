@@ -154,22 +154,23 @@ def _sources(lineage: Lineage) -> Iterable[Sequence[Any]]:
         yield f"{source['name']}{used}", _code(source.get("location")), _code(version)
 
 
+def _model(name: str, found: Lineage | None) -> Iterable[Sequence[Any]]:
+    if found:
+        yield name, _code(found["location"])
+        yield f"{name}, commit", _code(found.get("commit"))
+        yield f"{name}, digest", _code(found["digest"])
+
+
 def _lineage(lineage: Lineage, output: StoredOutput) -> Iterable[Sequence[Any]]:
     job = f"{lineage['kind']} {lineage['namespace']}/{lineage['name']}"
     yield "Job", f"{job} ({lineage['uid']})"
     yield "Settings", _code(lineage["configDigest"])
     yield "Script", _code(lineage.get("scriptDigest"))
     for name in ("model", "adapter"):
-        if found := lineage.get(name):
-            yield f"Base {name}", _code(found["location"])
-            yield f"Base {name}, commit", _code(found.get("commit"))
-            yield f"Base {name}, digest", _code(found["digest"])
+        yield from _model(f"Base {name}", lineage.get(name))
     for other in lineage.get("otherModels") or ():
-        for name, found in ((other["field"], other), (f"{other['field']}, adapter", other.get("adapter"))):
-            if found:
-                yield f"`{name}`", _code(found["location"])
-                yield f"`{name}`, commit", _code(found.get("commit"))
-                yield f"`{name}`, digest", _code(found["digest"])
+        yield from _model(f"`{other['field']}`", other)
+        yield from _model(f"`{other['field']}, adapter`", other.get("adapter"))
     for parent in lineage["parents"]:
         yield "Made from", f"{parent['kind']} {parent['name']} ({parent['uid']})"
     yield "Image", _code(lineage.get("image"))

@@ -388,8 +388,7 @@ _EXAMPLES: Final = (
 
 _FORMATS: Final = (
     "must have format Preference with recipe: DPO, ORPO or SimPO, this or UnpairedPreference with KTO, neither with "
-    "SFT, "
-    "QAT or Distillation, and all or none of them with Custom"
+    "SFT, QAT or Distillation, and all or none of them with Custom"
 )
 
 

@@ -86,16 +86,20 @@ def is_good(row: Row) -> bool:
 
 def prompt_of(row: Row) -> bytes:
     """Returns what a row's answer answers: the tokens before the first that is trained."""
-    return row.tokens[: int(np.argmax(row.labels != IGNORE_LABEL)) + 1].tobytes()
+    return row.tokens[: _last_of_prompt(row) + 1].tobytes()
 
 
 def with_answer_of(row: Row, other: Row, *, max_length: int) -> Row:
     """Returns a row's prompt with another row's answer, cut at a length."""
-    begin, other_begin = (int(np.argmax(each.labels != IGNORE_LABEL)) for each in (row, other))
+    begin, other_begin = _last_of_prompt(row), _last_of_prompt(other)
     tokens = np.concatenate([row.tokens[: begin + 1], other.tokens[other_begin + 1 :]])
     labels = np.concatenate([row.labels[:begin], other.labels[other_begin:]])
     mixed = Row(tokens=tokens, labels=labels, documents=np.full_like(tokens, row.documents[0]))
     return mixed.part(0, max_length)
+
+
+def _last_of_prompt(row: Row) -> int:
+    return int(np.argmax(row.labels != IGNORE_LABEL))  # a label stands where its token is asked for, one before it
 
 
 def join_pair(chosen: Row, rejected: Row) -> Row:
