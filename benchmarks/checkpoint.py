@@ -75,6 +75,8 @@ TABLE = Table(
         Ratio(name="loop, Async ÷ Sync", row=0, measure="loopSeconds", side="async", peer="sync", target="<= 1.0"),
     ],
     rounds=1,
+    same_without_bf16=True,
+    clocks=("wall",),  # of which a stall is made, whoever has the cores
 )
 
 if __name__ == "__main__":

@@ -99,6 +99,10 @@ class Table:
     """More where a round has so many processes that no machine stays the same for all of them."""
     derive: Callable[[Row, Mapping[str, Measures]], dict[str, Measures]] = field(default=lambda _, best: dict(best))
     """Adds measures that follow from several sides."""
+    same_without_bf16: bool = False
+    """Whether a CPU without bf16 arithmetic does the same work, so that the notes hold there too."""
+    clocks: tuple[str, ...] = ("wall", "cpu")
+    """Those that it can be measured by."""
 
 
 def run_table(table: Table) -> None:
@@ -107,7 +111,7 @@ def run_table(table: Table) -> None:
     parser.add_argument("--side", choices=table.sides, help="run one side once, with the settings on stdin")
     parser.add_argument("--rounds", type=int, default=table.rounds)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: on a machine that is not quiet")
+    parser.add_argument("--clock", choices=table.clocks, default="wall", help="cpu: on a machine that is not quiet")
     parser.add_argument("--drift", type=float, default=table.drift_allowed, help="of calibrations that counts")
     options = parser.parse_args()
     if options.side:
@@ -282,7 +286,7 @@ def section_of(
     lines = [
         section_name(table),
         "",
-        table.title + (f" {table.notes}" if has_bf16() else WITHOUT_BF16),
+        table.title + (f" {table.notes}" if has_bf16() or table.same_without_bf16 else WITHOUT_BF16),
         "",
         f"`make bench TABLE={table.name}`; {machine(options)}; calibration within {options.drift:.0%}.",
         "",

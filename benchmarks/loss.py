@@ -65,6 +65,7 @@ TABLE = Table(
         Ratio(name="seconds ÷ plain", row=0, measure="seconds", peer="plain", target="<= 1.1"),
     ],
     rounds=2,
+    same_without_bf16=True,
 )
 
 if __name__ == "__main__":

@@ -67,15 +67,17 @@ def write_config(folder: Path, settings: Settings) -> Path:
     """Writes data and config of a run; JSON is YAML too."""
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in tickets(settings)))
+    targets = settings.get("targets", ["all-linear"])
+    dropout = settings.get("dropout", 0.0)
     config = {
         "model": {"uri": {"location": f"file://{settings['model']}"}},
         "dataset": {
             "sources": [{"name": "tickets", "uri": {"location": f"file://{data}"}}],
-            "max_sequence_length": 256,
+            "max_sequence_length": settings.get("length", 256),
             "packing": "None",
         },
         "tuning": "LoRA",
-        "lora": {"rank": RANK, "alpha": 2 * RANK, "dropout": 0.0, "target_modules": ["all-linear"]},
+        "lora": {"rank": RANK, "alpha": 2 * RANK, "dropout": dropout, "target_modules": targets},
         "training": {
             "epochs": 1,
             "global_batch_size": settings["batch"],
@@ -124,11 +126,7 @@ def trl(settings: Settings) -> Measures:
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {}
         if not settings["defaults"]:
-            options = {
-                "gradient_checkpointing": False,
-                "bf16": settings["precision"] != "FP32",
-                "model_init_kwargs": {"dtype": stored_dtype(settings)},
-            }
+            options = {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": stored_dtype(settings)}}
         config = SFTConfig(
             output_dir=folder,
             num_train_epochs=1,
@@ -137,6 +135,7 @@ def trl(settings: Settings) -> Measures:
             max_length=256,
             use_cpu=True,
             report_to="none",
+            bf16=settings["precision"] != "FP32",  # its default, but for CPUs without bf16 arithmetic
             save_strategy="no",
             disable_tqdm=True,
             logging_strategy="no",

@@ -1,9 +1,9 @@
 """The training step of each project, for the tables lora, full and mfu: the same model, rows, optimizer and clipping.
 
 Settings: model (folder), rows, length, share (of a row's tokens that are trained, at its end), tuning (LoRA or Full),
-rank, targets (attention: q and v; all: every linear layer), precision, steps, compiled (by `torch.compile`: each block
-of ours, the whole of transformers' model as its Trainer does). No activation checkpointing; rows are full, so nothing
-is padded.
+rank, targets (names of linear layers), dropout (of adapters), precision, steps, clipped (unless false), compiled (by
+`torch.compile`: each block of ours and of torchtune, as its recipes do; the whole of transformers' model, as its
+Trainer does, and of litgpt's). No activation checkpointing; rows are full, so nothing is padded.
 
 Precisions are ours. FP32: all in fp32. BF16Mixed: frozen weights in bf16, trained ones in fp32, computed in bf16, which
 PEFT's users get of autocast. BF16: all in bf16, which is what torchtune and litgpt have.
@@ -47,7 +47,7 @@ def measure(step: Step, settings: Settings, *, baseline: int) -> Measures:
     return {"tokensPerSecond": tokens / min(times), "peakBytes": peak_bytes() - baseline, "loss": loss}
 
 
-def optimized(parameters: Any, loss_of: Callable[[], Any]) -> Step:
+def optimized(parameters: Any, loss_of: Callable[[], Any], settings: Settings) -> Step:
     """Returns a step as every side takes it."""
     import torch
 
@@ -57,7 +57,8 @@ def optimized(parameters: Any, loss_of: Callable[[], Any]) -> Step:
     def step() -> float:
         loss = loss_of()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if settings.get("clipped", True):
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss.detach())
@@ -79,8 +80,9 @@ def ours(settings: Settings) -> Measures:
     baseline = resident_bytes()
     model = build_model(read_config(Path(settings["model"])))
     if settings["tuning"] == "LoRA":
-        names = ["all-linear"] if settings["targets"] == "all" else ["q_proj", "v_proj"]
-        apply_lora(model, rank=settings["rank"], alpha=2 * settings["rank"], target_modules=names)
+        dropout = settings.get("dropout", 0.0)
+        rank = settings["rank"]
+        apply_lora(model, rank=rank, alpha=2 * rank, dropout=dropout, target_modules=settings["targets"])
     set_dtypes(model, precision=settings["precision"])
     model.to_empty(device="cpu")
     load_weights(model, settings["model"])
@@ -89,9 +91,8 @@ def ours(settings: Settings) -> Measures:
         compile_blocks(model)
     shifted = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), dim=1)
     trained = int((shifted != -100).sum())
-    return measure(
-        optimized(model.parameters(), lambda: model(tokens, labels_BT=shifted) / trained), settings, baseline=baseline
-    )
+    step = optimized(model.parameters(), lambda: model(tokens, labels_BT=shifted) / trained, settings)
+    return measure(step, settings, baseline=baseline)
 
 
 def transformers(settings: Settings) -> Measures:
@@ -105,9 +106,8 @@ def transformers(settings: Settings) -> Measures:
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=stored_dtype(settings))
     model.config.use_cache = False
     if settings["tuning"] == "LoRA":
-        names = "all-linear" if settings["targets"] == "all" else ["q_proj", "v_proj"]
         rank = settings["rank"]
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=settings["targets"], task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
     if settings.get("compiled"):
         model = torch.compile(model)
@@ -117,7 +117,7 @@ def transformers(settings: Settings) -> Measures:
             loss: torch.Tensor = model(input_ids=tokens, labels=labels).loss
         return loss
 
-    return measure(optimized(model.parameters(), loss_of), settings, baseline=baseline)
+    return measure(optimized(model.parameters(), loss_of, settings), settings, baseline=baseline)
 
 
 def torchtune(settings: Settings) -> Measures:
@@ -128,6 +128,7 @@ def torchtune(settings: Settings) -> Measures:
     from torchtune.models.llama3_2._component_builders import llama3_2, lora_llama3_2
     from torchtune.modules.loss import CEWithChunkedOutputLoss
     from torchtune.modules.peft import get_adapter_params, set_trainable_params
+    from torchtune.training import compile_loss, compile_model
 
     tokens, labels = token_rows(settings)
     baseline = resident_bytes()
@@ -146,12 +147,13 @@ def torchtune(settings: Settings) -> Measures:
     }
     torch.set_default_dtype(stored_dtype(settings))
     if settings["tuning"] == "LoRA":
-        every = ["q_proj", "k_proj", "v_proj", "output_proj"]
+        names = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "output_proj"}
         model = lora_llama3_2(
-            every if settings["targets"] == "all" else ["q_proj", "v_proj"],
-            apply_lora_to_mlp=settings["targets"] == "all",
+            [name for ours, name in names.items() if ours in settings["targets"]],
+            apply_lora_to_mlp="up_proj" in settings["targets"],
             lora_rank=settings["rank"],
             lora_alpha=2 * settings["rank"],
+            lora_dropout=settings.get("dropout", 0.0),
             **shape,
         )
         set_trainable_params(model, get_adapter_params(model))
@@ -163,9 +165,13 @@ def torchtune(settings: Settings) -> Measures:
     model.load_state_dict(hf_to_tune(weights, dim=shape["embed_dim"], **heads), strict=False)
     del weights
     loss_of = CEWithChunkedOutputLoss()
+    if settings.get("compiled"):
+        compile_model(model)
+        loss_of = compile_loss(loss_of)
     model.set_num_output_chunks(loss_of.num_output_chunks)
     shifted = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), dim=1)
-    return measure(optimized(model.parameters(), lambda: loss_of(model(tokens), shifted)), settings, baseline=baseline)
+    step = optimized(model.parameters(), lambda: loss_of(model(tokens), shifted), settings)
+    return measure(step, settings, baseline=baseline)
 
 
 def litgpt(settings: Settings) -> Measures:
@@ -184,10 +190,10 @@ def litgpt(settings: Settings) -> Measures:
     adapters = settings["tuning"] == "LoRA"
     torch.set_default_dtype(stored_dtype(settings))
     if adapters:
-        every = settings["targets"] == "all"
-        lora = {f"lora_{name}": every for name in ("key", "projection", "mlp")}
+        names = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "projection", "up_proj": "mlp"}
+        lora = {f"lora_{name}": ours in settings["targets"] for ours, name in names.items()}
         rank = {"lora_r": settings["rank"], "lora_alpha": 2 * settings["rank"]}
-        config = Config(**shape, **rank, lora_dropout=0.0, lora_query=True, lora_value=True, **lora)
+        config = Config(**shape, **rank, lora_dropout=settings.get("dropout", 0.0), **lora)
         model = GPT(config)
     else:
         config = PlainConfig(**shape)
@@ -201,13 +207,15 @@ def litgpt(settings: Settings) -> Measures:
     if adapters:
         mark_only_lora_as_trainable(model)
     model.max_seq_length = settings["length"]
+    if settings.get("compiled"):
+        model = torch.compile(model)
 
     def loss_of() -> torch.Tensor:
         logits = model(tokens, lm_head_chunk_size=128)
         logits[-1] = logits[-1][..., :-1, :]
         return chunked_cross_entropy(logits, labels[..., 1:])
 
-    return measure(optimized(model.parameters(), loss_of), settings, baseline=baseline)
+    return measure(optimized(model.parameters(), loss_of, settings), settings, baseline=baseline)
 
 
 def shape_of_litgpt(settings: Settings) -> dict[str, Any]:
