@@ -29,15 +29,19 @@ from kubetune_trainer.training.outputs import export, finish
 from kubetune_trainer.training.progress import Progress
 from kubetune_trainer.training.step import (
     check_finite,
-    check_validation,
     check_weights,
     clipped_grad_norm,
     count_trained_tokens,
     divide_gradients,
     micro_batch_rows,
+    report_validation,
+    save_due,
     seed_dropout,
     set_learning_rate,
     share_gradients,
+    steps_left,
+    stop_requested,
+    until_stopped,
     validation_due,
     validation_left,
     validation_rows,
@@ -57,9 +61,11 @@ def main(arguments: Sequence[str]) -> None:
 def train(job: Job, teacher: Decoder, first_step: int) -> None:
     """The training loop: micro batches, one exchange between the ranks, one optimizer step, then whatever is due."""
     training, model, optimizer, checkpointer = job.config.training, job.model, job.optimizer, job.checkpointer
-    progress = Progress(job, first_step)
     report("phase", phase="Training")
-    for step in range(first_step + 1, job.total_steps + 1):
+    if validation_left(job, first_step) and not validate(job, teacher, first_step):
+        raise PreemptedError(f"{job.config.title}: stopped after step {first_step}, which is saved")
+    progress = Progress(job, first_step)
+    for step in steps_left(job, first_step):
         set_learning_rate(job, step)
         model.train()
         sums = torch.zeros(3, dtype=torch.float64)
@@ -90,17 +96,16 @@ def train(job: Job, teacher: Decoder, first_step: int) -> None:
         told = means(totals.measures, num_tokens=totals.trained_tokens)
         progress.report_step(step, loss=totals.loss, tokens=totals.tokens, grad_norm=grad_norm, **told)
         checkpointer.advance(totals.uploaded_step)
-        if validation_due(job, step) and not totals.stop:  # who is told to stop may have no time for it
-            validate(job, teacher, step)
-        if totals.stop or totals.save or step == job.total_steps:
+        stops = totals.stop
+        if validation_due(job, step) and not stops:
+            stops = not validate(job, teacher, step)
+        if stops or totals.save or save_due(job, step):
             check_weights(job, step)
-            checkpointer.save(step, model, optimizer)
-        if totals.stop:
+            checkpointer.save(step, model, optimizer, hurry=stops)
+        if stops:
             checkpointer.finish()
             raise PreemptedError(f"{job.config.title}: stopped after step {step}, which is saved")
     checkpointer.finish()
-    if validation_left(job, first_step):
-        validate(job, teacher, first_step)
 
 
 def micro_batches(job: Job, step: int) -> list[Batch]:
@@ -135,24 +140,28 @@ def means(sums: Sequence[float], *, num_tokens: float) -> dict[str, float]:
 
 
 @torch.no_grad()
-def validate(job: Job, teacher: Decoder, step: int) -> None:
-    """Reports the mean loss over the held-out tokens; every rank takes part in every forward pass."""
+def validate(job: Job, teacher: Decoder, step: int) -> bool:
+    """Reports the mean loss over the held-out tokens, and tells whether it came to that before a stop.
+
+    Every rank takes part in every forward pass.
+    """
     data = job.local.validation_data
     if data is None:
-        return
+        return True
     job.model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
-    for rows in validation_rows(job, len(data)):
+    for rows in until_stopped(job, validation_rows(job, len(data))):
         # A rank with nothing left computes a row again, for FSDP's sake, and counts none of it.
         batch = collate([data[row] for row in rows or [0]], pad_id=job.pad_id)
         distilled = compare(job, teacher, batch)
         if rows:
             sums[:3] += torch.stack(distilled).cpu()
             sums[3] += batch.trained_tokens
+    if stop_requested(job):
+        return False
     loss, *measures, num_tokens = gather_vector(sums.tolist()).sum(dim=0).tolist()
-    mean, told = loss / max(1, num_tokens), means(measures, num_tokens=num_tokens)
-    check_validation(job, step, loss=mean)
-    report("validation", step=step, validation_loss=mean, **told)
+    report_validation(job, step, loss=loss / max(1, num_tokens), **means(measures, num_tokens=num_tokens))
+    return True
 
 
 if __name__ == "__main__":

@@ -35,14 +35,18 @@ from kubetune_trainer.training.progress import Progress
 from kubetune_trainer.training.reference import Reference, build_reference
 from kubetune_trainer.training.step import (
     check_finite,
-    check_validation,
     check_weights,
     clipped_grad_norm,
     global_rows,
     micro_batch_rows,
+    report_validation,
+    save_due,
     seed_dropout,
     set_learning_rate,
     share_gradients,
+    steps_left,
+    stop_requested,
+    until_stopped,
     validation_due,
     validation_left,
     validation_rows,
@@ -62,9 +66,11 @@ def main(arguments: Sequence[str]) -> None:
 def train(job: Job, reference: Reference | None, first_step: int) -> None:
     """The training loop: micro batches, one exchange between the ranks, one optimizer step, then whatever is due."""
     training, model, optimizer, checkpointer = job.config.training, job.model, job.optimizer, job.checkpointer
-    progress = Progress(job, first_step)
     report("phase", phase="Training")
-    for step in range(first_step + 1, job.total_steps + 1):
+    if validation_left(job, first_step) and not validate(job, reference, first_step):
+        raise PreemptedError(f"{job.config.title}: stopped after step {first_step}, which is saved")
+    progress = Progress(job, first_step)
+    for step in steps_left(job, first_step):
         set_learning_rate(job, step)
         model.train()
         batches = micro_batches(job, step)
@@ -98,17 +104,16 @@ def train(job: Job, reference: Reference | None, first_step: int) -> None:
         told = rewards(totals.measures, num_pairs=training.global_batch_size)
         progress.report_step(step, loss=totals.loss_sum, tokens=totals.tokens, grad_norm=grad_norm, **told)
         checkpointer.advance(totals.uploaded_step)
-        if validation_due(job, step) and not totals.stop:  # who is told to stop may have no time for it
-            validate(job, reference, step)
-        if totals.stop or totals.save or step == job.total_steps:
+        stops = totals.stop
+        if validation_due(job, step) and not stops:
+            stops = not validate(job, reference, step)
+        if stops or totals.save or save_due(job, step):
             check_weights(job, step)
-            checkpointer.save(step, model, optimizer)
-        if totals.stop:
+            checkpointer.save(step, model, optimizer, hurry=stops)
+        if stops:
             checkpointer.finish()
             raise PreemptedError(f"{job.config.title}: stopped after step {step}, which is saved")
     checkpointer.finish()
-    if validation_left(job, first_step):
-        validate(job, reference, first_step)
 
 
 def micro_batches(job: Job, step: int) -> list[Batch]:
@@ -196,14 +201,17 @@ def rewards(measures: Sequence[float], *, num_pairs: float) -> dict[str, float]:
 
 
 @torch.no_grad()
-def validate(job: Job, reference: Reference | None, step: int) -> None:
-    """Reports the mean loss over the held-out pairs; every rank takes part in every forward pass."""
+def validate(job: Job, reference: Reference | None, step: int) -> bool:
+    """Reports the mean loss over the held-out pairs, and tells whether it came to that before a stop.
+
+    Every rank takes part in every forward pass.
+    """
     data = job.local.validation_data
     if data is None:
-        return
+        return True
     job.model.eval()
     sums = torch.zeros(4 + NUM_MEASURES, dtype=torch.float64)
-    for rows in validation_rows(job, len(data)):
+    for rows in until_stopped(job, validation_rows(job, len(data))):
         # A rank with nothing left computes a pair again, for FSDP's sake, and counts none of it.
         batch = collate_pairs(job, data, rows or [0])
         preferred, cross_entropy = judge(job, batch, reference_log_probabilities(reference, batch))
@@ -211,10 +219,12 @@ def validate(job: Job, reference: Reference | None, step: int) -> None:
             told_tokens = sum(num_told_tokens(data, row) for row in rows)
             sums[:4] += torch.tensor([preferred.losses.sum(), len(rows), cross_entropy, told_tokens])
             sums[4:] += measured(preferred)
+    if stop_requested(job):
+        return False
     loss, num_pairs, cross_entropy, told_tokens, *measures = gather_vector(sums.tolist()).sum(dim=0).tolist()
     mean = loss / max(1, num_pairs) + cross_entropy / max(1, told_tokens)
-    check_validation(job, step, loss=mean)
-    report("validation", step=step, validation_loss=mean, **rewards(measures, num_pairs=num_pairs))
+    report_validation(job, step, loss=mean, **rewards(measures, num_pairs=num_pairs))
+    return True
 
 
 if __name__ == "__main__":

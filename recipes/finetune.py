@@ -30,15 +30,19 @@ from kubetune_trainer.training.outputs import export, finish
 from kubetune_trainer.training.progress import Progress
 from kubetune_trainer.training.step import (
     check_finite,
-    check_validation,
     check_weights,
     clipped_grad_norm,
     count_trained_tokens,
     divide_gradients,
     micro_batch_rows,
+    report_validation,
+    save_due,
     seed_dropout,
     set_learning_rate,
     share_gradients,
+    steps_left,
+    stop_requested,
+    until_stopped,
     validation_due,
     validation_left,
     validation_rows,
@@ -57,9 +61,11 @@ def main(arguments: Sequence[str]) -> None:
 def train(job: Job, first_step: int) -> None:
     """The training loop: micro batches, one exchange between the ranks, one optimizer step, then whatever is due."""
     training, model, optimizer, checkpointer = job.config.training, job.model, job.optimizer, job.checkpointer
-    progress = Progress(job, first_step)
     report("phase", phase="Training")
-    for step in range(first_step + 1, job.total_steps + 1):
+    if validation_left(job, first_step) and not validate(job, first_step):
+        raise PreemptedError(f"{job.config.title}: stopped after step {first_step}, which is saved")
+    progress = Progress(job, first_step)
+    for step in steps_left(job, first_step):
         set_learning_rate(job, step)
         model.train()
         loss_sum = torch.zeros((), dtype=torch.float64)
@@ -88,17 +94,16 @@ def train(job: Job, first_step: int) -> None:
 
         progress.report_step(step, loss=totals.loss, tokens=totals.tokens, grad_norm=grad_norm)
         checkpointer.advance(totals.uploaded_step)
-        if validation_due(job, step) and not totals.stop:  # who is told to stop may have no time for it
-            validate(job, step)
-        if totals.stop or totals.save or step == job.total_steps:
+        stops = totals.stop
+        if validation_due(job, step) and not stops:
+            stops = not validate(job, step)
+        if stops or totals.save or save_due(job, step):
             check_weights(job, step)
-            checkpointer.save(step, model, optimizer)
-        if totals.stop:
+            checkpointer.save(step, model, optimizer, hurry=stops)
+        if stops:
             checkpointer.finish()
             raise PreemptedError(f"{job.config.title}: stopped after step {step}, which is saved")
     checkpointer.finish()
-    if validation_left(job, first_step):
-        validate(job, first_step)
 
 
 def micro_batches(job: Job, step: int) -> list[Batch]:
@@ -114,24 +119,28 @@ def summed_loss(job: Job, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validate(job: Job, step: int) -> None:
-    """Reports the mean loss over the held-out tokens; every rank takes part in every forward pass."""
+def validate(job: Job, step: int) -> bool:
+    """Reports the mean loss over the held-out tokens, and tells whether it came to that before a stop.
+
+    Every rank takes part in every forward pass.
+    """
     data = job.local.validation_data
     if data is None:
-        return
+        return True
     job.model.eval()
     loss_sum = trained_tokens = 0
-    for rows in validation_rows(job, len(data)):
+    for rows in until_stopped(job, validation_rows(job, len(data))):
         # A rank with nothing left computes a row again, for FSDP's sake, and counts none of it.
         batch = collate([data[row] for row in rows or [0]], pad_id=job.pad_id)
         loss = summed_loss(job, batch)
         if rows:
             loss_sum += loss.item()
             trained_tokens += batch.trained_tokens
+    if stop_requested(job):
+        return False
     total, tokens = gather_vector([loss_sum, trained_tokens]).sum(dim=0).tolist()
-    loss = total / max(1, tokens)
-    check_validation(job, step, loss=loss)
-    report("validation", step=step, validation_loss=loss)
+    report_validation(job, step, loss=total / max(1, tokens))
+    return True
 
 
 if __name__ == "__main__":

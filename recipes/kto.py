@@ -14,7 +14,7 @@ gradient and is the same on all ranks. The loss is in `kubetune_trainer.preferen
 Shapes: B answers of a micro batch, T tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,14 +34,18 @@ from kubetune_trainer.training.progress import Progress
 from kubetune_trainer.training.reference import Reference, build_reference
 from kubetune_trainer.training.step import (
     check_finite,
-    check_validation,
     check_weights,
     clipped_grad_norm,
     global_rows,
     micro_batch_rows,
+    report_validation,
+    save_due,
     seed_dropout,
     set_learning_rate,
     share_gradients,
+    steps_left,
+    stop_requested,
+    until_stopped,
     validation_due,
     validation_left,
     validation_rows,
@@ -77,9 +81,11 @@ def train(job: Job, reference: Reference, first_step: int) -> None:
     """The training loop: the divergence, micro batches, one exchange, one optimizer step, then whatever is due."""
     training, model, optimizer, checkpointer = job.config.training, job.model, job.optimizer, job.checkpointer
     data = job.local.train_data
-    progress = Progress(job, first_step)
     report("phase", phase="Training")
-    for step in range(first_step + 1, job.total_steps + 1):
+    if validation_left(job, first_step) and not validate(job, reference, first_step):
+        raise PreemptedError(f"{job.config.title}: stopped after step {first_step}, which is saved")
+    progress = Progress(job, first_step)
+    for step in steps_left(job, first_step):
         set_learning_rate(job, step)
         mine, everyone = micro_batch_rows(job, step), global_rows(job, step)
         divergence = estimate_divergence(job, reference, data, mine, everyone)
@@ -115,17 +121,16 @@ def train(job: Job, reference: Reference, first_step: int) -> None:
         told = {"divergence": divergence, **rewards(totals.measures)}
         progress.report_step(step, loss=totals.loss_sum, tokens=totals.tokens, grad_norm=grad_norm, **told)
         checkpointer.advance(totals.uploaded_step)
-        if validation_due(job, step) and not totals.stop:  # who is told to stop may have no time for it
-            validate(job, reference, step)
-        if totals.stop or totals.save or step == job.total_steps:
+        stops = totals.stop
+        if validation_due(job, step) and not stops:
+            stops = not validate(job, reference, step)
+        if stops or totals.save or save_due(job, step):
             check_weights(job, step)
-            checkpointer.save(step, model, optimizer)
-        if totals.stop:
+            checkpointer.save(step, model, optimizer, hurry=stops)
+        if stops:
             checkpointer.finish()
             raise PreemptedError(f"{job.config.title}: stopped after step {step}, which is saved")
     checkpointer.finish()
-    if validation_left(job, first_step):
-        validate(job, reference, first_step)
 
 
 @torch.no_grad()
@@ -133,7 +138,7 @@ def estimate_divergence(
     job: Job,
     reference: Reference,
     data: DataStore,
-    mine: Sequence[Sequence[int]],
+    mine: Iterable[Sequence[int]],
     everyone: Sequence[int],
 ) -> float:
     """How far the model is from the reference, at least 0: the mean log ratio of answers to prompts of other rows.
@@ -160,7 +165,7 @@ def estimate_divergence(
         if rows:
             sums += torch.tensor([ratios_B.double().sum().item(), len(rows)], dtype=torch.float64)
     total, num_rows = gather_vector(sums.tolist()).sum(dim=0).tolist()
-    return max(0.0, total / num_rows)
+    return max(0.0, total / max(1, num_rows))
 
 
 def others_answers(rows: Sequence[int], data: DataStore) -> dict[int, int]:
@@ -241,15 +246,18 @@ def rewards(measures: Sequence[float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def validate(job: Job, reference: Reference, step: int) -> None:
-    """Reports the mean loss over the held-out answers; every rank takes part in every forward pass."""
+def validate(job: Job, reference: Reference, step: int) -> bool:
+    """Reports the mean loss over the held-out answers, and tells whether it came to that before a stop.
+
+    Every rank takes part in every forward pass.
+    """
     data = job.local.validation_data
     if data is None:
-        return
+        return True
     rounds = validation_rows(job, len(data))
-    divergence = estimate_divergence(job, reference, data, rounds, range(len(data)))
+    divergence = estimate_divergence(job, reference, data, until_stopped(job, rounds), range(len(data)))
     sums = torch.zeros(2 + NUM_MEASURES, dtype=torch.float64)
-    for rows in rounds:
+    for rows in until_stopped(job, rounds):
         # A rank with nothing left computes an answer again, for FSDP's sake, and counts none of it.
         batch, good = collate_answers(job, data, rows or [0]), goodness(job, data, rows or [0])
         by_reference = reference_log_probabilities(reference, batch)
@@ -257,10 +265,11 @@ def validate(job: Job, reference: Reference, step: int) -> None:
         if rows:
             sums[:2] += torch.tensor([judged.losses.sum(), len(rows)])
             sums[2:] += measured(judged, good)
+    if stop_requested(job):
+        return False
     loss, num_answers, *measures = gather_vector(sums.tolist()).sum(dim=0).tolist()
-    mean, told = loss / max(1, num_answers), {"divergence": divergence, **rewards(measures)}
-    check_validation(job, step, loss=mean)
-    report("validation", step=step, validation_loss=mean, **told)
+    report_validation(job, step, loss=loss / max(1, num_answers), divergence=divergence, **rewards(measures))
+    return True
 
 
 if __name__ == "__main__":

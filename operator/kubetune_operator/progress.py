@@ -17,6 +17,7 @@ FORMATS: Final = {
     "epoch": "{:.2f}",
     "loss": "{:.4f}",
     "validation_loss": "{:.4f}",
+    "best_validation_loss": "{:.4f}",
     "learning_rate": "{:.3g}",
     "tokens_per_second": "{:.1f}",
 }
@@ -101,7 +102,7 @@ def update_progress(before: Progress | None, *, tail: Tail, now: datetime) -> Pr
     if tail.step is not None:
         fields |= step_fields(tail.step)
     if tail.validation is not None:
-        fields |= _formatted("validation_loss", tail.validation.get("validationLoss"))
+        fields |= _validation_fields(tail.validation)
     known = before.model_dump() if before is not None else {}
     if all(known.get(key) == value for key, value in fields.items()):
         return before
@@ -113,7 +114,16 @@ def step_fields(event: Json) -> Json:
     fields = _counts(event)
     for key, field in STEP_FIELDS.items():
         fields |= _formatted(field, event.get(key))
-    return fields | _formatted("validation_loss", event.get("validationLoss"))
+    return fields | _validation_fields(event)
+
+
+def _validation_fields(event: Json) -> Json:
+    best = event.get("bestValidationStep")
+    return {
+        **_formatted("validation_loss", event.get("validationLoss")),
+        **_formatted("best_validation_loss", event.get("bestValidationLoss")),
+        **({"best_validation_step": int(best)} if _is_number(best) and best >= 0 else {}),
+    }
 
 
 def update_work(before: P | None, *, model: type[P], tail: Tail, now: datetime) -> P | None:

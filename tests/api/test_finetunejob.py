@@ -276,6 +276,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"spec__dataset__sources__0__columns": {"question": "q"}},
         'unknown field "spec.dataset.sources[0].columns.question"',
     ),
+    "an early end without validations": (
+        {"spec__training__earlyStopping": {"patience": 2}},
+        "spec.training.earlyStopping needs validateEverySteps",
+    ),
     "a block of another recipe": (
         {"spec__recipe": "ORPO", "spec__dpo": {}},
         "spec.dpo is allowed only with recipe: DPO or Custom",

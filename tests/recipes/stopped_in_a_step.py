@@ -1,4 +1,7 @@
-"""A run that is told to stop in step TEST_STOP_AT and whose validations take long; see `Gang.start(before=…)`."""
+"""A run that is told to stop in step TEST_STOP_AT and whose validations take long; see `Gang.start(before=…)`.
+
+TEST_VALIDATION_SECONDS says how long.
+"""
 
 import os
 import signal
@@ -23,7 +26,7 @@ def before() -> None:
         return exchange(**told)
 
     def slow_rows(job: Job, num_rows: int) -> list[range]:
-        time.sleep(VALIDATION_SECONDS)
+        time.sleep(float(os.environ.get("TEST_VALIDATION_SECONDS", VALIDATION_SECONDS)))
         return validation_rows(job, num_rows)
 
     distributed.exchange, step.validation_rows = exchange_and_stop, slow_rows

@@ -21,6 +21,8 @@ WORDS = (
     "the", "a", "red", "green", "blue", "cat", "dog", "bird", "runs", "sleeps", "eats", "fast", "slow", "here", "there",
     "now", "and", "or", "but", "with",
 )  # fmt: skip
+RECIPES = ("finetune", "distill", "dpo", "kto")
+"""The scripts that train."""
 SHAPE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
@@ -110,3 +112,25 @@ def write_config(path: Path, **blocks: Any) -> Path:
     }
     path.write_text(yaml.safe_dump({**config, **blocks}))
     return path
+
+
+def config_of(place: Path, recipe: str, *, run: str = "run", **training: Any) -> Path:
+    """A short run of a training recipe, with adapters of which each rank has a part."""
+    data = "preferences" if recipe in {"dpo", "kto"} else "pairs"
+    named = {"finetune": "SFT", "distill": "Distillation", "dpo": "DPO", "kto": "KTO"}
+    given: dict[str, Any] = {"recipe": named[recipe]}
+    if recipe == "distill":
+        given["distillation"] = {"teacher": {"uri": {"location": f"file://{place}/model"}}}
+    return write_config(
+        place / f"{run}.yaml",
+        **given,
+        dataset={
+            "sources": [{"name": "data", "uri": {"location": f"file://{place}/{data}.jsonl"}}],
+            "max_sequence_length": 64,
+        },
+        training={
+            "max_steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "precision": "FP32",
+            **training,
+        },
+        outputs=[{"name": "merged", "type": "HuggingFace"}],
+    )  # fmt: skip

@@ -28,6 +28,8 @@ MEASURES: Final = {
     "epoch": "Epochs",
     "loss": "Training loss, last step",
     "validationLoss": "Validation loss, last",
+    "bestValidationLoss": "Validation loss, lowest",
+    "bestValidationStep": "Step of the lowest, whose weights these are",
     "rewardsAccuracy": "Pairs whose chosen answer has the greater reward, last step",
     "rewardsMargin": "Margin of the rewards, last step",
 }

@@ -93,6 +93,7 @@ class Checkpointer:
         self._uploaded_step = 0
         self._completed_step = 0
         self._abandoned_step: int | None = None
+        self._best_step: int | None = None
         self._written: Future[Any] | None = None
         # A group of its own: DCP plans a save with collectives, in a thread, beside those of training.
         self._group = dist.new_group(backend="gloo")
@@ -120,11 +121,18 @@ class Checkpointer:
         if self._world.is_first:
             discard_newer(self._store, than=resumed.step)
 
-    def save(self, step: int, model: "nn.Module", optimizer: "Optimizer") -> None:
+    def save(self, step: int, model: "nn.Module", optimizer: "Optimizer", *, hurry: bool = False) -> None:
         """Copies the state and begins to write it; in mode Sync, waits until it is complete or given up.
 
-        A checkpoint still under way is given up: only a stop asks for a save then, and it has no time for two.
+        Args:
+            step: The step that is done.
+            model: Its trained parameters are saved.
+            optimizer: Its state is saved.
+            hurry: Give up a checkpoint that is still under way, as on a stop, which may have no time for two; that of
+                the best validation is waited for all the same.
         """
+        if self.in_flight is not None and not (hurry and self.in_flight != last_step().get("bestValidationStep")):
+            self.wait()
         began = time.monotonic()
         if self._written is not None:
             wait([self._written])  # two saves in the same group must not mix their collectives
@@ -137,6 +145,7 @@ class Checkpointer:
         writer = FileSystemWriter(folder, sync_files=False)
         written = self._written = dcp.async_save(state, storage_writer=writer, process_group=self._group)
         record = {"step": step, **self._record, "progress": last_step()}
+        self._best_step = record["progress"].get("bestValidationStep")
         self._jobs.put(lambda: self._upload(record, folder, written, began))
         if self.settings.mode == "Sync":
             self.wait()
@@ -150,8 +159,8 @@ class Checkpointer:
         if uploaded_step < 0:
             report("checkpointFailed", step=step, message=f"checkpoint {self._store.uri(f'step-{step}')} was given up")
         elif self._world.is_first:
-            began = self._saved_at
-            self._jobs.put(lambda: self._complete(step, began))
+            began, best = self._saved_at, self._best_step
+            self._jobs.put(lambda: self._complete(step, began, best))
 
     def wait(self) -> bool:
         """Waits until the newest checkpoint is complete or given up, and tells which; the same on every rank."""
@@ -171,6 +180,18 @@ class Checkpointer:
                 f"checkpoint {self._store.uri(f'step-{self.saved_step}')} could not be completed",
                 hint="Check that the workspace's object store answers; the run goes on from the checkpoint before.",
             )
+
+    def restore(self, step: int, model: "nn.Module", optimizer: "Optimizer") -> bool:
+        """Loads an earlier checkpoint of this run, and tells whether it was there, complete.
+
+        Raises:
+            DataError: It is damaged.
+        """
+        marker = f"step-{step}/{COMPLETE_MARKER}"
+        is_there = broadcast_object(self._store.exists(marker) if self._world.is_first else False)
+        if is_there:
+            load_checkpoint(self._store, f"step-{step}", model=model, optimizer=optimizer, scratch=self._scratch)
+        return is_there
 
     def _work(self) -> None:
         while True:
@@ -198,8 +219,8 @@ class Checkpointer:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _complete(self, step: int, began: float) -> None:
-        """Makes a checkpoint of a folder whose files are all there, and removes those that are too many."""
+    def _complete(self, step: int, began: float, best: int | None) -> None:
+        """Makes a checkpoint of a folder whose files are all there, and removes those that are too many by now."""
         try:
             self._before_complete()
             self._persist(step, "completion", lambda: complete(self._store, step))
@@ -209,7 +230,7 @@ class Checkpointer:
         self._completed_step = step
         report("checkpoint", step=step, uri=self._store.uri(f"step-{step}"), seconds=round(time.monotonic() - began, 3))
         try:
-            prune(self._store, keep=self.settings.keep)
+            prune(self._store, keep=self.settings.keep, best=best)
         except (TrainerError, OSError) as error:
             report("warning", message=f"old checkpoints could not be removed: {error}")
 
@@ -240,8 +261,9 @@ class Resumed:
 
     def without_validation(self) -> "Resumed":
         """The same for another run, which has held-out data of its own, or none."""
-        progress = {key: value for key, value in self.record["progress"].items() if not key.startswith("validation")}
-        return replace(self, record={**self.record, "progress": progress})
+        measured = {"validationLoss", "bestValidationLoss", "bestValidationStep"}
+        progress = {key: value for key, value in self.record["progress"].items() if key not in measured}
+        return replace(self, record={**self.record, "progress": {**progress, "validationStep": self.step}})
 
 
 def find_checkpoint(store: "Store") -> str | None:
@@ -347,10 +369,17 @@ def complete(store: "Store", step: int) -> None:
     store.write_bytes(f"{folder}/{COMPLETE_MARKER}", json.dumps(marker).encode())
 
 
-def prune(store: "Store", *, keep: int) -> None:
-    """Removes all but the newest complete checkpoints, and the remains of incomplete ones older than those."""
+def prune(store: "Store", *, keep: int, best: int | None = None) -> None:
+    """Removes all but the newest complete checkpoints, and the remains of incomplete ones older than those.
+
+    Args:
+        store: The run's folder of checkpoints.
+        keep: How many stay.
+        best: A step whose checkpoint stays as well.
+    """
     names = {info.path for info in store.list()}
-    kept = complete_steps(names)[-keep:]
+    steps = complete_steps(names)
+    kept = sorted({*steps[-keep:], *(step for step in steps if step == best)})
     folders = {match[0]: int(match[1]) for name in names if (match := _STEP_FOLDER.match(name.split("/")[0]))}
     for folder, step in sorted(folders.items()):
         if kept and step < kept[-1] and step not in kept:

@@ -58,6 +58,8 @@ _GAUGES: dict[str, dict[str, tuple[str, str]]] = {
         "seconds": ("checkpoint_seconds", "From the save's beginning until the checkpoint was complete"),
     },
 }
+_VALIDATION = ("validationLoss", "bestValidationLoss", "bestValidationStep")
+"""What a validation tells that a step remembers."""
 _COUNTERS = {
     "checkpointFailed": ("checkpoint_failures", "Checkpoints that were given up"),
     "warning": ("warnings", "Warnings reported"),
@@ -101,9 +103,9 @@ class _Reporter:
         record = {"time": round(time.time(), 3), **{_camel(key): _json_safe(value) for key, value in fields.items()}}
         # On every rank: any of them may have to say how far it came.
         if event == "step":
-            self.last_step = {**_chosen(self.last_step, "validationLoss", "validationStep"), **record}
+            self.last_step = {**_chosen(self.last_step, *_VALIDATION, "validationStep"), **record}
         elif event == "validation":
-            told = {**_chosen(record, "validationLoss"), "validationStep": record.get("step")}
+            told = {**_chosen(record, *_VALIDATION), "validationStep": record.get("step")}
             self.last_step = {**self.last_step, **told}
         if not is_reporting_rank():
             return

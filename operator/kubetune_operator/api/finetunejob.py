@@ -227,6 +227,15 @@ class Kto(ApiModel):
     training, with lora.adapter where that is set."""
 
 
+class EarlyStopping(ApiModel):
+    """When training ends before its last step."""
+
+    patience: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Validations in a row that may be no better than the best before them."""
+    min_delta: Number = "0.0"
+    """By how much a validation loss must be below the lowest before it to be better."""
+
+
 class Training(ApiModel):
     """How the weights are trained: exactly one of epochs, maxSteps says for how long."""
 
@@ -236,6 +245,11 @@ class Training(ApiModel):
             cel="!self.optimizerInBackward || !has(self.maxGradNorm)",
             message="maxGradNorm is not allowed with optimizerInBackward, which cannot clip",
             check=lambda value: not value.optimizer_in_backward or value.max_grad_norm is None,
+        ),
+        Rule(
+            cel="!has(self.earlyStopping) || has(self.validateEverySteps)",
+            message="earlyStopping needs validateEverySteps",
+            check=lambda value: value.early_stopping is None or value.validate_every_steps is not None,
         ),
         Rule(
             cel="!self.stochasticRounding || self.precision == 'BF16'",
@@ -315,6 +329,9 @@ class Training(ApiModel):
     """Seed of the order of samples, the validation split, dropout and new weights."""
     validate_every_steps: Steps | None = None
     """Steps between validations. Unset: only at the end."""
+    early_stopping: EarlyStopping | None = None
+    """End training once validations find the loss no lower, and make the outputs of the weights with the lowest; needs
+    validateEverySteps. Unset: all steps are done, and the outputs have the weights of the last."""
     profile: Profile | None = None
     """Steps of which a trace is written. Unset: none."""
 
@@ -692,6 +709,10 @@ class Progress(StatusModel):
     """Mean loss per trained token of the last step."""
     validation_loss: Annotated[str, Field(max_length=32)] | None = None
     """Mean loss per trained token of the last validation."""
+    best_validation_loss: Annotated[str, Field(max_length=32)] | None = None
+    """With training.earlyStopping, the lowest validation loss."""
+    best_validation_step: Count | None = None
+    """The step that it was found after. The outputs have the weights of that step."""
     learning_rate: Annotated[str, Field(max_length=32)] | None = None
     """Learning rate of the last step."""
     tokens_per_second: Annotated[str, Field(max_length=32)] | None = None

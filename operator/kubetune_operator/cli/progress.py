@@ -98,6 +98,10 @@ _SENTENCES: dict[str, Callable[[Event], str]] = {
     "validation": lambda event: (
         f"validation after step {event.get('step')}: loss {_number(event.get('validationLoss'))}"
     ),
+    "earlyStop": lambda event: (
+        f"training ends early, after step {event.get('step')}: no validation was better than that after step "
+        f"{event.get('bestValidationStep')}"
+    ),
     "checkpoint": lambda event: f"checkpoint of step {event.get('step')}: {event.get('uri')}",
     "checkpointFailed": lambda event: (
         f"warning: no checkpoint of step {event.get('step')}, training goes on: {event.get('message')}"

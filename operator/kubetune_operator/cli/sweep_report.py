@@ -32,8 +32,13 @@ class Result:
 
     def value(self, metric: str) -> float | None:
         """The metric, None as long as there is none."""
-        found = self.progress.get(metric)
+        found = self.measured(metric)
         return float(found) if found is not None else None
+
+    def measured(self, metric: str) -> Any:
+        """The metric as the progress has it; a job that stops early leaves the weights of its best validation."""
+        best = self.progress.get("bestValidationLoss") if metric == "validationLoss" else None
+        return best if best is not None else self.progress.get(metric)
 
 
 def metric_for(run: Run, *, wanted: str | None) -> str:
@@ -67,7 +72,7 @@ def ranked(results: Sequence[Result], *, metric: str) -> list[Result]:
 def cells(result: Result, *, metric: str, fields: Sequence[str]) -> list[str]:
     """A job as a row: its name, its values, its state, the metric."""
     values = [str(result.run.values[field]) for field in fields]
-    return [result.run.name, *values, result.state or "waiting", _shown(result.progress.get(metric))]
+    return [result.run.name, *values, result.state or "waiting", _shown(result.measured(metric))]
 
 
 def _shown(value: Any) -> str:

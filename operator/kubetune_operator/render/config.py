@@ -47,6 +47,7 @@ NUMBERS: Final = (
     ("training", "learning_rate"),
     ("training", "weight_decay"),
     ("training", "max_grad_norm"),
+    ("training", "early_stopping", "min_delta"),
     ("gates", "at_least"),
     ("gates", "at_most"),
     ("gates", "compared_to", "max_drop"),

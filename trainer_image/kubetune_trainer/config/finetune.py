@@ -124,6 +124,15 @@ class Profile(Block):
     """Whether allocations are recorded as well."""
 
 
+class EarlyStopping(Block):
+    """When training ends before its last step: once validations find the loss no lower."""
+
+    patience: int = Field(default=3, ge=1)
+    """Validations in a row that may be no better than the best before."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """By how much a loss must be below the lowest before it to be better."""
+
+
 class Training(Block):
     """How long and how the optimizer steps: exactly one of epochs, max_steps."""
 
@@ -168,6 +177,8 @@ class Training(Block):
     """Decides data order, adapters' first values and dropout."""
     validate_every_steps: int | None = Field(default=None, ge=1)
     """Steps between validation passes; unset means one, after the last step."""
+    early_stopping: EarlyStopping | None = None
+    """End once validations find the loss no lower, and make outputs of the best weights; needs validate_every_steps."""
     profile: Profile | None = None
     """Steps of which a trace is written into the run's folder; unset means none."""
 
@@ -191,6 +202,8 @@ class Training(Block):
             )
         if self.stochastic_rounding and self.precision != "BF16":
             raise ValueError(f"precision must be BF16 with stochastic_rounding, got {self.precision}")
+        if self.early_stopping is not None and self.validate_every_steps is None:
+            raise ValueError("early_stopping needs validate_every_steps, which is not set")
         if self.activation_offload and self.compile != "None":
             raise ValueError(f"compile must be None with activation_offload, got {self.compile}")
         switched = [
@@ -483,4 +496,6 @@ class FineTuneConfig(JobConfig):
         }
         for name in ("parallelism", "profile", "micro_batch_size", "activation_offload", "cpu_offload"):
             del decides["training"][name]
+        if self.training.early_stopping is None:
+            del decides["training"]["early_stopping"]
         return fingerprint(decides, length=16)

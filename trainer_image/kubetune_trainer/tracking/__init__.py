@@ -35,8 +35,10 @@ RETRY_SECONDS: Final = 30.0
 MAX_TRIES: Final = 20
 """After so many failures one after the other, a tracker is left alone for the rest of the attempt."""
 ID_FILE: Final = "tracking.id"
-NOT_NUMBERS: Final = frozenset({"attempt", "step", "total_steps", "eta_seconds"})
-"""Fields of a step's report that make no curve."""
+NOT_NUMBERS: Final = frozenset(
+    {"attempt", "step", "total_steps", "eta_seconds", "best_validation_loss", "best_validation_step"}
+)
+"""Fields of a step's or a validation's report that make no curve."""
 _marking: Final = threading.Lock()
 
 

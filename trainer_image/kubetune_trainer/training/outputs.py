@@ -28,7 +28,7 @@ from kubetune_trainer.training.step import check_weights
 def finish(job: Job, outputs: list[dict[str, Any]]) -> None:
     """Pushes the output that is to be pushed, and says that the run is done and what it leaves behind."""
     pushed = push_output(job.config, outputs) if job.world.is_first else None
-    report("done", step=job.total_steps)
+    report("done", step=last_step().get("step"))
     if job.world.is_first:
         write_termination_message("Complete", exit_code=0, outputs=outputs, pushed_to_hub=pushed, progress=last_step())
 
@@ -42,6 +42,7 @@ def export(job: Job) -> list[dict[str, Any]]:
         NonFiniteLossError: The weights are not finite.
     """
     report("phase", phase="Exporting")
+    take_best(job)
     check_weights(job, job.total_steps)
     stored: list[StoredOutput] = []
     complete = scratch_dir() / "complete"
@@ -70,6 +71,18 @@ def export(job: Job) -> list[dict[str, Any]]:
         if job.world.is_first:
             describe(job, stored)
     return [output.told() for output in stored]
+
+
+def take_best(job: Job) -> None:
+    """With training.early_stopping, goes back to the weights of the best validation: outputs are made of those."""
+    told = last_step()
+    best = told.get("bestValidationStep")
+    if best not in {None, told.get("step")} and not job.checkpointer.restore(best, job.model, job.optimizer):
+        report(
+            "warning",
+            message=f"the checkpoint of step {best}, the best by validation, is not complete: outputs have the weights "
+            f"of step {told.get('step')}",
+        )
 
 
 def prepare_check(job: Job) -> MergeCheck | None:

@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -11,10 +12,20 @@ from kubetune_trainer.data.sampler import Batch, rows_for_step
 from kubetune_trainer.distributed import gather_vector, local_part
 from kubetune_trainer.errors import NonFiniteLossError, listed
 from kubetune_trainer.optim import clip_grad_norm, learning_rate_factor
-from kubetune_trainer.report import last_step
+from kubetune_trainer.report import last_step, report
 from kubetune_trainer.training.job import Job
 
 ROWS_IN_MESSAGE = 16
+_T = TypeVar("_T")
+
+
+def steps_left(job: Job, first_step: int) -> Iterator[int]:
+    """The steps that are still to do, in order; with training.early_stopping, none once training has ended early."""
+    for step in range(first_step + 1, job.total_steps + 1):
+        if ends_early(job):
+            report("earlyStop", step=step - 1, best_validation_step=last_step()["bestValidationStep"])
+            return
+        yield step
 
 
 def global_rows(job: Job, step: int) -> list[int]:
@@ -114,21 +125,63 @@ def validation_due(job: Job, step: int) -> bool:
 
 
 def validation_left(job: Job, first_step: int) -> bool:
-    """Whether an attempt that was stopped in the last step, and had no time for it, has left the validation to this."""
-    return first_step == job.total_steps and last_step().get("validationStep") != first_step
+    """Whether the attempt before was told to stop where a validation was due, and has left it to this one."""
+    return first_step > 0 and validation_due(job, first_step) and last_step().get("validationStep") != first_step
 
 
-def check_validation(job: Job, step: int, *, loss: float) -> None:
-    """Keeps a run whose validation went wrong from being saved or exported.
+def stop_requested(job: Job) -> bool:
+    """Whether some rank was told to stop; the same on every rank, which all have to ask."""
+    return bool(gather_vector([float(job.stop.requested)]).any())
+
+
+def until_stopped(job: Job, rounds: Iterable[_T]) -> Iterator[_T]:
+    """What is in rounds, until some rank is told to stop: a pod has no time for a long validation then."""
+    for each in rounds:
+        if stop_requested(job):
+            return
+        yield each
+
+
+def report_validation(job: Job, step: int, *, loss: float, **measures: float) -> None:
+    """Tells the loss over the held-out data, and with training.early_stopping the lowest so far.
+
+    Args:
+        job: The run.
+        step: After which step.
+        loss: The mean.
+        measures: What else the recipe tells.
 
     Raises:
-        NonFiniteLossError: The loss over the held-out data is NaN or infinite.
+        NonFiniteLossError: The loss is NaN or infinite, and such a run must not be saved or exported.
     """
     if not math.isfinite(loss):
         raise NonFiniteLossError(
             f"{job.config.title}: validation after step {step} has loss {loss}",
             hint="Lower training.learning_rate or look for broken samples in dataset.validation.",
         )
+    best: dict[str, float] = {}
+    if (stopping := job.config.training.early_stopping) is not None:
+        told = last_step()
+        lowest = told.get("bestValidationLoss", math.inf)
+        is_better = loss < lowest - stopping.min_delta
+        best["best_validation_loss"] = loss if is_better else lowest
+        best["best_validation_step"] = step if is_better else told["bestValidationStep"]
+    report("validation", step=step, validation_loss=loss, **best, **measures)
+
+
+def ends_early(job: Job) -> bool:
+    """Whether as many validations in a row as training.early_stopping allows were no better than the best before."""
+    training, told = job.config.training, last_step()
+    if training.early_stopping is None or "bestValidationStep" not in told:
+        return False
+    assert training.validate_every_steps is not None, "the config has seen to it"
+    steps = told["validationStep"] - told["bestValidationStep"]
+    return bool(steps >= training.early_stopping.patience * training.validate_every_steps)
+
+
+def save_due(job: Job, step: int) -> bool:
+    """Whether a checkpoint belongs after a step whatever its settings say: the last one, or the best by validation."""
+    return step == job.total_steps or ends_early(job) or last_step().get("bestValidationStep") == step
 
 
 def check_weights(job: Job, step: int) -> None:
