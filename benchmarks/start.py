@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,16 +16,17 @@ from sft import tickets, write_config
 
 
 def seconds_until(command: Sequence[str | Path], sign: str) -> Measures:
-    """Starts a program, waits for a line with a sign in it, and ends the program."""
+    """Starts a program, waits for a line with a sign in it, and ends the program with all that it started."""
     began = time.perf_counter()
     before = children_seconds()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **output) as process:
         lines = []
         for line in process.stdout or ():
             lines.append(line)
             if sign in line:
                 seconds = time.perf_counter() - began
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 on_cpu = os.environ.get(CLOCK_VARIABLE) == "cpu"
                 return {"seconds": children_seconds() - before if on_cpu else seconds}
