@@ -276,9 +276,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"spec__dataset__sources__0__columns": {"question": "q"}},
         'unknown field "spec.dataset.sources[0].columns.question"',
     ),
+    "a slice without an end": (
+        {"spec__dataset__sources": [{"name": "a", "hub": {"repo": "a/b", "split": "train[:9"}}]},
+        "must be a name with an optional slice, for example train[:95%]",
+    ),
     "an early end without validations": (
         {"spec__training__earlyStopping": {"patience": 2}},
-        "spec.training.earlyStopping needs validateEverySteps",
+        "earlyStopping needs validateEverySteps",
     ),
     "a block of another recipe": (
         {"spec__recipe": "ORPO", "spec__dpo": {}},

@@ -105,7 +105,15 @@ def test_a_uri_that_cannot_be_read_is_one_line(kubetune: Any, uri: str, problem:
     assert problem in ran.err
 
 
-@pytest.mark.parametrize(("content", "problem"), [("{", "cannot be read"), ("[]", "is no JSON object")])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "is no JSON object"),
+        ('{"outputs": [1]}', "is not what a job of kubetune writes"),
+        ('{"outputs": [], "model": "here"}', "is not what a job of kubetune writes"),
+    ],
+)
 def test_a_lineage_that_is_broken_is_named_wherever_it_lies(
     kubetune: Any, tmp_path: Path, content: str, problem: str
 ) -> None:

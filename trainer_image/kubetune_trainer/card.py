@@ -12,6 +12,7 @@ from typing import Any, Final
 import yaml
 
 from kubetune_trainer.config import FineTuneConfig
+from kubetune_trainer.config.recipes import BLOCKS
 from kubetune_trainer.export.store import StoredOutput
 from kubetune_trainer.lineage import Lineage
 from kubetune_trainer.names import CARD_FILE
@@ -134,7 +135,7 @@ def _head(output: StoredOutput, *, config: FineTuneConfig, base: Mapping[str, An
 def _settings(config: FineTuneConfig) -> dict[str, Any]:
     """What decided the numbers, but for the model and the sources, which stand in tables of their own."""
     told = config.model_dump(mode="json", exclude_none=True)
-    blocks = ("recipe", config.recipe.lower(), "tuning", "lora", "training")
+    blocks = ("recipe", *BLOCKS.values(), "tuning", "lora", "training")
     of_rows = ("max_sequence_length", "overlong", "packing", "train_on")
     return {
         **{name: _without_access(told[name]) for name in blocks if name in told},

@@ -33,7 +33,14 @@ class HubDataset(ApiModel):
     """Repository, for example tatsu-lab/alpaca."""
     config: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Configuration (subset) of the dataset. Unset: its default."""
-    split: Annotated[str, Field(min_length=1, max_length=128)] = "train"
+    split: Annotated[
+        str,
+        Field(min_length=1, max_length=128),
+        matches(
+            r"[-._a-zA-Z0-9]+(\[(-?[0-9]+%?)?:(-?[0-9]+%?)?\])?",
+            message="must be a name with an optional slice, for example train[:95%]",
+        ),
+    ] = "train"
     """Split, or part of one as in train[:95%]."""
     revision: Annotated[str, Field(min_length=1, max_length=128)] = "main"
     """Branch, tag or commit. It is resolved to a commit once, when the job starts."""

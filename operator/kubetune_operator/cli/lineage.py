@@ -51,9 +51,9 @@ def show(target: str, *, namespace: str | None, s3_endpoint: str | None) -> None
     """
     if "://" in target:
         place = f"{target.rstrip('/')}/{LINEAGE_FILE}"
-        node = recorded(_parsed(_fetch(place, s3_endpoint=s3_endpoint), place=place))
+        node = read_recorded(_fetch(place, s3_endpoint=s3_endpoint), place=place)
     elif Path(target).is_dir():
-        node = recorded(read_lineage(Path(target)))
+        node = read_recorded(_read(Path(target)), place=str(Path(target) / LINEAGE_FILE))
     else:
         node = _of_cluster(target, namespace=namespace)
     # A line is a fact; a pipe has no width that it should be broken at.
@@ -66,13 +66,16 @@ def read_lineage(folder: Path) -> Json:
     Raises:
         SpecError: It wrote nothing, or nothing that can be read.
     """
+    return _parsed(_read(folder), place=str(folder / LINEAGE_FILE))
+
+
+def _read(folder: Path) -> bytes:
     try:
-        content = (folder / LINEAGE_FILE).read_bytes()
+        return (folder / LINEAGE_FILE).read_bytes()
     except FileNotFoundError as error:
         raise SpecError(str(folder), problems=[f"has no {LINEAGE_FILE}: no job of kubetune wrote it"]) from error
     except OSError as error:
         raise SpecError(str(folder / LINEAGE_FILE), problems=[f"cannot be read: {error}"]) from error
-    return _parsed(content, place=str(folder / LINEAGE_FILE))
 
 
 def _parsed(content: bytes, *, place: str) -> Json:
@@ -86,6 +89,19 @@ def _parsed(content: bytes, *, place: str) -> Json:
 
 
 # ------------------------------------------------------------------------------------------------- from a file
+
+
+def read_recorded(content: bytes, *, place: str) -> Node:
+    """The lineage that a lineage.json tells.
+
+    Raises:
+        SpecError: It is broken, or was written by something else.
+    """
+    lineage = _parsed(content, place=place)
+    try:
+        return recorded(lineage)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise SpecError(place, problems=[f"is not what a job of kubetune writes: {error}"]) from error
 
 
 def recorded(lineage: Json) -> Node:
@@ -160,8 +176,11 @@ def _fetch(uri: str, *, s3_endpoint: str | None) -> bytes:
     Raises:
         SpecError: It is not there, or cannot be reached.
     """
-    parts = urlsplit(uri)
-    if parts.scheme == "s3":
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise SpecError(uri, problems=[f"is no URI: {error}"]) from error
+    if parts.scheme == "s3" and parts.netloc:
         return _fetch_s3(uri, bucket=parts.netloc, key=parts.path.lstrip("/"), endpoint=s3_endpoint)
     if parts.scheme == "file":
         path = Path(parts.path)

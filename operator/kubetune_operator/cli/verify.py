@@ -6,6 +6,7 @@ The rule is that of `kubetune_trainer.export.digest`, for machines without torch
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from kubetune_operator.cli.lineage import ABOUT_FILES, LINEAGE_FILE, Json, read_lineage
 from kubetune_operator.errors import SpecError
@@ -43,8 +44,9 @@ def recorded_digest(folder: Path, lineage: Json) -> str:
     Raises:
         SpecError: It does not say.
     """
-    for output in lineage.get("outputs") or []:
-        if output.get("name") == lineage.get("output") and output.get("digest"):
+    outputs = lineage.get("outputs")
+    for output in outputs if isinstance(outputs, list) else []:
+        if isinstance(output, dict) and output.get("name") == lineage.get("output") and output.get("digest"):
             return str(output["digest"])
     raise SpecError(str(folder / LINEAGE_FILE), problems=["has no digest; say with --digest what it has to be"])
 
@@ -66,9 +68,9 @@ def digest_of(hashes: Mapping[str, str]) -> str:
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
 
-def _differences(recorded: Mapping[str, str] | None, hashes: Mapping[str, str]) -> Iterator[str]:
+def _differences(recorded: Any, hashes: Mapping[str, str]) -> Iterator[str]:
     """Which files are not what they were, as far as that was written down."""
-    if recorded is None:
+    if not isinstance(recorded, dict):
         return
     for name in sorted(recorded.keys() | hashes.keys()):
         if name not in hashes:

@@ -190,6 +190,11 @@ class Dataset(Block):
     train_on: Literal["Assistant", "LastAssistant", "All"] = "Assistant"
     """Which tokens carry loss."""
 
+    @property
+    def held_out(self) -> tuple[Source, ...]:
+        """The sources of `validation`; none where it is a fraction."""
+        return (self.validation and self.validation.sources) or ()
+
     @model_validator(mode="after")
     def _named_apart(self) -> Self:
         check_unique_names("sources", self.sources)

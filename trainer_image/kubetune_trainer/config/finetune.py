@@ -339,12 +339,12 @@ class FineTuneConfig(JobConfig):
             if self.recipe not in {recipe, "Custom"} and getattr(self, block) is not None:
                 raise ValueError(f"{block} must be set only with recipe {recipe}, got recipe {self.recipe}")
         dataset, formats = self.dataset, self._formats
-        held_out = dataset.validation.sources if dataset.validation else None
-        for source in [*dataset.sources, *(held_out or ())]:
-            if source.format not in formats:
+        for field, sources in (("sources", dataset.sources), ("validation.sources", dataset.held_out)):
+            wrong = next((source for source in sources if source.format not in formats), None)
+            if wrong is not None:
                 raise ValueError(
-                    f"dataset.sources must have the format {' or '.join(formats)} with recipe {self.recipe}, "
-                    f"got {source.format} for {source.name}"
+                    f"dataset.{field} must have the format {' or '.join(formats)} with recipe {self.recipe}, "
+                    f"got {wrong.format} for {wrong.name}"
                 )
         if formats is EXAMPLES:
             return self

@@ -200,9 +200,8 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
         report("warning", message=limit)
     _check_first_adapters(first_adapters, config, folder, report=report)
     others = locate_others(config, tokenizer=tokenizer, report=report)
-    validation = config.dataset.validation
     sources = [open_source(source, config=config) for source in config.dataset.sources]
-    held_out = [open_source(source, config=config) for source in (validation and validation.sources) or ()]
+    held_out = [open_source(source, config=config) for source in config.dataset.held_out]
     decide = (TOKENIZER_FILE, CHAT_TEMPLATE_FILE)
     bring = [found for found in (adapter, first_adapters) if found and any(file in found.etags for file in decide)]
     data = _prepare_data(config, sources, held_out, model=model, bring_tokens=bring, tokenizer=tokenizer, report=report)

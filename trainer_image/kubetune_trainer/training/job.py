@@ -242,6 +242,12 @@ def resume(job: Job) -> int:
         ConfigError: The other run has no complete checkpoint, or one after which this run has no step left.
     """
     step, trained = _load_newest_checkpoint(job), sum(weight.numel() for weight in job.weights)
+    if job.config.training.warmup_steps >= job.total_steps:
+        report(
+            "warning",
+            message=f"training.warmup_steps is {job.config.training.warmup_steps} and the run has {job.total_steps} "
+            "steps: the learning rate never gets to training.learning_rate",
+        )
     report(
         "start",
         attempt=attempt(),

@@ -117,8 +117,7 @@ def check_merged(check: MergeCheck | None, folder: Path, *, name: str) -> str | 
 def describe(job: Job, outputs: Sequence[StoredOutput]) -> None:
     """Puts a card and the lineage beside each output, and the lineage into the run's folder last, as a mark of all."""
     config, local, prepared = job.config, job.local, job.prepared
-    validation = config.dataset.validation
-    held_out = lineage_sources((validation and validation.sources) or (), prepared.held_out)
+    held_out = lineage_sources(config.dataset.held_out, prepared.held_out)
     lineage = make_lineage(
         config,
         model=prepared.model,
