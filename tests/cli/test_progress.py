@@ -28,6 +28,10 @@ STEP = {
             {"event": "checkpointFailed", "step": 20, "message": "no answer"},
             "warning: no checkpoint of step 20, training goes on: no answer",
         ),
+        (
+            {"event": "earlyStop", "step": 60, "bestValidationStep": 30},
+            "training ends early, after step 60: no validation was better than that after step 30",
+        ),
         ({"event": "resume", "step": 20, "uri": "s3://a/step-20"}, "resumed after step 20 from s3://a/step-20"),
         (
             {"event": "output", "name": "merged", "type": "HuggingFace", "uri": "s3://a/m", "bytes": 269_060_552},

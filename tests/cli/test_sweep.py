@@ -113,6 +113,13 @@ def test_jobs_are_ranked_and_those_that_failed_come_last(runs: list[Run]) -> Non
     assert ranked(fast, metric="tokensPerSecond")[0].run.name == "run7-4"
 
 
+def test_a_job_that_stops_early_is_ranked_by_its_best_validation_whose_weights_it_leaves(runs: list[Run]) -> None:
+    measured = ({"validationLoss": "1.5"}, {"validationLoss": "2.0", "bestValidationLoss": "1.25"})
+    results = [Result(run=run, state="Complete", progress=told) for run, told in zip(runs, measured, strict=False)]
+    assert [result.run.name for result in ranked(results, metric="validationLoss")] == ["run7-2", "run7-1"]
+    assert "Best validationLoss: 1.25, by run7-2" in page(results, metric="validationLoss")
+
+
 def test_the_page_names_the_best_and_has_all(runs: list[Run]) -> None:
     text = page(results_of(runs, ["1.5", None, "0.25", "10.0"]), metric="loss")
     assert "Best loss: 0.25, by run7-3 (training.learningRate=2e-4, lora.rank=8)." in text

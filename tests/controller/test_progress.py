@@ -27,13 +27,15 @@ async def test_progress_loss_and_the_last_checkpoint_reach_the_status(world: Wor
     [pod] = await world.training()
     checkpoint = {"event": "checkpoint", "time": 1760000000.1, "step": 10, "uri": "s3://runs/c/step-10", "seconds": 1.5}
     phase = {"event": "phase", "phase": "Loading"}
-    validation = {"event": "validation", "step": 10, "validationLoss": 1.5}
+    validation = {"event": "validation", "step": 10, "validationLoss": 1.5, "bestValidationLoss": 1.25}
+    validation["bestValidationStep"] = 5
     world.logs[pod["metadata"]["name"]] = _log(phase, _step(10), checkpoint, validation, _step(11))
     status = await world.until(lambda status: (status.get("progress") or {}).get("step") == 11)
     progress = status["progress"]
     assert progress.pop("updatedAt")
     assert progress == {
         "step": 11, "totalSteps": 30, "epoch": "1.10", "loss": "1.2839", "validationLoss": "1.5000",
+        "bestValidationLoss": "1.2500", "bestValidationStep": 5,
         "learningRate": "0.00019", "tokensPerSecond": "812.3", "peakMemoryBytes": 123, "etaSeconds": 412,
         "steps": "11/30", "eta": "6m52s",
     }  # fmt: skip

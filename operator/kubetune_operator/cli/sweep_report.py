@@ -89,7 +89,7 @@ def page(results: Sequence[Result], *, metric: str) -> str:
     best = ranked(results, metric=metric)[0]
     title = f"# Sweep of {', '.join(fields)}"
     found = (
-        f"Best {metric}: {_shown(best.progress[metric])}, by {best.run.name} ({told(best.run.values)})."
+        f"Best {metric}: {_shown(best.measured(metric))}, by {best.run.name} ({told(best.run.values)})."
         if best.state == "Complete" and best.value(metric) is not None
         else f"No job is complete with a {metric}."
     )
