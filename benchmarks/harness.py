@@ -39,9 +39,9 @@ BF16_LOSS_TOLERANCE: Final = 1e-2
 """The same in bf16, of which each side rounds other numbers."""
 WITHOUT_BF16: Final = (
     " The same on a CPU without bf16 arithmetic: all is computed in fp32, whatever a row is named. What is equal on "
-    "all sides stands with the table above. Targets were set for bf16: in fp32 weights and activations, which every side "
-    "needs alike, are twice the bytes (of sft, by the estimator, 275 and 690 MiB become 531 and 1,381), so that ratios "
-    "of memory come closer to 1."
+    "all sides stands with the table above. Targets were set for bf16: in fp32 weights and activations, which every "
+    "side needs alike, are twice the bytes (of sft, by the estimator, 275 and 690 MiB become 531 and 1,381), so that "
+    "ratios of memory come closer to 1."
 )
 
 Settings = dict[str, Any]

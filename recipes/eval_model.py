@@ -7,7 +7,8 @@ Features: lm_eval's tasks and groups, and tasks of one's own; solved examples; c
 model; several ranks; answers kept over restarts; gates on a metric or against another job's results.
 
 The script reads from top to bottom: `main` meets the other ranks, `evaluate` is the run (get the model and the tasks,
-answer, judge, store), and what follows are its parts. Clone it and change it: `kubetune recipes cp eval_model`.
+answer, judge, store), and what follows are its parts. Clone it and change it:
+`kubetune recipes cp eval_model my_eval.py`.
 
 Rank 0 runs lm_eval: it turns tasks into requests and answers into metrics. All ranks answer the requests. A run can be
 killed at any moment and started again with the same command: requests that are answered stay answered, and the results

@@ -9,7 +9,7 @@ in 8 or 4 bits; checkpoints on disk or S3; outputs for Hugging Face, PEFT and ot
 
 The script reads from top to bottom: `main` is the run (get the data and the model, resume, train, export), `train` is
 the loop, and what follows are its parts. What every recipe has beside its loop is in `kubetune_trainer.training`. Clone
-it and change it: `kubetune recipes cp finetune`.
+it and change it: `kubetune recipes cp finetune my_finetune.py`.
 
 A run can be killed at any moment and started again with the same command: it goes on from its newest complete
 checkpoint with the same numbers, bit for bit, as if nothing had happened.

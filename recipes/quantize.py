@@ -8,7 +8,7 @@ output loaded again and compared with the model; gates on what it costs.
 
 The script reads from top to bottom: `main` reads the config, `quantize` is the run (get the model, make and measure
 each output, judge them, say where they come from), and what follows are its parts. Clone it and change it: `kubetune
-recipes cp quantize`.
+recipes cp quantize my_quantize.py`.
 
 It is one process. A run can be killed at any moment and started again with the same command: outputs that are finished
 are kept, the others are made again.

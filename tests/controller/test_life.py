@@ -28,3 +28,16 @@ async def test_a_job_is_prepared_then_trained_then_complete(world: World) -> Non
     assert status["progress"]["steps"] == "30/30"
     assert status["completionTime"]
     assert await world.jobs() == ["run-prepare", "run-train-1"]
+
+
+async def test_a_job_that_ended_early_says_so(world: World) -> None:
+    await world.apply()
+    await world.prepared()
+    told = {"event": "step", "step": 12, "totalSteps": 30, "bestValidationLoss": 0.25, "bestValidationStep": 6}
+    status = await world.complete(await world.training(), progress=told)
+    complete = next(item for item in status["conditions"] if item["type"] == "Complete")
+    assert complete["message"] == (
+        "ended early, after step 12 of 30, with the weights of step 6, whose validation loss is the lowest; "
+        "merged: s3://runs/out/merged"
+    )
+    assert status["progress"]["steps"] == "12/30"

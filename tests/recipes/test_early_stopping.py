@@ -90,6 +90,7 @@ def test_the_last_weights_are_exported_where_the_best_are_gone(zygote: Zygote, p
     again = Gang.start(zygote, place / "again", config, VALIDATION).succeed()
     assert "the checkpoint of step 2, the best by validation, is not complete" in str(again.events("warning"))
     assert model_of(place) != best
+    assert "bestValidationStep" not in again.message()["progress"]
 
 
 def test_a_run_that_begins_with_another_keeps_validations_of_its_own(zygote: Zygote, place: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Final
 from kubetune_operator import progress as progresses
 from kubetune_operator.api.evaljob import Artifacts, EvalGateResult, EvalJob, EvalProgress, EvalResult
 from kubetune_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus, Progress, PushedToHub, TunedOutput
-from kubetune_operator.api.jobs import GateResult
+from kubetune_operator.api.jobs import GateResult, JobStatus
 from kubetune_operator.api.outputs import FinishedOutput
 from kubetune_operator.api.quantizejob import MeasuredOutput, QuantizeGateResult, QuantizeJob, QuantizeProgress
 from kubetune_operator.lifecycle.draft import Draft
@@ -41,8 +41,17 @@ def take_results(draft: Draft, *, report: Json) -> str:
             ]
             pushed = report.get("pushedToHub")
             draft.set(outputs=outputs, pushed_to_hub=taken(draft, PushedToHub, pushed) if pushed else None)
-            return _located(outputs)
+            return "; ".join([*_ended_early(draft.status), _located(outputs)])
     return ""
+
+
+def _ended_early(status: JobStatus) -> list[str]:
+    """What a job that training.earlyStopping ended says of it."""
+    progress = status.progress if isinstance(status, FineTuneJobStatus) else None
+    if progress is None or progress.best_validation_step is None or progress.step >= (progress.total_steps or 0):
+        return []
+    best = f"with the weights of step {progress.best_validation_step}, whose validation loss is the lowest"
+    return [f"ended early, after step {progress.step} of {progress.total_steps}, {best}"]
 
 
 def is_lost(draft: Draft, *, report: Json) -> bool:

@@ -18,7 +18,7 @@ from kubetune_trainer.lineage import lineage_sources, make_lineage, store_lineag
 from kubetune_trainer.lora import lora_scale, lora_state_dict
 from kubetune_trainer.names import OUTPUTS_DIR
 from kubetune_trainer.push import push_output
-from kubetune_trainer.report import last_step, report, write_termination_message
+from kubetune_trainer.report import last_step, report, set_last_step, write_termination_message
 from kubetune_trainer.storage import scratch_dir
 from kubetune_trainer.tokenizer import read_chat_template, write_chat_template
 from kubetune_trainer.training.job import Job
@@ -83,6 +83,7 @@ def take_best(job: Job) -> None:
             message=f"the checkpoint of step {best}, the best by validation, is not complete: outputs have the weights "
             f"of step {told.get('step')}",
         )
+        set_last_step({key: value for key, value in told.items() if not key.startswith("best")})
 
 
 def prepare_check(job: Job) -> MergeCheck | None:
