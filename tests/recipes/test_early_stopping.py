@@ -82,15 +82,29 @@ def test_a_validation_that_was_begun_is_left_to_the_next_attempt(zygote: Zygote,
     assert [event["step"] for event in again.events("validation")] == [1, 2]
 
 
-def test_the_last_weights_are_exported_where_the_best_are_gone(zygote: Zygote, place: Path) -> None:
+@pytest.mark.parametrize("file", [COMPLETE_MARKER, "__0_0.distcp"])
+def test_the_last_weights_are_exported_where_the_best_are_gone(zygote: Zygote, place: Path, file: str) -> None:
     config = config_of(place, "finetune", **STOPPING)
     Gang.start(zygote, place / "first", config, VALIDATION).succeed()
     best = model_of(place)
-    (place / "runs" / "run" / "checkpoints" / "step-2" / COMPLETE_MARKER).unlink()
+    (place / "runs" / "run" / "checkpoints" / "step-2" / file).unlink()
     again = Gang.start(zygote, place / "again", config, VALIDATION).succeed()
-    assert "the checkpoint of step 2, the best by validation, is not complete" in str(again.events("warning"))
+    assert "the checkpoint of step 2, the best by validation, is damaged or not complete" in str(
+        again.events("warning")
+    )
     assert model_of(place) != best
     assert "bestValidationStep" not in again.message()["progress"]
+
+
+def test_a_run_that_goes_on_without_stopping_early_exports_its_last_weights(zygote: Zygote, place: Path) -> None:
+    config = config_of(place, "finetune", **STOPPING)
+    Gang.start(zygote, place / "first", config, VALIDATION).succeed()
+    best = model_of(place)
+    longer = config_of(place, "finetune", max_steps=8, validate_every_steps=2, scheduler="Constant")
+    again = Gang.start(zygote, place / "again", longer, VALIDATION).succeed()
+    assert list(again.losses()) == [7, 8]
+    assert "bestValidationStep" not in again.message()["progress"]
+    assert model_of(place) != best
 
 
 def test_a_run_that_begins_with_another_keeps_validations_of_its_own(zygote: Zygote, place: Path) -> None:

@@ -80,3 +80,21 @@ def test_weights_of_a_checkpoint_that_are_no_numbers_are_not_exported(zygote: Zy
     again = Gang.start(zygote, place / "again", config, ranks=2, before="tests.recipes.spoiled_resume")
     assert again.wait() == [77, 77], again.stderr()
     assert again.events("output") == []
+
+
+@pytest.mark.parametrize("mode", ["Async", "Sync"])
+def test_checkpoints_without_room_in_scratch_are_given_up_and_only_the_last_one_ends_the_run(
+    zygote: Zygote, place: Path, mode: str
+) -> None:
+    config = config_of(place, "finetune", max_steps=4)
+    settings = ["checkpoint.every_steps=2", f"checkpoint.mode={mode}"]
+    gang = Gang.start(zygote, place / "ranks", config, *settings, ranks=2, before="tests.recipes.full_scratch")
+    assert gang.wait() == [69, 69], gang.stderr()
+    assert gang.message()["reason"] == "StorageUnavailable"
+    assert list(gang.losses()) == [1, 2, 3, 4]
+    warnings = [event["message"] for event in gang.events("warning")]
+    assert [message.split(" was given up")[0] for message in warnings] == [
+        "checkpoint of step 2",
+        "checkpoint of step 4",
+    ]
+    assert all("No space left on device" in message and "\n" not in message for message in warnings)

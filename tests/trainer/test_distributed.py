@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -193,12 +194,21 @@ def test_a_rank_that_does_not_come_any_more_is_a_lost_peer(tmp_path: Path, first
 
 @pytest.mark.usefixtures("sigterm")
 def test_a_stop_leaves_at_once_but_not_while_training() -> None:
-    left: list[str] = []
-    stop = StopSignal(leave=lambda: left.append("left"))
+    left, lock = list[str](), threading.Lock()
+
+    def leave() -> None:
+        with lock:
+            left.append("left")
+
+    stop = StopSignal(leave=leave)
     with stop.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
         assert left == []
     assert left == ["left"], "a stop that came too late for the ranks to agree on ends the process after training"
-    os.kill(os.getpid(), signal.SIGTERM)
+    with lock:  # as a thread holds one that reports while it is interrupted
+        os.kill(os.getpid(), signal.SIGTERM)
+        [leaving] = [thread for thread in threading.enumerate() if thread.name == "leave"]
+        assert left == ["left"]
+    leaving.join(timeout=10)
     assert left == ["left", "left"]

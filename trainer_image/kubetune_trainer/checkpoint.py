@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from kubetune_trainer.distributed import World, broadcast_object, gather_vector
 from kubetune_trainer.errors import DataError, StorageError, TrainerError, is_out_of_memory
 from kubetune_trainer.names import COMPLETE_MARKER
-from kubetune_trainer.report import last_step, report, set_last_step
+from kubetune_trainer.report import end_with, last_step, report, set_last_step
 
 if TYPE_CHECKING:
     from torch import nn
@@ -182,22 +182,24 @@ class Checkpointer:
             )
 
     def restore(self, step: int, model: "nn.Module", optimizer: "Optimizer") -> bool:
-        """Loads an earlier checkpoint of this run, and tells whether it was there, complete.
+        """Loads an earlier checkpoint of this run, and tells whether it was there, complete and not damaged.
 
         Raises:
-            DataError: It is damaged.
+            DataError: A file of it has its size and cannot be read.
         """
-        marker = f"step-{step}/{COMPLETE_MARKER}"
-        is_there = broadcast_object(self._store.exists(marker) if self._world.is_first else False)
-        if is_there:
-            load_checkpoint(self._store, f"step-{step}", model=model, optimizer=optimizer, scratch=self._scratch)
-        return is_there
+        folder = f"step-{step}"
+        is_whole = broadcast_object(_is_whole(self._store, folder) if self._world.is_first else False)
+        if is_whole:
+            load_checkpoint(self._store, folder, model=model, optimizer=optimizer, scratch=self._scratch)
+        return is_whole
 
     def _work(self) -> None:
         while True:
             job = self._jobs.get()
             try:
                 job()
+            except BaseException as error:  # noqa: BLE001 (without this thread, everybody would wait for it for ever)
+                end_with(error)
             finally:
                 self._jobs.task_done()
 
@@ -212,10 +214,11 @@ class Checkpointer:
                 upload = partial(self._store.upload, path, f"step-{step}/{path.name}")
                 self._persist(step, f"upload of {path.name}", upload)
             self._uploaded_step = step
-        except Exception as error:  # noqa: BLE001 (training goes on without this checkpoint, whatever befell it)
+        # Training goes on without this checkpoint, whatever befell it. DCP's own error is no Exception.
+        except (Exception, CheckpointException) as error:  # noqa: BLE001
             self._uploaded_step = -step
-            seconds = time.monotonic() - began
-            report("warning", message=f"checkpoint of step {step} was given up after {seconds:.0f} s: {error}")
+            seconds, cause = time.monotonic() - began, _first_cause(error)
+            report("warning", message=f"checkpoint of step {step} was given up after {seconds:.0f} s: {cause}")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -261,9 +264,14 @@ class Resumed:
 
     def without_validation(self) -> "Resumed":
         """The same for another run, which has held-out data of its own, or none."""
-        measured = {"validationLoss", "bestValidationLoss", "bestValidationStep"}
-        progress = {key: value for key, value in self.record["progress"].items() if key not in measured}
-        return replace(self, record={**self.record, "progress": {**progress, "validationStep": self.step}})
+        progress = {key: value for key, value in self.record["progress"].items() if key != "validationLoss"}
+        told = {**progress, "validationStep": self.step}
+        return replace(self, record={**self.record, "progress": told}).without_best()
+
+    def without_best(self) -> "Resumed":
+        """The same for a run that goes back to no step."""
+        progress = {key: value for key, value in self.record["progress"].items() if not key.startswith("best")}
+        return replace(self, record={**self.record, "progress": progress})
 
 
 def find_checkpoint(store: "Store") -> str | None:
@@ -289,6 +297,12 @@ def find_checkpoint(store: "Store") -> str | None:
             hint="Restore the files, or remove the folder to begin anew.",
         )
     return None
+
+
+def _is_whole(store: "Store", folder: str) -> bool:
+    """Whether a folder of the store is a complete checkpoint that is not damaged."""
+    sizes = {info.path: info.size for info in store.list()}
+    return f"{folder}/{COMPLETE_MARKER}" in sizes and not _damage(store, folder, sizes)
 
 
 def _damage(store: "Store", folder: str, sizes: Mapping[str, int]) -> str:
@@ -419,6 +433,12 @@ def _cause_of(error: CheckpointException, uri: str) -> Exception:
         if isinstance(cause, TrainerError | OSError) or is_out_of_memory(cause):
             return cause
     return DataError(f"checkpoint {uri} does not fit this run: {causes[0]}", hint="Was the run's config changed?")
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What befell the first rank whose part could not be written; otherwise the error itself."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    return next((failure[0] for failure in failures.values()), error)
 
 
 class _StoreReader(FileSystemReader):

@@ -390,5 +390,5 @@ class StopSignal:
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         self.requested = True
-        if not self._training:
-            self._leave()
+        if not self._training:  # in a thread: the one that is interrupted may hold locks that leaving needs
+            threading.Thread(target=self._leave, name="leave", daemon=True).start()

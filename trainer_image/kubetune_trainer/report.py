@@ -112,11 +112,20 @@ class _Reporter:
         line = json.dumps({"event": event, **record}, ensure_ascii=False, allow_nan=False)
         with self._lock:
             print(line, file=self._claimed or sys.stdout, flush=True)
-            if self._log is not None:
-                print(line, file=self._log, flush=True)
+            self._write_log(line)
             self._measure(event, fields)
         for listener in self.listeners:
             listener(event, fields)
+
+    def _write_log(self, line: str) -> None:
+        """Writes a line into the copy of the log, which is given up where its disk is full: training matters more."""
+        if self._log is None:
+            return
+        try:
+            print(line, file=self._log, flush=True)
+        except OSError as error:
+            sys.stderr.write(f"the log is no longer kept: {error}\n")
+            self._log = None
 
     def _measure(self, event: str, fields: Mapping[str, Any]) -> None:
         if not self._metrics:

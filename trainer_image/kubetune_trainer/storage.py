@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_SECONDS: Final = 5
 READ_TIMEOUT_SECONDS: Final = 60
 REQUEST_ATTEMPTS: Final = 5
+LIST_ATTEMPTS: Final = 5
+"""How often a local folder is listed while files go from under it."""
 """Tries per request, with pauses that grow to 20 s: at the worst about a minute when nobody listens."""
 _DENIED: Final = frozenset({"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "401"})
 _EXPIRED: Final = frozenset(
@@ -229,9 +231,16 @@ class LocalStore:
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         """As `Store.list`."""
+        with _local_errors(self.uri(prefix)):
+            for _ in range(LIST_ATTEMPTS - 1):
+                with contextlib.suppress(FileNotFoundError):  # somebody else deletes beside it, as another run's prune
+                    return [*self._infos(prefix)]
+            return [*self._infos(prefix)]
+
+    def _infos(self, prefix: str) -> Iterator[ObjectInfo]:
         start = self._root / prefix
         paths = [start] if start.is_file() else sorted(start.rglob("*"))
-        return [self._info(path) for path in paths if path.is_file() and not _is_temporary(path)]
+        return (self._info(path) for path in paths if path.is_file() and not _is_temporary(path))
 
     def download(self, path: str, local: Path, *, etag: str | None = None) -> None:
         """As `Store.download`."""

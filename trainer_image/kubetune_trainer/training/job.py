@@ -272,6 +272,8 @@ def _load_newest_checkpoint(job: Job) -> int:
             if place != own:
                 _check_steps_left(job, resumed)
                 resumed = resumed.without_validation()
+            if config.training.early_stopping is None:
+                resumed = resumed.without_best()
             if resumed.record["configDigest"] != _digest(config):
                 report(
                     "warning",

@@ -80,8 +80,8 @@ def take_best(job: Job) -> None:
     if best not in {None, told.get("step")} and not job.checkpointer.restore(best, job.model, job.optimizer):
         report(
             "warning",
-            message=f"the checkpoint of step {best}, the best by validation, is not complete: outputs have the weights "
-            f"of step {told.get('step')}",
+            message=f"the checkpoint of step {best}, the best by validation, is damaged or not complete: outputs have "
+            f"the weights of step {told.get('step')}",
         )
         set_last_step({key: value for key, value in told.items() if not key.startswith("best")})
 
