@@ -43,6 +43,12 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
         "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16,
         "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 4096,
     },
+    "Gemma 2": {
+        "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_size": 256, "intermediate_size": 704,
+        "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 8192,
+        "max_position_embeddings": 4096, "sliding_window": 256, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 64, "hidden_activation": "gelu_pytorch_tanh",
+    },
     "SmolLM2-135M": SMOLLM2,
 }  # fmt: skip
 ROWS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
@@ -60,6 +66,18 @@ ROWS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("wide", {"tuning": "Full", "micro": 1, "length": 512, "in backward": True}),
     ("wide", {"tuning": "Full", "micro": 1, "length": 512, "optimizer": "AdamW8bit", "in backward": True}),
     ("narrow", {"tuning": "Full", "micro": 4, "length": 512, "recompute": "Selective"}),
+    ("narrow", {"tuning": "LoRA", "micro": 4, "length": 512, "recompute": "Selective"}),
+    ("narrow", {"tuning": "LoRA", "micro": 4, "length": 512, "dropout": 0.1}),
+    ("narrow", {"tuning": "DoRA", "micro": 4, "length": 512}),
+    ("wide", {"tuning": "DoRA", "micro": 2, "length": 512, "recompute": "Selective"}),
+    ("narrow", {"tuning": "Full", "micro": 4, "length": 512, "qat": "Int8DynamicActivationInt4Weight"}),
+    ("narrow", {"tuning": "LoRA", "micro": 4, "length": 512, "qat": "Int8DynamicActivationInt4Weight"}),
+    ("wide", {"tuning": "LoRA", "micro": 2, "length": 512, "qat": "Int4WeightOnly", "recompute": "Selective"}),
+    ("wide", {"tuning": "LoRA", "micro": 1, "length": 256, "recipe": "DPO"}),
+    ("wide", {"tuning": "LoRA", "micro": 2, "length": 256, "recipe": "KTO"}),
+    ("wide", {"tuning": "Full", "micro": 1, "length": 256, "recipe": "SimPO"}),
+    ("Gemma 2", {"tuning": "LoRA", "micro": 2, "length": 512}),
+    ("Gemma 2", {"tuning": "LoRA", "micro": 2, "length": 512, "recompute": "Selective"}),
     ("SmolLM2-135M", {"tuning": "LoRA", "micro": 1, "length": 512}),
     ("SmolLM2-135M", {"tuning": "LoRA", "micro": 2, "length": 512, "precision": "BF16Mixed"}),
     ("SmolLM2-135M", {"tuning": "Full", "micro": 1, "length": 512, "recompute": "Full", "precision": "BF16Mixed"}),
@@ -96,6 +114,7 @@ def told(settings: dict[str, Any]) -> str:
     return ", ".join(
         part
         for part in (
+            settings.get("recipe", ""),
             settings["tuning"],
             settings.get("precision", "FP32"),
             *sizes,
@@ -104,6 +123,8 @@ def told(settings: dict[str, Any]) -> str:
             optimizer,
             stepping,
             tokens,
+            settings.get("qat", ""),
+            f"dropout {settings['dropout']}" if "dropout" in settings else "",
         )
         if part
     )
@@ -137,11 +158,23 @@ def write_run(folder: Path, shape: dict[str, Any], settings: dict[str, Any]) -> 
     text = " ".join(WORDS[number % len(WORDS)] for number in range(words - 2 if packed else words + 8))
     micro, accumulate = settings["micro"], settings.get("accumulate", 1)
     lines = [json.dumps({"text": text})] * (2 * micro * accumulate * (2 if packed else 1))
+    recipe, form = settings.get("recipe", "QAT" if "qat" in settings else "SFT"), "Text"
+    if recipe in {"DPO", "SimPO", "KTO"}:  # answers that fill their rows
+        form, asked = "Preference", {"role": "user", "content": "red cat"}
+        answers = {"chosen": text, "rejected": f"but {text}"}
+        pair = {name: [{"role": "assistant", "content": answer}] for name, answer in answers.items()}
+        pairs = (
+            {"prompt": [{**asked, "content": f"{WORDS[number % 20]} cat"}], **pair} for number in range(len(lines))
+        )
+        lines = [json.dumps(each) for each in pairs]
     (folder / "rows.jsonl").write_text("\n".join(lines))
+    tokens = [f"<|{number}|>" for number in range(settings.get("tokens", 0))]
+    lora = {"train_tokens": tokens, "dropout": settings.get("dropout", 0.0)}
     config = {
+        "recipe": recipe,
         "model": {"uri": {"location": f"file://{folder}/model"}},
         "dataset": {
-            "sources": [{"name": "rows", "uri": {"location": f"file://{folder}/rows.jsonl"}, "format": "Text"}],
+            "sources": [{"name": "rows", "uri": {"location": f"file://{folder}/rows.jsonl"}, "format": form}],
             "max_sequence_length": settings["length"], "packing": settings.get("packing", "None"),
         },
         "tuning": settings["tuning"],
@@ -153,8 +186,8 @@ def write_run(folder: Path, shape: dict[str, Any], settings: dict[str, Any]) -> 
             "optimizer_in_backward": settings.get("in backward", False),
         },
         "workspace": {"uri": f"file://{folder}/runs"},
-        **({"lora": {"train_tokens": [f"<|{number}|>" for number in range(settings["tokens"])]}}
-           if "tokens" in settings else {}),
+        **({"lora": lora} if settings["tuning"] != "Full" else {}),
+        **({"qat": {"scheme": settings["qat"]}} if "qat" in settings else {}),
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
@@ -164,19 +197,24 @@ def train(config_path: str) -> None:
     sys.path.insert(0, str(ROOT / "recipes"))
     import torch._dynamo  # what the optimizer's first step imports
 
-    import finetune  # ours
+    import dpo  # ours, as those that follow
+    import finetune
+    import kto
     from kubetune_trainer.estimate import RUNTIME_BYTES, estimate_memory
     from kubetune_trainer.memory import forget_peak_memory, resident_bytes
     from kubetune_trainer.training.job import begin, resume
+    from kubetune_trainer.training.reference import build_reference
 
-    cpu = torch.device("cpu")
+    cpu, recipes = torch.device("cpu"), {"DPO": dpo, "SimPO": dpo, "KTO": kto}
     before = resident_bytes()
-    with begin(["--config", config_path], description="", recipes=["SFT"]) as job:
+    with begin(["--config", config_path], description="", recipes=["SFT", "QAT", *recipes]) as job:
+        recipe = job.config.recipe
+        asked = [build_reference(job, f"{recipe.lower()}.reference") if recipe in {"DPO", "KTO"} else None]
         first = resume(job)
         if not forget_peak_memory(cpu):
             raise RuntimeError("/proc/self/clear_refs cannot be written here, so that no peak can be measured")
-        job.checkpointer.save = lambda *_: None
-        finetune.train(job, first)
+        job.checkpointer.save = lambda *_, **__: None
+        recipes.get(recipe, finetune).train(job, *(asked if recipe in recipes else ()), first)
         measured = resident_bytes("VmHWM") - before
         estimate = estimate_memory(job.config, job.model.config)
     needed = estimate.memory_per_device_bytes - RUNTIME_BYTES  # which is there before anything is measured

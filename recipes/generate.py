@@ -36,6 +36,7 @@ import torch
 from kubetune_trainer import generate, load_model, load_tokenizer
 from kubetune_trainer.chat import ChatTemplate, Message, TemplateError
 from kubetune_trainer.data.formats import Fields, RecordError
+from kubetune_trainer.data.half_characters import half_character
 from kubetune_trainer.data.read import read_records
 from kubetune_trainer.data.tool_calls import takes_text, with_text
 from kubetune_trainer.errors import DataError, TrainerError
@@ -88,7 +89,9 @@ def ask(arguments: argparse.Namespace) -> None:
             for index, ids in zip(batch, generated, strict=True):
                 text = tokenizer.decode(ids)
                 is_file = arguments.prompts is not None
-                lines[index] = json.dumps(records[index][1] | {"answer": text}, ensure_ascii=False) if is_file else text
+                told = records[index][1] | {"answer": text}
+                # Dates and the like, which parquet has and JSON has not, become text.
+                lines[index] = json.dumps(told, ensure_ascii=False, default=str) if is_file else text
             keep([lines[index] for index in batch])
             print(f"{len(lines)} of {len(prompts)} answered", file=sys.stderr, flush=True)
     write([lines[index] for index in range(len(lines))], arguments.output)
@@ -101,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     temperature = number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
     penalty = number(float, "a number above 0", lambda value: 0 < value < math.inf)
     part = number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
+    seed = number(int, "a whole number that 64 bits hold", lambda value: -(2**63) <= value < 2**63)
     parser.add_argument("--model", type=Path, required=True, help="a folder with a model")
     parser.add_argument("--adapter", type=Path, help="a PEFT folder that is merged into it")
     questions = parser.add_mutually_exclusive_group(required=True)
@@ -114,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 takes the likeliest token every time")
     parser.add_argument("--top-k", type=count, help="draw from so many likeliest tokens only")
     parser.add_argument("--top-p", type=part, help="draw from the likeliest tokens of this probability only")
-    parser.add_argument("--seed", type=int, help="makes drawing repeatable")
+    parser.add_argument("--seed", type=seed, help="makes drawing repeatable")
     parser.add_argument(
         "--repetition-penalty", type=penalty, help="above 1 repeats less; default: what generation_config.json says"
     )
@@ -123,6 +127,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("argument --output: must come with --prompts")
     if arguments.output is not None and not arguments.output.parent.is_dir():
         parser.error(f"argument --output: must be in a folder that is there, got {arguments.output}")
+    if arguments.output is not None and arguments.output.is_dir():
+        parser.error(f"argument --output: must be a file, got the folder {arguments.output}")
     for option in ("top_k", "top_p", "seed"):
         if getattr(arguments, option) is not None and arguments.temperature == 0.0:
             print(f"--{option.replace('_', '-')} changes nothing without --temperature", file=sys.stderr)
@@ -213,7 +219,7 @@ def chat(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:
 def read_line() -> str | None:
     """What the person says, None at the end; the prompt is for a terminal only."""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return input("> " if sys.stdin.isatty() else "").strip().encode("utf-8", "replace").decode()
     except (EOFError, KeyboardInterrupt):
         return None
 
@@ -241,12 +247,15 @@ def answer(model: Model, prompt: list[int], tokenizer: Tokenizer, arguments: arg
 
 def read_questions(arguments: argparse.Namespace) -> Iterator[tuple[str, Record]]:
     """Yields each record with the place that messages call it by."""
-    if arguments.prompt is not None:
-        yield "--prompt", {"prompt": arguments.prompt}
-        return
-    if not arguments.prompts.is_file():
+    if arguments.prompts is not None and not arguments.prompts.is_file():
         raise DataError(f"--prompts must name a file, got {arguments.prompts}")
-    for place, record in read_records(arguments.prompts, name=str(arguments.prompts)):
+    if arguments.prompts is None:
+        asked = iter([("--prompt", {"prompt": arguments.prompt})])
+    else:
+        asked = read_records(arguments.prompts, name=str(arguments.prompts))
+    for place, record in asked:
+        if (field := half_character(record)) is not None:
+            raise DataError(f"{place}: {field} has half of a character, which no text can hold")
         yield place, dict(record)
 
 

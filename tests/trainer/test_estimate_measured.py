@@ -11,8 +11,18 @@ from tests.cluster.paths import ROOT
 
 @pytest.mark.parametrize(
     "row",
-    [1, 3, 12, 13],
-    ids=["all weights, recomputing", "adapters in bf16", "8 bits and steps in backward", "recomputing some"],
+    [1, 3, 12, 13, 14, 15, 16, 18, 21],
+    ids=[
+        "all weights, recomputing",
+        "adapters in bf16",
+        "8 bits and steps in backward",
+        "recomputing some",
+        "adapters, recomputing some",
+        "adapters with dropout",
+        "DoRA",
+        "inputs rounded in training",
+        "preferences",
+    ],
 )
 def test_the_estimate_is_within_a_tenth_of_what_real_steps_need(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

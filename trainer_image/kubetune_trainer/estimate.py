@@ -16,10 +16,11 @@ from torch import nn
 from kubetune_trainer import distillation
 from kubetune_trainer.compact_adamw import BLOCKS, CHUNK_NUMBERS
 from kubetune_trainer.config import FineTuneConfig
-from kubetune_trainer.lora import apply_lora, packed_layers
+from kubetune_trainer.lora import LoRALinear, apply_lora, packed_layers
 from kubetune_trainer.loss import CHUNK_TOKENS
 from kubetune_trainer.model.config import ModelConfig
 from kubetune_trainer.model.decoder import NORMS, Decoder
+from kubetune_trainer.model.recompute import is_worth_keeping
 from kubetune_trainer.model.weights import build_model
 from kubetune_trainer.optim import BITS, PIECE_NUMBERS
 from kubetune_trainer.parallel import held_bytes, stays_whole
@@ -264,12 +265,14 @@ def _logits(config: FineTuneConfig, shape: ModelConfig, tokens: int) -> int:
     if config.distillation is not None:
         rows = min(distillation.CHUNK_TOKENS, tokens)
         return rows * shape.vocab_size * distillation.CHUNK_COPIES * FP32
-    return min(CHUNK_TOKENS, tokens) * shape.vocab_size * _logit_bytes(shape)
+    return min(CHUNK_TOKENS, tokens) * shape.vocab_size * _logit_copies(config, shape) * FP32
 
 
-def _logit_bytes(shape: ModelConfig) -> int:
-    """Returns the bytes of a logit and of its logarithm, both in fp32, and where it has a bound of how far it is."""
-    return 2 * FP32 + (FP32 if shape.logit_softcap is not None else 0)
+def _logit_copies(config: FineTuneConfig, shape: ModelConfig) -> int:
+    """Returns how many numbers there are of a logit at once: itself, its logarithm, gradients, and what bounds it."""
+    if config.rows != "Samples":  # whose log-probabilities are summed by answer, by autograd
+        return 4 if shape.logit_softcap is None else 5
+    return 2 if shape.logit_softcap is None else 4
 
 
 def _unpacked(model: Decoder, config: FineTuneConfig) -> int:
@@ -281,7 +284,8 @@ def _unpacked(model: Decoder, config: FineTuneConfig) -> int:
 def _rounded(model: Decoder, config: FineTuneConfig) -> int:
     """Returns the bytes of the rounded weights that backward needs, and of which of them lay out of range.
 
-    With adapters also those of the layer whose weight, update and sum, or their gradients, are there in fp32.
+    With adapters also those of the layer whose weight, update and sum, or their gradients, are there in fp32; Selective
+    keeps the updates, where they are worth it.
     """
     blocks = [
         sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
@@ -290,7 +294,13 @@ def _rounded(model: Decoder, config: FineTuneConfig) -> int:
     num_kept = _blocks_kept(config, len(blocks)) if config.training.activation_checkpointing == "None" else 1
     kept = sum(blocks) if num_kept == len(blocks) else num_kept * max(blocks)
     largest = max(layer.weight.numel() for layer in model.model.layers.modules() if isinstance(layer, nn.Linear))
-    return kept * (_compute_bytes(config) + 1) + (3 * largest * FP32 if config.lora is not None else 0)
+    adapted = 0 if config.lora is None else 3 * largest
+    if config.lora is not None and config.training.activation_checkpointing == "Selective":
+        layers = [layer for layer in model.model.layers.modules() if isinstance(layer, LoRALinear)]
+        adapted += sum(
+            layer.weight.numel() for layer in layers if is_worth_keeping(config.lora.rank, layer.in_features)
+        )
+    return kept * (_compute_bytes(config) + 1) + adapted * FP32
 
 
 def _blocks_kept(config: FineTuneConfig, num_blocks: int) -> int:
@@ -319,7 +329,7 @@ def _activations(config: FineTuneConfig, shape: ModelConfig) -> tuple[int, int, 
     and the attention's output (in fp32 on a CPU that has bf16 but no AMX, which is passed over); twice the inner width
     of the feed-forward block, or of the experts that a token passes, and the token's copies for each of them; where
     attention has a soft bound, two rows of its products. Where nothing of a block is made again by itself, also the
-    norms' outputs and the inner width once more. With packing, a row of the mask once for all blocks.
+    norms' outputs and the inner width once more. A row of each mask once for all blocks.
     """
     compute, length = _compute_bytes(config), config.dataset.max_sequence_length
     num_norms = len(NORMS[shape.norm_places])
@@ -327,25 +337,65 @@ def _activations(config: FineTuneConfig, shape: ModelConfig) -> tuple[int, int, 
     norm = shape.hidden_size * (compute + scaled)
     num_kv_heads = shape.num_kv_heads if shape.attention_softcap is None else shape.num_heads  # they are copied there
     heads = 2 * (shape.num_heads + num_kv_heads) * shape.head_dim * compute
-    # A mask for all blocks; with a soft bound, of each head the bounded products and their softmax in fp32.
-    mask = length * compute if config.dataset.packing == "BestFit" and shape.attention_softcap is None else 0
+    # A mask for all blocks of a window; with a soft bound, of each head the bounded products and their softmax in fp32.
+    within = {window for window in shape.windows if window is not None and window < length}
+    masks = len(within) + (config.dataset.packing == "BestFit" and None in shape.windows)
+    mask = masks * length * compute if shape.attention_softcap is None else 0
     rows = 0 if shape.attention_softcap is None else length * FP32 * 2 * shape.num_heads
     block = num_norms * norm + heads + rows + 2 * shape.token_width * compute
     if shape.experts is not None:
         block += shape.experts.num_chosen * shape.hidden_size * 2 * compute
     # What projections and attention return, and the copy of it that attention computes with.
     width = 2 * shape.token_width + 2 * shape.hidden_size + (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    beside, products = _beside_layers(config, shape)
+    block += beside
     whole = block + (num_norms * shape.hidden_size + shape.token_width) * compute
+    if shape.attention_softcap is not None and is_worth_keeping(shape.head_dim, length):
+        products += shape.num_heads * length * compute
     training = config.training
     each = {
         "None": whole if training.activation_offload or training.compile == "Blocks" else block,
-        "Selective": (shape.hidden_size + width) * compute + shape.num_heads * shape.head_dim * compute,
+        "Selective": (shape.hidden_size + width) * compute + shape.num_heads * shape.head_dim * compute + products,
         "Full": shape.hidden_size * compute,
     }[training.activation_checkpointing]
     again = whole - each if training.activation_checkpointing == "None" else whole
     sequences = training.micro_batch_size * (2 if config.rows == "Pairs" else 1)
     around = 6 * shape.hidden_size * compute + mask  # of the last norm, and of the embedding
     return sequences * length, _blocks_kept(config, shape.num_layers) * each + around, again
+
+
+def _beside_layers(config: FineTuneConfig, shape: ModelConfig) -> tuple[int, int]:
+    """Returns what the linear layers of a block keep of a token beside their inputs, and what Selective does of it.
+
+    DoRA keeps each adapted layer's output and its update; dropout the mask and what it leaves of the input; activations
+    in int8 are kept as numbers, rounded, and with which were out of range. Of a product with adapters Selective keeps
+    the inner one, and the update where it is worth it.
+    """
+    compute, lora, qat = _compute_bytes(config), config.lora, config.qat
+    rounds_inputs = qat is not None and qat.scheme == "Int8DynamicActivationInt4Weight"
+    if lora is None and not rounds_inputs:
+        return 0, 0
+    model = build_model(shape)
+    if lora is not None:
+        apply_lora(model, **config.adapter_settings())
+    most, most_kept = 0.0, 0.0
+    for block in model.model.layers:
+        beside = kept = 0.0
+        for name, layer in block.named_modules():
+            is_adapted = isinstance(layer, LoRALinear)
+            if not is_adapted and not (rounds_inputs and isinstance(layer, nn.Linear) and "lora_" not in name):
+                continue
+            # Of a mixture, the experts that a token passes.
+            part = shape.experts.num_chosen / shape.experts.num_experts if shape.experts and ".experts." in name else 1
+            if rounds_inputs:
+                beside += part * layer.in_features * (2 * compute + 1)
+            if is_adapted and lora is not None and qat is None:
+                update = layer.out_features if is_worth_keeping(lora.rank, layer.out_features) else 0
+                kept += part * (lora.rank + update) * compute
+                beside += part * 2 * layer.out_features * compute if config.tuning == "DoRA" else 0
+                beside += part * 2 * layer.in_features * compute if lora.dropout else 0
+        most, most_kept = max(most, beside), max(most_kept, kept)
+    return int(most), int(most_kept)
 
 
 def _moment_bytes(config: FineTuneConfig) -> float:

@@ -36,6 +36,7 @@ def main() -> int:
         shape = read_shape(config)
         alone = {field: config.model_copy(update={"model": named}) for field, named in config.other_models.items()}
         others = {field: read_shape(each) for field, each in alone.items()}
+        own = 0
         for changes in [{}, *(milder(config, offload=options.offload) if options.suggest else ())]:
             overrides = [f"{field}={value}" for field, value in changes.items()]
             try:
@@ -45,8 +46,12 @@ def main() -> int:
                 if not changes:
                     raise
                 continue  # the recipe has no such form, or the ranks cannot share the batch then
+            size = sum(parts.values())
+            own = size if not changes else own
+            if changes and size >= own:  # as recomputing some, where adapters' products would be kept
+                continue
             host = host_bytes(changed, shape, others=others)
-            told = {"changes": changes, "bytes": sum(parts.values()), "hostBytes": host, "parts": parts}
+            told = {"changes": changes, "bytes": size, "hostBytes": host, "parts": parts}
             sys.stdout.write(json.dumps(told) + "\n")
     except TrainerError as error:
         sys.stderr.write(f"{error}\n{error.hint}\n")

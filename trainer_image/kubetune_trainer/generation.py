@@ -278,12 +278,14 @@ def choose_tokens(
         logits_BV = torch.where(seen_BV, less_likely_BV, logits_BV)
     if temperature == 0.0:
         return logits_BV.argmax(dim=-1)
-    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature  # none becomes infinite
+    temperature = max(temperature, torch.finfo(logits_BV.dtype).tiny)
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature  # none becomes NaN
     if top_k is not None:
         smallest = logits_BV.topk(min(top_k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest, -torch.inf)
     if top_p is not None:
         probabilities, order = logits_BV.softmax(dim=-1).sort(dim=-1, descending=True)
-        surplus = probabilities.cumsum(dim=-1) - probabilities >= top_p  # the likeliest token always stays
+        surplus = probabilities.cumsum(dim=-1) - probabilities >= top_p
+        surplus[:, 0] = False  # the likeliest token always stays, also where top_p is no number of fp32
         logits_BV = logits_BV.masked_fill(surplus.scatter(-1, order, surplus), -torch.inf)
     return torch.multinomial(logits_BV.softmax(dim=-1), num_samples=1, generator=generator)[:, 0]

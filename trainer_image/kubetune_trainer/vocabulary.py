@@ -110,11 +110,19 @@ def _tokens_of(folder: Path, adapter: Path) -> Growth | None:
             f"Adapter folder {adapter}: {TOKENIZER_FILE} must have all tokens of the model, got {changed[0]!r} as "
             f"id {new.get(changed[0])} in place of {old[changed[0]]}"
         )
-    if len(new) == len(old):
+    rows, trained = read_config(folder).vocab_size, _trained_ids(adapter)
+    added = {new[token] for token in new.keys() - old.keys()} | {number for number in trained if number >= rows}
+    if not added:
         return None
     given = [adapter / name for name in TOKENIZER_FILES if (adapter / name).is_file()]
     files = {file.name: file.read_text(encoding="utf-8") for file in given}
-    return _growth(folder, files, new_ids=tuple(sorted(new[token] for token in new.keys() - old.keys())))
+    return _growth(folder, files, new_ids=tuple(sorted(added)))
+
+
+def _trained_ids(adapter: Path) -> set[int]:
+    """Return the tokens that adapters have rows of their own for: one list, or one for each table."""
+    told = read_json(adapter / ADAPTER_CONFIG_FILE)[TRAINED_IDS]
+    return set(told) if isinstance(told, list) else {number for each in told.values() for number in each}
 
 
 def grown(folder: Path, growth: Growth | None, *, below: Path, key: str = "", with_weights: bool = True) -> Path:

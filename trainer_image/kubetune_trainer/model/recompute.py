@@ -4,27 +4,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 ActivationCheckpointing = Literal["None", "Selective", "Full"]
 
 _aten = torch.ops.aten
-EXPENSIVE: Final = [
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten.bmm.default,
-    _aten.baddbmm.default,
+PRODUCTS: Final = {_aten.mm.default: 1, _aten.addmm.default: 2, _aten.bmm.default: 1, _aten.baddbmm.default: 2}
+"""Products of matrices, and which of their arguments is the right factor, (…, inner width, columns)."""
+ATTENTION: Final = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,  # noqa: SLF001 (operators are called what they are)
     _aten._scaled_dot_product_flash_attention.default,  # noqa: SLF001
     _aten._scaled_dot_product_efficient_attention.default,  # noqa: SLF001
     _aten._scaled_dot_product_cudnn_attention.default,  # noqa: SLF001
     torch.ops.higher_order.flex_attention,
-]
-"""What Selective does not compute twice: products of matrices, and attention."""
+}
+NARROW: Final = 16
+"""A product with fewer columns than this many times its inner width is worth keeping."""
+
+
+def is_worth_keeping(inner: int, columns: int) -> bool:
+    """Whether a product takes so long for each number that it returns that Selective keeps them.
+
+    Those of an adapter's few ranks with its many outputs are as soon made again as what is computed by elements.
+    """
+    return columns <= NARROW * inner
+
+
+def _decide(_context: object, operator: object, *arguments: Any, **_options: Any) -> CheckpointPolicy:
+    """Says what Selective keeps: products of matrices, and attention, but none that no gradient needs."""
+    right = PRODUCTS.get(operator)
+    is_kept = operator in ATTENTION if right is None else is_worth_keeping(*arguments[right].shape[-2:])
+    keeps = is_kept and torch.is_grad_enabled()
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: object, mode: ActivationCheckpointing) -> Tensor:
@@ -33,8 +48,8 @@ def recomputed(function: Callable[..., Tensor], *inputs: object, mode: Activatio
     Args:
         function: What to call.
         inputs: Its arguments; they are kept.
-        mode: Full keeps nothing else. Selective also keeps what the EXPENSIVE operators return. None keeps everything
-            but what `made_again` is told of.
+        mode: Full keeps nothing else. Selective also keeps what takes long, products of matrices and attention. None
+            keeps everything but what `made_again` is told of.
     """
     is_plain = mode == "None"
     if not torch.is_grad_enabled() or (is_plain and torch.compiler.is_compiling()):
@@ -44,7 +59,7 @@ def recomputed(function: Callable[..., Tensor], *inputs: object, mode: Activatio
             return function(*inputs)
     if mode == "Full":
         return checkpoint(function, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
-    contexts = partial(create_selective_checkpoint_contexts, EXPENSIVE)
+    contexts = partial(create_selective_checkpoint_contexts, _decide)
     return checkpoint(  # type: ignore[no-any-return]
         function, *inputs, use_reentrant=False, context_fn=contexts, respect_saved_tensors_hooks=True
     )
