@@ -7,13 +7,16 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import tokenizers
 import torch
+from pyarrow import parquet
 from safetensors.torch import save_file
 from tokenizers import decoders, models
 
@@ -215,6 +218,7 @@ def test_a_conversation_shows_all_of_an_answer_whatever_bytes_its_characters_hav
         (("--max-new-tokens", "0"), "argument --max-new-tokens: must be a whole number of at least 1, got 0"),
         (("--repetition-penalty", "0"), "argument --repetition-penalty: must be a number above 0, got 0"),
         (("--output", "answers.jsonl"), "argument --output: must come with --prompts"),
+        (("--seed", str(2**63)), f"argument --seed: must be a whole number that 64 bits hold, got {2**63}"),
     ],
 )
 def test_an_option_out_of_its_range_is_refused_by_name_rule_and_value(
@@ -233,6 +237,24 @@ def test_output_in_a_folder_that_is_not_there_is_refused_before_anything_is_aske
     with pytest.raises(SystemExit):
         parse("--model", "m", "--prompts", "p.jsonl", "--output", output)
     assert f"argument --output: must be in a folder that is there, got {output}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("--model", "m", "--prompts", "p.jsonl", "--output", tmp_path)
+    assert f"argument --output: must be a file, got the folder {tmp_path}" in capsys.readouterr().err
+
+
+def test_half_of_a_character_is_refused_before_anything_is_asked(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "red cat"}\n{"prompt": "red", "note": "\\ud83d"}\n')
+    done = ask("--model", tiny, "--prompts", tmp_path / "p.jsonl")
+    assert done.returncode == ExitCode.DATA
+    assert "p.jsonl line 2: note has half of a character, which no text can hold" in done.stderr
+
+
+def test_dates_of_parquet_stand_in_the_answers_as_text(tiny: Path, tmp_path: Path) -> None:
+    rows = {"prompt": ["red cat"], "at": [datetime(2026, 1, 2, tzinfo=UTC)]}
+    parquet.write_table(pa.table(rows), tmp_path / "p.parquet")
+    done = ask("--model", tiny, "--prompts", tmp_path / "p.parquet", "--max-new-tokens", "1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["at"].startswith("2026-01-02")
 
 
 def test_an_option_of_drawing_says_that_it_changes_nothing_where_none_is_drawn(

@@ -48,7 +48,17 @@ def test_drawing_repeats_under_a_seed_and_differs_between_seeds(models: tuple[De
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-4}, {"temperature": 1e-38}])
+@pytest.mark.parametrize(
+    "narrow",
+    [
+        {"top_k": 1},
+        {"top_p": 1e-9},
+        {"top_p": 1e-300},
+        {"temperature": 1e-4},
+        {"temperature": 1e-38},
+        {"temperature": 1e-320},
+    ],
+)
 def test_drawing_from_the_likeliest_token_alone_is_greedy(
     models: tuple[Decoder, LlamaForCausalLM], narrow: dict[str, float]
 ) -> None:

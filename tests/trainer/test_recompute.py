@@ -3,10 +3,12 @@
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kubetune_trainer import load_model
@@ -100,3 +102,29 @@ def step(model: Decoder) -> tuple[dict[str, Tensor], int]:
         model(tokens, labels_BT=tokens).backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     return {name: gradient.clone() for name, gradient in gradients.items()}, made
+
+
+@pytest.mark.parametrize(("rank", "num_kept"), [(2, 2), (16, 3)], ids=["a few ranks", "many ranks"])
+def test_selective_keeps_products_that_take_long_and_that_backward_needs(rank: int, num_kept: int) -> None:
+    """Of an adapted layer: the layer's own product and the inner one, and the update where that is as wide."""
+    made: list[str] = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, _types: Any, given: Any = (), options: Any = None) -> Any:
+            if function is torch.ops.aten.mm.default:
+                made.append(str(function))
+            return function(*given, **(options or {}))
+
+    base, inner, update = (torch.randn(*size, requires_grad=True) for size in ((64, 64), (64, rank), (rank, 64)))
+
+    def layer(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            lengths = (base + inner @ update).norm(dim=1)
+        return (x @ base + x @ inner @ update) * lengths
+
+    x = torch.randn(8, 64, requires_grad=True)
+    out = recomputed(layer, x, mode="Selective")
+    with Counted():
+        out.sum().backward()
+    gradients = 2 * 3  # each product has two factors
+    assert len(made) == gradients + (1 + 3 - num_kept), "lengths, and what is not kept, are made again"

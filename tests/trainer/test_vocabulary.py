@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from kubetune_trainer import load_model, load_tokenizer
 from kubetune_trainer.vocabulary import grown, growth_by_adapter
@@ -40,3 +41,19 @@ def test_an_adapter_without_a_template_or_with_the_models_own_adds_nothing(tmp_p
     base = write_model(tmp_path / "base")
     assert growth_by_adapter(base, write_adapter(tmp_path / "none", template=None)) is None
     assert growth_by_adapter(base, write_adapter(tmp_path / "same", template=TEMPLATE)) is None
+
+
+def test_an_adapter_brings_the_row_of_a_token_that_the_tokenizer_had_and_the_embedding_had_not(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    backend = Tokenizer.from_file(str(base / "tokenizer.json"))
+    rows = backend.get_vocab_size()
+    backend.add_tokens(["<|image|>"])
+    backend.save(str(base / "tokenizer.json"))
+    adapter = write_adapter(tmp_path / "adapter", template=None)
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "trainable_token_indices": {"embed_tokens": [3, rows]}}
+    (adapter / "adapter_config.json").write_text(json.dumps(told))
+    backend.save(str(adapter / "tokenizer.json"))
+    growth = growth_by_adapter(base, adapter)
+    assert growth is not None
+    assert (growth.new_ids, growth.size) == ((rows,), rows + 1)
+    assert load_model(grown(base, growth, below=tmp_path)).config.vocab_size == rows + 1
