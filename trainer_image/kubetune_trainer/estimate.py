@@ -166,7 +166,7 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
     tokens, kept, again = _activations(config, shape)
     temporary = (4 * shape.token_width + shape.hidden_size) * compute
     logits = _logits(config, shape, tokens)
-    rows = tokens * shape.hidden_size * compute
+    rows, updates = tokens * shape.hidden_size * compute, _updates(model, config)
     # With trained tokens the output head as it is with their rows, and its gradient.
     replaced = 2 * shape.vocab_size * shape.hidden_size * compute if config.lora and config.lora.train_tokens else 0
     rounded = {"rounded weights": _rounded(model, config)} if config.qat is not None else {}
@@ -175,14 +175,14 @@ def _moments(config: FineTuneConfig, shape: ModelConfig, model: Decoder) -> list
         | {
             "gradients": earlier,
             "gathered": held + brief.of_head + replaced,
-            "activations": tokens * kept + rows,
+            "activations": tokens * kept + rows + updates,
             "logits": logits,
         },
         rounded
         | {
             "gradients": earlier,
             "gathered": held + brief.of_head + brief.of_block,
-            "activations": tokens * (kept + again + temporary),
+            "activations": tokens * (kept + again + temporary) + updates,
         },
         {
             "gradients": earlier or max(0, left - in_root),
@@ -284,8 +284,7 @@ def _unpacked(model: Decoder, config: FineTuneConfig) -> int:
 def _rounded(model: Decoder, config: FineTuneConfig) -> int:
     """Returns the bytes of the rounded weights that backward needs, and of which of them lay out of range.
 
-    With adapters also those of the layer whose weight, update and sum, or their gradients, are there in fp32; Selective
-    keeps the updates, where they are worth it.
+    With adapters also those of the layer whose weight, update and sum, or their gradients, are there in fp32.
     """
     blocks = [
         sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
@@ -294,13 +293,16 @@ def _rounded(model: Decoder, config: FineTuneConfig) -> int:
     num_kept = _blocks_kept(config, len(blocks)) if config.training.activation_checkpointing == "None" else 1
     kept = sum(blocks) if num_kept == len(blocks) else num_kept * max(blocks)
     largest = max(layer.weight.numel() for layer in model.model.layers.modules() if isinstance(layer, nn.Linear))
-    adapted = 0 if config.lora is None else 3 * largest
-    if config.lora is not None and config.training.activation_checkpointing == "Selective":
-        layers = [layer for layer in model.model.layers.modules() if isinstance(layer, LoRALinear)]
-        adapted += sum(
-            layer.weight.numel() for layer in layers if is_worth_keeping(config.lora.rank, layer.in_features)
-        )
-    return kept * (_compute_bytes(config) + 1) + adapted * FP32
+    return kept * (_compute_bytes(config) + 1) + (3 * largest * FP32 if config.lora is not None else 0)
+
+
+def _updates(model: Decoder, config: FineTuneConfig) -> int:
+    """Returns the bytes of adapters' whole updates, which DoRA and QAT make in fp32 and Selective keeps if worth it."""
+    lora, makes_whole = config.lora, config.tuning == "DoRA" or config.qat is not None
+    if lora is None or not makes_whole or config.training.activation_checkpointing != "Selective":
+        return 0
+    layers = [layer for layer in model.model.layers.modules() if isinstance(layer, LoRALinear)]
+    return FP32 * sum(layer.weight.numel() for layer in layers if is_worth_keeping(lora.rank, layer.in_features))
 
 
 def _blocks_kept(config: FineTuneConfig, num_blocks: int) -> int:

@@ -29,17 +29,17 @@ NARROW: Final = 16
 def is_worth_keeping(inner: int, columns: int) -> bool:
     """Whether a product takes so long for each number that it returns that Selective keeps them.
 
-    Those of an adapter's few ranks with its many outputs are as soon made again as what is computed by elements.
+    Those of an adapter's few ranks with its many outputs are as soon made again as what is computed by elements; DoRA
+    makes one as large as each weight.
     """
     return columns <= NARROW * inner
 
 
 def _decide(_context: object, operator: object, *arguments: Any, **_options: Any) -> CheckpointPolicy:
-    """Says what Selective keeps: products of matrices, and attention, but none that no gradient needs."""
+    """Says what Selective keeps: products of matrices that are worth it, and attention."""
     right = PRODUCTS.get(operator)
     is_kept = operator in ATTENTION if right is None else is_worth_keeping(*arguments[right].shape[-2:])
-    keeps = is_kept and torch.is_grad_enabled()
-    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: object, mode: ActivationCheckpointing) -> Tensor:
