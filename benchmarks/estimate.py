@@ -160,13 +160,11 @@ def write_run(folder: Path, shape: dict[str, Any], settings: dict[str, Any]) -> 
     lines = [json.dumps({"text": text})] * (2 * micro * accumulate * (2 if packed else 1))
     recipe, form = settings.get("recipe", "QAT" if "qat" in settings else "SFT"), "Text"
     if recipe in {"DPO", "SimPO", "KTO"}:  # answers that fill their rows
-        form, asked = "Preference", {"role": "user", "content": "red cat"}
+        form = "Preference"
         answers = {"chosen": text, "rejected": f"but {text}"}
         pair = {name: [{"role": "assistant", "content": answer}] for name, answer in answers.items()}
-        pairs = (
-            {"prompt": [{**asked, "content": f"{WORDS[number % 20]} cat"}], **pair} for number in range(len(lines))
-        )
-        lines = [json.dumps(each) for each in pairs]
+        prompts = ([{"role": "user", "content": f"{WORDS[number % 20]} cat"}] for number in range(len(lines)))
+        lines = [json.dumps({"prompt": prompt, **pair}) for prompt in prompts]
     (folder / "rows.jsonl").write_text("\n".join(lines))
     tokens = [f"<|{number}|>" for number in range(settings.get("tokens", 0))]
     lora = {"train_tokens": tokens, "dropout": settings.get("dropout", 0.0)}

@@ -247,10 +247,10 @@ def answer(model: Model, prompt: list[int], tokenizer: Tokenizer, arguments: arg
 
 def read_questions(arguments: argparse.Namespace) -> Iterator[tuple[str, Record]]:
     """Yields each record with the place that messages call it by."""
-    if arguments.prompts is not None and not arguments.prompts.is_file():
-        raise DataError(f"--prompts must name a file, got {arguments.prompts}")
     if arguments.prompts is None:
         asked = iter([("--prompt", {"prompt": arguments.prompt})])
+    elif not arguments.prompts.is_file():
+        raise DataError(f"--prompts must name a file, got {arguments.prompts}")
     else:
         asked = read_records(arguments.prompts, name=str(arguments.prompts))
     for place, record in asked:

@@ -37,6 +37,7 @@ STEP_FIELDS: Final = {
 }
 STEP_COUNTS: Final = {
     "step": "step", "totalSteps": "total_steps", "peakMemoryBytes": "peak_memory_bytes", "etaSeconds": "eta_seconds",
+    "bestValidationStep": "best_validation_step",
 }  # fmt: skip
 
 
@@ -118,11 +119,10 @@ def step_fields(event: Json) -> Json:
 
 
 def _validation_fields(event: Json) -> Json:
-    best = event.get("bestValidationStep")
     return {
         **_formatted("validation_loss", event.get("validationLoss")),
         **_formatted("best_validation_loss", event.get("bestValidationLoss")),
-        **({"best_validation_step": int(best)} if _is_number(best) and best >= 0 else {}),
+        **_counts({"bestValidationStep": event.get("bestValidationStep")}),
     }
 
 

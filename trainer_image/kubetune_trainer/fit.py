@@ -47,7 +47,7 @@ def main() -> int:
                     raise
                 continue  # the recipe has no such form, or the ranks cannot share the batch then
             size = sum(parts.values())
-            own = size if not changes else own
+            own = own or size
             if changes and size >= own:  # as recomputing some, where adapters' products would be kept
                 continue
             host = host_bytes(changed, shape, others=others)

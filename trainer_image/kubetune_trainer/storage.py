@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_SECONDS: Final = 5
 READ_TIMEOUT_SECONDS: Final = 60
 REQUEST_ATTEMPTS: Final = 5
+"""Tries per request, with pauses that grow to 20 s: at the worst about a minute when nobody listens."""
 LIST_ATTEMPTS: Final = 5
 """How often a local folder is listed while files go from under it."""
-"""Tries per request, with pauses that grow to 20 s: at the worst about a minute when nobody listens."""
 _DENIED: Final = frozenset({"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "401"})
 _EXPIRED: Final = frozenset(
     {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "InvalidTokenId", "RequestExpired"}

@@ -23,7 +23,7 @@ ATTENTION: Final = {
     torch.ops.higher_order.flex_attention,
 }
 NARROW: Final = 16
-"""A product with fewer columns than this many times its inner width is worth keeping."""
+"""A product with no more columns than this many times its inner width is worth keeping."""
 
 
 def is_worth_keeping(inner: int, columns: int) -> bool:
