@@ -147,8 +147,19 @@ class Cluster:
     async def close(self) -> None:
         """Close the connections."""
         if self._session is not None:
-            await self._session.close()
+            await self._leave(self._session)
+
+    async def _leave(self, session: aiohttp.ClientSession) -> None:
+        """Close a session, unless another request did: nobody may find it as the current one while it closes."""
+        if self._session is session:
             self._session = None
+            await session.close()
+
+    def _connected(self) -> aiohttp.ClientSession:
+        """The current session, with the credentials as they are when it begins."""
+        if self._session is None:
+            self._session = self._connect()
+        return self._session
 
     def _connect(self) -> aiohttp.ClientSession:
         info = login()
@@ -183,20 +194,18 @@ class Cluster:
             ClusterError: Any other failure; worth another try.
         """
         metrics.API_THROTTLE_SECONDS.inc(await self._bucket.take())
-        status, answer = await self._send(
-            method, path, params=params, body=body, content_type=content_type, accept=accept
-        )
+        session, told = self._connected(), {"content_type": content_type, "accept": accept}
+        status, answer = await self._send(session, method, path, params=params, body=body, **told)
         if status == 401:  # the token was rotated: the file has a new one
-            await self.close()
-            status, answer = await self._send(
-                method, path, params=params, body=body, content_type=content_type, accept=accept
-            )
+            await self._leave(session)
+            status, answer = await self._send(self._connected(), method, path, params=params, body=body, **told)
         if status >= 300:
             raise _error(method, path, status=status, answer=answer)
         return answer
 
     async def _send(
         self,
+        session: aiohttp.ClientSession,
         method: str,
         path: str,
         *,
@@ -205,13 +214,11 @@ class Cluster:
         content_type: str,
         accept: str,
     ) -> tuple[int, Any]:
-        if self._session is None:
-            self._session = self._connect()
         started = time.monotonic()
         code = "error"
         headers = {"Accept": accept} | ({"Content-Type": content_type} if body is not None else {})
         try:
-            async with self._session.request(
+            async with session.request(
                 method,
                 self._server + path,
                 params=params,

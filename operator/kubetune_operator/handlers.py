@@ -6,6 +6,8 @@ with the process comes back with the first list of the next one.
 
 import asyncio
 import logging
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -59,6 +61,7 @@ class Operator:
             await serve({"/metrics": self.serve_metrics}, port=self.settings.metrics_port),
             await serve({"/healthz": self.serve_health, "/readyz": self.serve_ready}, port=self.settings.health_port),
         ]
+        self._end_on_sigterm()
         ticking = asyncio.create_task(self._tick())
         lease = Leadership(self.cluster, settings=self.settings)
         try:
@@ -70,6 +73,12 @@ class Operator:
             for server in servers:
                 await server.cleanup()
             await self.cluster.close()
+
+    def _end_on_sigterm(self) -> None:
+        """End this task on SIGTERM until kopf listens: a container's first process has no default to be ended by."""
+        task = asyncio.current_task()
+        if task is not None and threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
     async def _wait_for_api(self) -> None:
         """Wait until the API server knows our kinds: kopf looks only once."""
@@ -92,9 +101,12 @@ class Operator:
         working = [asyncio.create_task(job) for job in jobs]
         watching = asyncio.create_task(self._watch())
         try:
-            await asyncio.wait([holding, watching], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([holding, watching, *working], return_when=asyncio.FIRST_COMPLETED)
             if holding.done():
                 raise ClusterError("the Lease is lost: another operator may be active")
+            for task in working:  # none of them ends but by a bug, which must not go unnoticed
+                if task.done():
+                    await task
             await watching
         finally:
             self.leading = False

@@ -41,7 +41,13 @@ class Leadership:
         """Renew the Lease; return when it is lost."""
         while True:
             await asyncio.sleep(self._settings.lease_seconds / 3)
-            if not await self._try() and time.monotonic() - self._renewed_at > self._settings.lease_seconds * 2 / 3:
+            left = self._renewed_at + self._settings.lease_seconds * 2 / 3 - time.monotonic()
+            try:
+                async with asyncio.timeout(max(0.0, left)):
+                    is_ours = await self._try()
+            except TimeoutError:
+                is_ours = False
+            if not is_ours and time.monotonic() - self._renewed_at > self._settings.lease_seconds * 2 / 3:
                 logger.error("the Lease %s is lost", self._settings.lease_name)
                 return
 
@@ -61,6 +67,7 @@ class Leadership:
 
     async def _try(self) -> bool:
         """Take or renew the Lease, if it is free or ours."""
+        began = time.monotonic()  # nobody knows when in between the API server wrote it
         try:
             lease = await self._read()
             if lease is None:
@@ -74,7 +81,7 @@ class Leadership:
         except ClusterError as error:
             logger.warning("the Lease was not renewed: %s", error)
             return False
-        self._renewed_at = time.monotonic()
+        self._renewed_at = began
         return True
 
     def _is_taken(self, lease: Json) -> bool:

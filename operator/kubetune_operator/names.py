@@ -95,6 +95,7 @@ class ExitCode(IntEnum):
     STORAGE = 69
     OUT_OF_MEMORY = 71
     PREEMPTED = 75
+    HANG = 76
     NON_FINITE_LOSS = 77
     PEER_LOST = 78
 
@@ -118,6 +119,7 @@ COMPONENT_PREPARE: Final = "prepare"
 # Written by `kubetune sweep` on the jobs that it makes.
 LABEL_SWEEP: Final = f"{API_GROUP}/sweep"
 ANNOTATION_SWEEP_VALUES: Final = f"{API_GROUP}/sweep-values"
+ANNOTATION_SWEEP_DIGEST: Final = f"{API_GROUP}/sweep-digest"
 
 LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
 MANAGED_BY: Final = "kubetune"
@@ -125,7 +127,6 @@ MANAGED_BY: Final = "kubetune"
 # Kueue's. The operator writes the first on the Job that stands in a queue, Kueue the second on its Workload.
 LABEL_QUEUE_NAME: Final = "kueue.x-k8s.io/queue-name"
 LABEL_WORKLOAD_JOB_UID: Final = "kueue.x-k8s.io/job-uid"
-PREFIX_KUEUE: Final = "kueue.x-k8s.io/"
 COMPONENT_QUEUE: Final = "queue"
 QUEUE_JOB_MANAGER: Final = f"{API_GROUP}/operator"
 """`spec.managedBy` of the Job that stands in a queue: the Job controller leaves it alone."""
@@ -158,6 +159,7 @@ ENV_IMAGE: Final = "KUBETUNE_IMAGE"
 ENV_CPUS: Final = "KUBETUNE_CPUS"
 ENV_METRICS_PORT: Final = "KUBETUNE_METRICS_PORT"
 ENV_TERMINATION_LOG: Final = "KUBETUNE_TERMINATION_LOG"
+ENV_HANG_SECONDS: Final = "KUBETUNE_HANG_SECONDS"
 
 # torch's own variables of the rendezvous.
 ENV_NUM_NODES: Final = "PET_NNODES"

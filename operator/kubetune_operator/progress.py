@@ -84,7 +84,7 @@ def events_named(text: str, name: str) -> list[Json]:
 
 
 def _events(text: str) -> Iterator[Json]:
-    for line in text.splitlines():
+    for line in text.split("\n"):  # splitlines would split at what stands in texts too
         if not line.startswith('{"event"'):
             continue
         try:

@@ -118,7 +118,7 @@ class Reconciler:
         if raw is None or is_deleting(raw):
             self.forget(ref)
             return None
-        seen = await self._observe(ref, parse_job(raw))
+        seen = await self._observe(ref, parse_job(raw, is_stored=True))
         decision = decide(seen, settings=self.settings)
         await self._apply(ref, raw, seen=seen, decision=decision)
         return decision.requeue_after
@@ -151,7 +151,7 @@ class Reconciler:
             strangers += foreign
             upstream = await self._upstream(ref, job) if config is None else {}
         active = work or next((item for item in jobs if not job_condition(item, "Complete", "Failed")), None)
-        log = await self._log(ref, work=work, pods=pods)
+        log = await self._log(ref, job, work=work, pods=pods)
         return Observed(
             job=job,
             now=now,
@@ -209,7 +209,7 @@ class Reconciler:
             raw = await self.cluster.get(key.kind, namespace=ref.namespace, name=key.name)
             if raw is None or is_deleting(raw):
                 continue
-            found[key] = parse_job(raw)
+            found[key] = parse_job(raw, is_stored=True)
             wanted += references_of(found[key]) if still_waits(found[key]) else []
         return found
 
@@ -233,7 +233,10 @@ class Reconciler:
             return None
         metadata = queue_job["metadata"]
         labels = {LABEL_WORKLOAD_JOB_UID: metadata["uid"]}
-        found = await self.cluster.list_all("Workload", namespace=metadata["namespace"], labels=labels)
+        try:
+            found = await self.cluster.list_all("Workload", namespace=metadata["namespace"], labels=labels)
+        except NotFoundError:  # Kueue is not there, or speaks another version
+            return None
         return next((workload for workload in found if not is_deleting(workload)), None)
 
     async def _nodes(self, job: Job, jobs: Sequence[Json]) -> list[Json] | None:
@@ -255,17 +258,19 @@ class Reconciler:
         told = {name: lost_node(name, nodes.get(name), now=now, patience=patience) for name in names}
         return {name: what for name, what in told.items() if what}
 
-    async def _log(self, ref: JobRef, *, work: Json | None, pods: Sequence[Json]) -> str:
+    async def _log(self, ref: JobRef, job: Job, *, work: Json | None, pods: Sequence[Json]) -> str:
         """The tail of rank 0's log, when a poll is due or the attempt is ending."""
         if work is None:
+            self._polls.pop(ref, None)
             return ""
         mine = pods_of(pods, job=work["metadata"]["name"])
         leader = next((pod for pod in reversed(mine) if index_of(pod) == 0 and phase_of(pod) != "Pending"), None)
         if leader is None:
             return ""
         poll = self._polls.setdefault(ref, _Poll())
+        answered = {pod.uid for pod in job.status.pods or [] if pod.ended}
         ending = job_condition(work, "Complete", "Failed") or any(
-            phase_of(pod) == "Failed" or is_deleting(pod) for pod in mine
+            (phase_of(pod) == "Failed" or is_deleting(pod)) and pod["metadata"]["uid"] not in answered for pod in mine
         )
         due = poll.last + self._poll_seconds(ref) <= time.monotonic() + 0.05
         if not (ending or due):

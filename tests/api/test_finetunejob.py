@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from kubetune_operator.api.finetunejob import batch_problem, parse_finetunejob
+from kubetune_operator.api.finetunejob import FineTuneJob, batch_problem, parse_finetunejob
+from kubetune_operator.api.kinds import parse_job
 from kubetune_operator.api.manifest import dump_manifests, load_manifests
 from kubetune_operator.errors import SpecError
 from tests.cluster.controlplane import ControlPlane
@@ -279,6 +280,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a slice without an end": (
         {"spec__dataset__sources": [{"name": "a", "hub": {"repo": "a/b", "split": "train[:9"}}]},
         "must be a name with an optional slice, for example train[:95%]",
+    ),
+    "a limit of hangs that every step would exceed": (
+        {"spec__lifecycle": {"hangTimeoutSeconds": 9}},
+        "spec.lifecycle.hangTimeoutSeconds",
     ),
     "an early end without validations": (
         {"spec__training__earlyStopping": {"patience": 2}},
@@ -979,3 +984,13 @@ def test_what_a_cluster_returns_is_read_again() -> None:
     parsed = parse_finetunejob(job)
     assert (parsed.metadata.generation, parsed.status.state) == (2, "Running")
     assert parse_finetunejob(parsed.to_manifest()) == parsed
+
+
+def test_a_field_of_a_newer_crd_is_refused_in_a_file_and_passed_over_in_the_cluster() -> None:
+    newer = manifest(spec__training__warmUpRows=8, spec__lifecycle={"hangTimeoutSeconds": 60, "patienceSeconds": 3})
+    with pytest.raises(SpecError, match=r'unknown field "spec\.training\.warmUpRows"'):
+        parse_job(newer)
+    stored = parse_job(newer, is_stored=True)
+    assert isinstance(stored, FineTuneJob)
+    assert stored.spec.lifecycle is not None
+    assert stored.spec.lifecycle.hang_timeout_seconds == 60

@@ -71,6 +71,16 @@ FROZEN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"spec__lifecycle": {"gracePeriodSeconds": 60}},
         "lifecycle.gracePeriodSeconds",
     ),
+    "a limit of hangs that changes": (
+        FULL,
+        {"spec__lifecycle__hangTimeoutSeconds": 60},
+        "lifecycle.hangTimeoutSeconds",
+    ),
+    "a limit of hangs that appears": (
+        {},
+        {"spec__lifecycle": {"hangTimeoutSeconds": 60}},
+        "lifecycle.hangTimeoutSeconds",
+    ),
     "a grace period that vanishes": (FULL, {"spec__lifecycle": ABSENT}, "lifecycle.gracePeriodSeconds"),
 }
 

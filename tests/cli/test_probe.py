@@ -101,6 +101,22 @@ def test_models_and_adapters_beside_the_trained_model_are_looked_at(tmp_path: Pa
     assert "adapter_config.json is missing" in found["spec.lora.adapter.uri.location"]["problem"]
 
 
+def test_a_checkpoint_to_begin_with_is_looked_for(tmp_path: Path) -> None:
+    found = probe(tmp_path, spec__checkpoint={"resumeFrom": {"uri": f"file://{tmp_path}/none"}})
+    assert "must hold a complete checkpoint" in found["spec.checkpoint.resumeFrom.uri"]["problem"]
+
+
+def test_an_evaluation_may_be_of_a_gguf_output(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "model.gguf"):
+        (tmp_path / name).write_text("{}")
+    spec = {
+        "model": {"uri": {"location": f"file://{tmp_path}"}}, "workspace": {"uri": f"file://{tmp_path}/runs"},
+        "tasks": [{"name": "hellaswag"}],
+    }  # fmt: skip
+    job = {"apiVersion": "kubetune.dev/v1alpha1", "kind": "EvalJob", "metadata": {"name": "a"}, "spec": spec}
+    assert probe_job(tmp_path, job)["spec.model.uri.location"]["problem"] is None
+
+
 def test_every_kind_says_where_it_reads_and_writes(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     empty, gone = {"location": f"file://{tmp_path}/empty"}, {"location": f"file://{tmp_path}/gone"}

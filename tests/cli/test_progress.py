@@ -63,6 +63,11 @@ STEP = {
              "trainableParameters": 90},
             "90 of 9,000 parameters are trained, from step 0 to 9, by 2 x cpu",
         ),
+        ({"event": "start", "attempt": 1, "answered": 3, "worldSize": 2}, "started: 3 answered, 2 world size"),
+        ({"event": "start", "attempt": 2, "total": 30}, "started: 30 total"),
+        ({"event": "start", "trainableParameters": "all"}, "start trainableParameters=all"),
+        ({"event": "step", "step": 1, "etaSeconds": "soon"}, "step step=1 etaSeconds=soon"),
+        ({"event": "done", "attempt": 1}, "done"),
         (
             {"event": "prepare", "stage": "Prepared", "rows": 10, "droppedSamples": 0},
             "prepared: 10 rows, 0 dropped samples",

@@ -29,6 +29,7 @@ def end(code, **record):
     pathlib.Path(os.environ["KUBETUNE_TERMINATION_LOG"]).write_text(json.dumps(record))
     sys.exit(code)
 def stop(*_):
+    if "stopped" in wanted: end(wanted["stopped"], result="Failed")
     say(event="checkpoint", step=1, uri="file:///runs/step-1")
     end(75, result="Preempted", exitCode=75, message="stopped after step 1")
 signal.signal(signal.SIGTERM, stop)
@@ -244,6 +245,19 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(
         "checkpoint of step 1: file:///runs/step-1",
         "stopped after step 1, checkpoint file:///runs/step-1; the same command goes on from there",
     ]
+
+
+def test_one_that_is_stopped_as_it_runs_out_of_memory_is_not_tried_again(trainer: Trainer, tmp_path: Path) -> None:
+    trainer.behaves(hang=True, stopped=71)
+    command = [sys.executable, "-m", "kubetune_operator.cli", "run", str(write(tmp_path))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while "step 1/2" not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 71
+    assert [call["recipe"] for call in trainer.calls] == ["prepare", "finetune"]
 
 
 def test_a_batch_that_does_not_divide_starts_nothing(kubetune: Any, trainer: Trainer, tmp_path: Path) -> None:

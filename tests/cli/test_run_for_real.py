@@ -1,5 +1,6 @@
 """`kubetune run` with the real trainer: a tiny model, stopped in mid-training and gone on with."""
 
+import json
 import resource
 import signal
 import subprocess
@@ -74,6 +75,34 @@ def test_a_run_stops_with_a_checkpoint_goes_on_and_leaves_its_outputs(job: Path)
     outputs = job.parent / "runs" / "default" / "run7-local" / "outputs"
     assert (outputs / "merged" / "model.safetensors").is_file()
     assert (outputs / "adapter" / "adapter_config.json").is_file()
+
+
+def test_what_is_trained_is_evaluated_and_quantized_on_this_machine(job: Path) -> None:
+    here = job.parent
+    (here / "tasks").mkdir()
+    (here / "tasks" / "pages.jsonl").write_text(json.dumps({"page": "the red cat sleeps here"}) + "\n")
+    task = {
+        "task": "pages", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "pages.jsonl"}},
+        "test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{page}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }  # fmt: skip
+    (here / "tasks" / "pages.yaml").write_text(json.dumps(task))
+    common = {
+        "model": {"uri": {"location": f"file://{here}/model"}}, "workspace": {"uri": f"file://{here}/runs"},
+    }  # fmt: skip
+    tasks = {"name": "own", "uri": {"location": f"file://{here}/tasks"}}
+    specs = {
+        "EvalJob": {"tasks": [{"name": "pages"}], "taskFiles": [tasks]},
+        "QuantizeJob": {"outputs": [{"name": "q8", "type": "GGUF", "gguf": {"type": "Q8_0"}}]},
+    }
+    for kind, spec in specs.items():
+        about = {"apiVersion": "kubetune.dev/v1alpha1", "kind": kind, "metadata": {"name": "after"}}
+        job.write_text(dump_manifests([about | {"spec": common | spec}]))
+        process = start(job)
+        out, err = process.communicate(timeout=240)
+        assert (process.returncode, err) == (0, ""), out
+        assert "started: " in out
+        assert out.endswith(f"{kind} default/after is complete\n")
 
 
 MEMORY_BYTES = 1_800_000_000

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
@@ -95,6 +96,13 @@ def test_jobs_do_not_write_over_each_others_outputs(tmp_path: Path) -> None:
     assert [run.job.spec.outputs[0].uri for run in jobs] == ["s3://models/bot/run7-1", "s3://models/bot/run7-2"]
 
 
+def test_jobs_do_not_push_over_each_other(tmp_path: Path) -> None:
+    outputs = [{"name": "merged", "type": "HuggingFace"}]
+    push = {"repo": "team/bot", "output": "merged"}
+    jobs = plan(load_bundle(write(tmp_path, spec__outputs=outputs, spec__pushToHub=push)), settings=[RANKS])
+    assert [run.job.spec.push_to_hub.repo for run in jobs if run.job.spec.push_to_hub] == ["team/bot-1", "team/bot-2"]
+
+
 # ----------------------------------------------------------------------------------------------------- ranking
 
 
@@ -172,10 +180,16 @@ def test_the_metric_is_the_validation_loss_where_there_is_one(tmp_path: Path, ru
 
 
 class Hand:
-    """Completes the jobs of a namespace, as an operator would, and notes how many were unfinished at once."""
+    """Completes the jobs of a namespace, as an operator would, and notes how many were unfinished at once.
+
+    With `forgets` it deletes them a moment later, as after ttlSecondsAfterFinished; those in `deletes` before that.
+    """
 
     def __init__(self, control_plane: ControlPlane, namespace: str) -> None:
         self.most_at_once = 0
+        self.forgets = False
+        self.deletes: set[str] = set()
+        self.completed: list[str] = []
         self.loss = {"run7-1": "2.0", "run7-2": "1.0"}
         self._control_plane = control_plane
         self._namespace = namespace
@@ -198,8 +212,17 @@ class Hand:
             items = json.loads(self._kubectl("get", "ftj", "--output=json"))["items"]
             open_jobs = [item for item in items if (item.get("status") or {}).get("state") != "Complete"]
             self.most_at_once = max(self.most_at_once, len(open_jobs))
+            for item in items if self.forgets else ():
+                if item not in open_jobs:
+                    time.sleep(1)  # so that it was seen
+                    self._kubectl("delete", "ftj", item["metadata"]["name"])
             for item in open_jobs[:1]:
                 name = item["metadata"]["name"]
+                if name in self.deletes:
+                    time.sleep(1)
+                    self._kubectl("delete", "ftj", name)
+                    continue
+                self.completed.append(name)
                 status = {"state": "Complete", "progress": {"step": 1, "loss": self.loss[name]}}
                 patch = json.dumps({"status": status})
                 self._kubectl("patch", "ftj", name, "--subresource=status", "--type=merge", f"--patch={patch}")
@@ -231,6 +254,32 @@ def test_a_sweep_makes_its_jobs_follows_them_and_writes_what_it_found(
     other = kubetune("sweep", path, "--set", "lora.rank=4,16", "-n", namespace, "--output", tmp_path)
     assert other.code == 1
     assert f"FineTuneJob {namespace}/run7-1: exists and is not of this sweep (lora.rank=4)" in other.err
+    changed = write(tmp_path, spec__training__learningRate="3e-4")
+    stale = kubetune("sweep", changed, "--set", RANKS, "-n", namespace, "--output", tmp_path)
+    assert "run7-1: exists and is not of this sweep (lora.rank=8) and manifest" in stale.err
+
+
+@pytest.mark.control_plane
+def test_a_job_that_is_gone_once_it_is_done_is_not_made_again(
+    kubetune: Any, cluster: Hand, namespace: str, tmp_path: Path
+) -> None:
+    cluster.forgets = True
+    command = ("sweep", write(tmp_path), "--set", RANKS, "--parallel", 1, "-n", namespace, "--output", tmp_path)
+    ran = kubetune(*command)
+    assert (ran.code, ran.err) == (0, "")
+    assert "Best loss: 1.0, by run7-2" in ran.out
+    assert cluster.completed == ["run7-1", "run7-2"]
+
+
+@pytest.mark.control_plane
+def test_a_job_that_is_deleted_before_its_end_has_failed(
+    kubetune: Any, cluster: Hand, namespace: str, tmp_path: Path
+) -> None:
+    cluster.deletes = {"run7-1"}
+    ran = kubetune("sweep", write(tmp_path), "--set", RANKS, "-n", namespace, "--output", tmp_path)
+    assert ran.code == 1
+    assert "run7-1 (lora.rank=8): Failed: it was deleted" in ran.out
+    assert cluster.completed == ["run7-2"]
 
 
 @pytest.mark.control_plane
@@ -243,29 +292,74 @@ def test_a_sweep_that_the_cluster_refuses_is_told_at_once(kubetune: Any, tmp_pat
 # ------------------------------------------------------------------------------------------------ this machine
 
 
-def test_a_local_sweep_goes_on_where_it_was_interrupted(
-    kubetune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-    codes = {"run7-2": 75}
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Runs nothing: `calls` has what was to run, `codes` has how it ends, and what is in `stopped` was stopped."""
+    here = SimpleNamespace(calls=[], codes={}, stopped=set())
 
     def outcome_of(bundle: Any) -> Any:
         name = bundle.job.metadata.name
-        calls.append(name)
+        here.calls.append(name)
         record = {"progress": {"step": 4}, "outputs": [{"uri": f"file:///{name}"}]}
-        measured = {"loss": len(calls)}
-        return sweep_follow.local.Outcome(code=codes.get(name, 0), record=record, tail="", measured=measured)
+        return sweep_follow.local.Outcome(
+            code=here.codes.get(name, 0), record=record, tail="", measured={"loss": len(here.calls)},
+            is_stopped=name in here.stopped,
+        )  # fmt: skip
 
     monkeypatch.setattr(sweep_follow.local, "outcome_of", outcome_of)
+    return here
+
+
+def test_a_local_sweep_goes_on_where_it_was_interrupted(kubetune: Any, tmp_path: Path, here: SimpleNamespace) -> None:
+    here.codes["run7-2"] = 75
     command = ("sweep", write(tmp_path), "--set", "lora.rank=4,8,16", "--local", "--output", tmp_path)
     stopped = kubetune(*command)
     assert stopped.code == 1
     assert "stopped during run7-2; the same command goes on from there" in stopped.err
-    codes.clear()
+    here.codes.clear()
     ran = kubetune(*command)
     assert ran.code == 0
-    assert calls == ["run7-1", "run7-2", "run7-2", "run7-3"]
+    assert here.calls == ["run7-1", "run7-2", "run7-2", "run7-3"]
     assert "Best loss: 1, by run7-1" in ran.out
+    assert "file:///run7-1" in (tmp_path / "run7-sweep.md").read_text(), "remembered too"
+
+
+@pytest.mark.parametrize("code", [0, 71, 137])
+def test_a_local_sweep_that_is_stopped_begins_no_other_job(
+    kubetune: Any, tmp_path: Path, here: SimpleNamespace, code: int
+) -> None:
+    here.codes["run7-1"], here.stopped = code, {"run7-1"}
+    command = ("sweep", write(tmp_path), "--set", RANKS, "--local", "--output", tmp_path)
+    ran = kubetune(*command)
+    assert ran.code == 1
+    assert f"stopped {'during' if code else 'after'} run7-1; the same command goes on from there" in ran.err
+    here.codes.clear()
+    here.stopped.clear()
+    assert kubetune(*command).code == 0
+    assert here.calls == (["run7-1", "run7-1", "run7-2"] if code else ["run7-1", "run7-2"])
+
+
+def test_a_local_sweep_takes_no_old_result_for_another_manifest_or_number(
+    kubetune: Any, tmp_path: Path, here: SimpleNamespace
+) -> None:
+    def sweep(ranks: str, **changes: Any) -> None:
+        command = ("sweep", write(tmp_path, **changes), "--set", f"lora.rank={ranks}", "--local", "--output", tmp_path)
+        assert kubetune(*command).code == 0
+
+    sweep("8,16")
+    sweep("16,8")
+    assert here.calls == ["run7-1", "run7-2"] * 2, "the folders are those of other values now"
+    sweep("16,8")
+    assert len(here.calls) == 4
+    sweep("16,8", spec__training__learningRate="3e-4")
+    assert len(here.calls) == 6
+
+
+def test_a_local_sweep_over_lists(kubetune: Any, tmp_path: Path, here: SimpleNamespace) -> None:
+    setting = "lora.targetModules=[q_proj],[q_proj,v_proj]"
+    ran = kubetune("sweep", write(tmp_path), "--set", setting, "--local", "--output", tmp_path)
+    assert (ran.code, ran.err) == (0, "")
+    assert here.calls == ["run7-1", "run7-2"]
 
 
 def test_a_local_sweep_takes_no_cluster_options(kubetune: Any, tmp_path: Path) -> None:

@@ -46,10 +46,18 @@ async def test_progress_loss_and_the_last_checkpoint_reach_the_status(world: Wor
     assert (running["status"], running["reason"]) == ("True", "Loading")
 
 
-async def test_a_running_job_is_written_at_most_once_per_interval(world: World) -> None:
+@pytest.mark.parametrize("has_failed", [False, True], ids=["first pod", "after one that failed"])
+async def test_a_running_job_is_written_at_most_once_per_interval(world: World, *, has_failed: bool) -> None:
     await world.apply()
     await world.prepared()
     [pod] = await world.training()
+    if has_failed:  # the Job controller replaces it, and what is left of it stays
+        await world.end(pod, code=139)
+        await world.until(lambda status: status.get("restarts") == 1)
+        [pod] = await world.live_pods("train", count=1)
+        await world.run(pod)
+        await world.state("Running")
+        await asyncio.sleep(1)
     version = (await world.job())["metadata"]["resourceVersion"]
     writes, begun = 0, time.monotonic()
     for step in range(1, 60):

@@ -54,6 +54,21 @@ async def test_a_gang_that_fails_too_often_fails_with_the_cause(world: World) ->
     await world.stopped("run-train-2")  # what still runs ends, and what failed stays for diagnosis
 
 
+async def test_a_gang_that_hangs_is_restarted_and_says_so(world: World) -> None:
+    pods = await _in_training(world, nodes=2, lifecycle={"maxRestarts": 1})
+    said = "rank 1 made no progress in training for 612 s"
+    report = {"result": "Failed", "exitCode": 76, "reason": "Hang", "message": said, "logTail": "in stand_still"}
+    await world.end(pods[1], code=76, report=report)
+    await world.end(pods[0], code=78, report={"exitCode": 78, "reason": "PeerLost"})
+    pods = await world.training(nodes=2, attempt=2)
+    status = await world.status()
+    failure = status["lastFailure"]
+    assert (failure["reason"], failure["exitCode"], failure["index"]) == ("Hang", 76, 1)
+    assert (failure["message"], failure["logTail"]) == (said, "in stand_still")
+    assert (status["restarts"], status.get("preemptions")) == (1, None)
+    await world.complete(pods)
+
+
 async def test_a_permanent_exit_code_fails_at_once_with_the_trainers_own_words(world: World) -> None:
     pods = await _in_training(world, nodes=2)
     report = {"result": "Failed", "exitCode": 77, "reason": "NonFiniteLoss", "message": "loss is NaN at step 7",

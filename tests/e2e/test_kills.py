@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,29 +24,36 @@ def delete_pod(job: Job, index: int) -> None:
     job.kubectl("delete", "pod", job.running_pod(index), "--wait=false")
 
 
-def kill_process(job: Job, index: int) -> None:
+def kill_process(job: Job, index: int, number: signal.Signals = signal.SIGKILL) -> None:
     """SIGKILL of the rank, as the kernel would do it when memory is short; no time to say goodbye."""
     script = (
-        "import os, pathlib, signal\n"
+        "import os, pathlib\n"
         "for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):\n"
         "    words = path.read_bytes().split(b'\\0')\n"
         "    if path.parent.name != '1' and any(word.endswith(b'finetune.py') for word in words):\n"
-        "        os.kill(int(path.parent.name), signal.SIGKILL)\n"
+        f"        os.kill(int(path.parent.name), {int(number)})\n"
     )
     job.kubectl("exec", job.running_pod(index), "--", "python", "-c", script)
 
 
+def hold_process(job: Job, index: int) -> None:
+    """SIGSTOP of the rank: it hangs, with all its connections open."""
+    kill_process(job, index, signal.SIGSTOP)
+
+
 STRIKES: list[tuple[Callable[[Job, int], None], int]] = [
-    (delete_pod, 1), (kill_process, 0), (kill_process, 1), (delete_pod, 0), (kill_process, 1),
+    (delete_pod, 1), (kill_process, 0), (kill_process, 1), (delete_pod, 0), (hold_process, 1),
 ]  # fmt: skip
 
 
 @pytest.mark.timeout(900)
-def test_five_kills_change_no_number(
+def test_four_kills_and_a_hang_change_no_number(
     cluster: Cluster, namespace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = losses_in_peace(cluster, namespace, tmp_path)
-    job = apply(cluster, long_job("struck"), namespace=namespace)
+    manifest = long_job("struck")
+    manifest["spec"]["lifecycle"]["hangTimeoutSeconds"] = 10
+    job = apply(cluster, manifest, namespace=namespace)
     generator = random.Random(SEED)  # noqa: S311 (where to strike is no secret)
     resumes = []
     (tmp_path / "struck").mkdir()
@@ -60,7 +68,7 @@ def test_five_kills_change_no_number(
             resumes.append(round(time.monotonic() - began, 1))
         status = job.wait_state("Complete")
     with capsys.disabled():
-        print("\nseconds from a kill to the next finished step:", resumes)
+        print("\nseconds from a kill, or a hang, to the next finished step:", resumes)
 
     seen = recording.losses()
     assert {step for losses in seen.values() for step in losses} == set(expected)
@@ -68,6 +76,7 @@ def test_five_kills_change_no_number(
         assert losses == {step: expected[step] for step in losses}, f"attempt {attempt}"
     assert status["restarts"] == len(STRIKES)
     assert status["attempt"] == len(STRIKES) + 1
+    assert (status["lastFailure"]["reason"], status["lastFailure"]["exitCode"]) == ("Hang", 76)
 
 
 def test_sigterm_loses_at_most_the_step_in_flight(cluster: Cluster, namespace: str, tmp_path: Path) -> None:

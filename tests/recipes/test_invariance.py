@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.recipes.gang import Gang, Zygote
-from tests.recipes.tiny import write_config
+from tests.recipes.tiny import config_of, write_config, write_model
 
 STEPS = 20
 SAMPLES = 16
@@ -99,3 +99,15 @@ def assert_same(base: dict[int, tuple[float, float]], other: dict[int, tuple[flo
     for step, values in base.items():
         assert other[step] == pytest.approx(values, rel=RELATIVE), f"step {step}"
     assert base[STEPS][0] < base[1][0], "it learns"
+
+
+@pytest.mark.parametrize(("length", "warned"), [(32, False), (64, True)])
+def test_positions_that_change_with_the_longest_document_are_told(
+    zygote: Zygote, tmp_path: Path, tiny: Path, length: int, *, warned: bool
+) -> None:
+    write_model(tmp_path / "model", rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=32)
+    (tmp_path / "pairs.jsonl").write_bytes((tiny / "pairs.jsonl").read_bytes())
+    config = config_of(tmp_path, "finetune", max_steps=1)
+    gang = Gang.start(zygote, tmp_path / "ranks", config, f"dataset.max_sequence_length={length}").succeed()
+    told = [event["message"] for event in gang.events("warning")]
+    assert any("dynamic positions change beyond 32 tokens" in message for message in told) == warned

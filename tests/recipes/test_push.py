@@ -149,7 +149,8 @@ def test_an_output_takes_the_place_of_another_and_of_nothing_else(
 ) -> None:
     server.repos[REPO] = dict.fromkeys(earlier | OWN | {"config.json"}, b"earlier")
     pushed = push_here(place, server, monkeypatch)
-    files = {path.name: path.read_bytes() for path in (place / "model").iterdir()}
+    files = {path.name: path.read_bytes() for path in (place / "model").iterdir() if path.is_file()}
+    del files["plans.txt"]
     assert server.repos[REPO] == dict.fromkeys(OWN, b"earlier") | files
     assert [commit["oid"] for commit in server.commits] == [(pushed or {})["commit"]], "all in one commit"
 
@@ -179,7 +180,12 @@ def test_a_network_that_fails_below_xet_is_no_crash(
 def push_here(
     place: Path, server: HubServer, monkeypatch: pytest.MonkeyPatch, *, repo: str = "team/bot", token: str = TOKEN
 ) -> dict[str, str] | None:
-    """Pushes the model that the runs begin with."""
+    """Pushes the model that the runs begin with, from a folder that holds something else too."""
+    files = {path.name: "" for path in (place / "model").iterdir() if path.name != "README.md"}
+    (place / "model" / "lineage.json").write_text(json.dumps({"files": files}))
+    (place / "model" / "another").mkdir()
+    for stray in ("plans.txt", "another/model.safetensors"):
+        (place / "model" / stray).write_text("nobody else's business")
     for name, value in {"HF_ENDPOINT": server.url, "HF_TOKEN": token, "HF_HOME": str(place / "home")}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

@@ -101,7 +101,7 @@ spec:
       {project: bots, entity: team, group: night, tags: [a], apiKeySecret: {name: wandb, key: api}, baseUrl: "https://w"}
     mlflow: {trackingUri: "https://mlflow:5000", experiment: bots, tokenSecret: {name: mlflow, key: token}}
     tensorboard: {}
-  lifecycle: {maxRestarts: 5, gracePeriodSeconds: 60}
+  lifecycle: {maxRestarts: 5, gracePeriodSeconds: 60, hangTimeoutSeconds: 900}
 """
 
 CUSTOM = """

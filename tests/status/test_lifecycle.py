@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from kubetune_operator.api.finetunejob import FineTuneJobStatus
 from kubetune_operator.lifecycle import decide
 from kubetune_operator.lifecycle.begin import spec_problems
 from kubetune_operator.lifecycle.draft import Create, Decision, Delete, Observed, PatchJob
@@ -74,11 +75,11 @@ def test_a_rank_that_lost_its_peer_waits_a_moment_for_the_one_that_failed_first(
     decision = decided(seen)
     assert decision.status.attempt == 1
     assert decision.actions == ()
-    assert decision.requeue_after == 3.0
+    assert decision.requeue_after == 15.0
 
 
 def test_when_the_one_that_failed_first_does_not_tell_the_gang_is_restarted_all_the_same() -> None:
-    seen = observe(nodes=2, pods=[pod(0, code=78), pod(1)], now=NOW + timedelta(seconds=4))
+    seen = observe(nodes=2, pods=[pod(0, code=78), pod(1)], now=NOW + timedelta(seconds=16))
     decision = decided(seen)
     assert decision.status.attempt == 2
     assert Delete(kind="Job", name="small-train-1", uid="train") in decision.actions
@@ -136,6 +137,31 @@ def test_a_changed_limit_of_restarts_reaches_the_job_controller() -> None:
     assert PatchJob(name="small-train-1", spec={"backoffLimit": 7}) in raised.actions
     same = decided(observe(pods=[pod(0)]))
     assert not [action for action in same.actions if isinstance(action, PatchJob)]
+
+
+def test_failures_beyond_the_last_that_is_allowed_do_not_raise_the_job_controllers_limit() -> None:
+    pods = [pod(0, code=1), pod(0, code=1)]
+    pods[1]["metadata"] |= {"name": "again", "uid": "again"}
+    ended = [{"name": "p0", "uid": "u0", "index": 0, "ended": True}]
+    status = TRAINING | {"attempt": 2, "restarts": 3, "pods": ended}
+    seen = observe(status=status)
+    [train] = seen.jobs
+    config = seen.config
+    assert config is not None
+    second = render_work_job(seen.job, config=config, attempt=2, backoff_limit=1, settings=SETTINGS)
+    second["metadata"] |= {"uid": "second", "creationTimestamp": MOMENT}
+    for each in pods:
+        each["metadata"]["labels"] |= {
+            "batch.kubernetes.io/job-name": second["metadata"]["name"], "kubetune.dev/attempt": "2",
+        }  # fmt: skip
+    decision = decided(replace(seen, jobs=[second], pods=pods))
+    assert decision.status.restarts == 3
+    assert not [action for action in decision.actions if isinstance(action, PatchJob)]
+    assert train["metadata"]["name"] != second["metadata"]["name"]
+    spec = {"lifecycle": {"maxRestarts": 5}}
+    raised = decided(replace(observe(status=status, spec=spec), jobs=[second], pods=pods))
+    assert raised.status.restarts == 4
+    assert [action.spec for action in raised.actions if isinstance(action, PatchJob)] == [{"backoffLimit": 3}]
 
 
 def _complete(*, message: str) -> Decision:
@@ -274,6 +300,34 @@ def test_an_attempt_out_of_memory_is_answered_once_by_one_whose_micro_batch_stil
     [job] = [each.manifest for each in started.actions if isinstance(each, Create) and each.manifest["kind"] == "Job"]
     assert job["spec"]["template"]["spec"]["containers"][0]["command"][-1] == f"training.micro_batch_size={smaller}"
     assert job["spec"]["backoffLimit"] >= 3, "all restarts that are allowed are left"
+
+
+def test_one_that_runs_out_of_memory_and_is_disrupted_is_taken_off_the_count_once() -> None:
+    spec = {"training": {"maxSteps": 5, "globalBatchSize": 4, "microBatchSize": 4}}
+    struck = killed_for_memory(0)
+    struck["status"]["conditions"] = [{"type": "DisruptionTarget", "status": "True", "reason": "R"}]
+    decision = decided(observe(pods=[struck], spec=spec))
+    assert (decision.status.restarts, decision.status.preemptions, decision.status.micro_batch_size) == (1, None, 2)
+
+
+def test_the_checkpoint_that_pods_write_while_they_are_suspended_is_taken_down() -> None:
+    status = TRAINING | {"state": "Suspended", "conditions": [*TRAINING["conditions"], condition("Suspended")]}
+    line = '{"event":"checkpoint","time":1760000000,"step":8,"uri":"s3://runs/c/step-8","seconds":1}'
+    seen = observe(pods=[pod(0)], spec={"suspend": True}, status=status, log=line)
+    found = decided(seen).status
+    assert isinstance(found, FineTuneJobStatus)
+    assert found.checkpoint is not None
+    assert found.checkpoint.step == 8
+
+
+def test_a_deletion_that_was_lost_is_asked_for_again_though_the_job_is_to_go_on() -> None:
+    status = TRAINING | {"state": "Suspended", "conditions": [*TRAINING["conditions"], condition("Suspended")]}
+    decision = decided(observe(pods=[pod(0)], status=status))
+    assert decision.status.state == "Suspended"
+    assert Delete(kind="Job", name="small-train-1", uid="train") in decision.actions
+    going = observe(pods=[pod(0)], status=status)
+    going.jobs[0]["metadata"]["deletionTimestamp"] = MOMENT
+    assert decided(going).actions == ()
 
 
 def test_one_that_runs_out_of_memory_while_it_is_suspended_stays_suspended() -> None:

@@ -210,6 +210,50 @@ def test_a_comparison_waits_and_then_names_the_other_run_directory() -> None:
     assert compared == {"name": "up", "max_increase": 0.5, "directory": "s3://runs/team/up-up-uid"}
 
 
+def resuming(*, reason: str = "", ended: str = "2026-01-01T11:59:00Z", **status: Any) -> Decision:
+    """What a job does that goes on from one that has failed for a reason, or did not."""
+    failed = {"type": "Failed", "status": "True", "reason": reason, "message": "m", "lastTransitionTime": ended}
+    told = {"state": "Failed" if reason else "Suspended", "conditions": [failed] if reason else []} | status
+    parent = job("FineTuneJob", "up", status=told | {"completionTime": ended})
+    resume = {"resumeFrom": {"jobRef": {"kind": "FineTuneJob", "name": "up"}}}
+    return decided(job("FineTuneJob", "down", checkpoint=resume), parent)
+
+
+CHECKPOINT = {"step": 8, "uri": "s3://runs/team/up-up-uid/checkpoints/step-8", "time": "2026-01-01T11:00:00Z"}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"reason": "NonFiniteLoss", "attempt": 1, "checkpoint": CHECKPOINT},
+        {"reason": "NonFiniteLoss", "attempt": 1},
+        {"reason": "DeadlineExceeded", "attempt": 1, "ended": "2026-01-01T11:57:59Z"},
+        {"attempt": 1, "checkpoint": CHECKPOINT},
+    ],
+    ids=["failed", "failed before any was seen", "past its deadline", "suspended"],
+)
+def test_a_job_goes_on_from_the_newest_checkpoint_in_the_others_folder(told: Json) -> None:
+    checkpoint = config_of(resuming(**told))["checkpoint"]
+    assert checkpoint["resume_from"] == {"uri": "s3://runs/team/up-up-uid/checkpoints"}
+
+
+@pytest.mark.parametrize(
+    ("told", "reason", "message"),
+    [
+        ({"attempt": 1}, "UpstreamNotUsable", "FineTuneJob up has no checkpoint to resume from"),
+        ({"reason": "DataInvalid"}, "UpstreamNotUsable", "FineTuneJob up has no checkpoint to resume from"),
+        (
+            {"reason": "DeadlineExceeded", "attempt": 1},
+            "WaitingForUpstream",
+            "the pods of FineTuneJob up have until 2026-01-01T12:01:00Z to write a checkpoint",
+        ),
+    ],
+    ids=["suspended without one", "failed before training", "may still write one"],
+)
+def test_a_job_waits_for_a_checkpoint_to_go_on_from(told: Json, reason: str, message: str) -> None:
+    assert waiting(resuming(**told)) == (reason, message)
+
+
 def test_a_job_that_has_what_it_needs_is_no_part_of_a_circle() -> None:
     after = [{"kind": "EvalJob", "name": "down"}]
     ready = job("FineTuneJob", "up", after=after, status={"state": "Running", "resolved": {"config": "c"}})

@@ -128,6 +128,39 @@ def test_an_answer_is_trained_as_it_stands_in_the_whole(
     assert trained_text(HELLO[:4], source, tokenizer) == first
 
 
+FIRST = [
+    {"role": "assistant", "content": " Salut"}, {"role": "user", "content": "Hallo"},
+    {"role": "assistant", "content": "Ciao"},
+]  # fmt: skip
+"""A conversation that the assistant begins."""
+READS_THE_FIRST = "{% if messages[0].role == 'system' %}<s>{% endif %}" + CHATML  # as Qwen2.5 and Llama 3.1 do
+DEFAULT_SYSTEM = (  # as SmolLM2 does
+    "{% for message in messages %}{% if loop.first and message.role != 'system' %}"
+    "<|im_start|>system\nHelp.<|im_end|>\n{% endif %}{% endfor %}"
+) + CHATML
+
+
+@pytest.mark.parametrize("source", [CHATML, READS_THE_FIRST, DEFAULT_SYSTEM, THINKS_LAST, EOS_LAST, MARKED])
+def test_an_answer_that_nothing_stands_before_is_found(source: str, tokenizer: Tokenizer) -> None:
+    tokenizer = dataclasses.replace(tokenizer, stop_ids=(tokenizer.eos_id, tokenizer.pad_id))
+    last = {THINKS_LAST: "<think></think>Ciao<|im_end|>", EOS_LAST: "Ciao<|im_end|>\n<|endoftext|>"}
+    expected = last.get(source, "Ciao<|im_end|>")
+    assert trained_text(FIRST, source, tokenizer) == f" Salut<|im_end|>{expected}"
+    assert trained_text(FIRST, source, tokenizer, num_given=1) == expected
+    assert trained_text(FIRST[:2], source, tokenizer) == " Salut<|im_end|>"
+
+
+def test_a_call_that_nothing_stands_before_is_refused(tokenizer: Tokenizer) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(TemplateError, match=r"messages\[0\]: the chat template does not show"):
+        trained_text([call, *HELLO[1:]], THINKS_LAST, tokenizer)
+
+
+def test_a_header_is_not_trained_where_an_answer_to_come_begins_with_more(tokenizer: Tokenizer) -> None:
+    asks_for_thoughts = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")  # as QwQ does
+    assert trained_text(HELLO, asks_for_thoughts, tokenizer) == " Grüße 😀 <|im_end|>Ciao<|im_end|>"
+
+
 def test_calls_and_answers_are_found_where_thoughts_before_them_are_left_out_later(tokenizer: Tokenizer) -> None:
     def call(**arguments: Any) -> dict[str, Any]:
         function = {"name": "look_up", "arguments": arguments}

@@ -80,7 +80,7 @@ def test_a_record_knows_its_place(name: str, places: list[str], tmp_path: Path) 
             r"s3://data/a\.jsonl\.gz is not a whole gzip file: Compressed file ended",
         ),
         ("a.json.gz", gzip.compress(b'["a"]', mtime=0), r"s3://data/a\.json\.gz item 1 must be an object, got str"),
-        ("a.csv", b"a\n\xff\n", r"s3://data/a\.csv is not UTF-8: byte 2 is 0xff"),
+        ("a.csv", b"a\nb\nc\xff\n", r"s3://data/a\.csv line 3 is not UTF-8: byte 1 is 0xff"),
         ("a.txt", b"a", r"s3://data/a\.txt must be a file of type \.jsonl, \.ndjson, \.json, \.csv, \.parquet"),
     ],
 )
@@ -88,6 +88,16 @@ def test_a_broken_file_is_named_with_its_line(name: str, content: bytes, message
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(read_records(tmp_path / name, name=f"s3://data/{name}"))
+
+
+def test_a_damaged_page_of_a_parquet_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": [str(number) * 50 for number in range(2000)]}), path, compression="snappy")
+    content = bytearray(path.read_bytes())
+    content[4:400] = b"\xff" * 396  # the footer, which is at the end, stays whole
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"s3://data/a\.parquet is not a whole parquet file: "):
+        list(read_records(path, name="s3://data/a.parquet"))
 
 
 def test_a_csv_file_has_cells_of_text_over_several_lines(tmp_path: Path) -> None:

@@ -119,6 +119,17 @@ def test_unlike_evaluations_are_not_compared(theirs: Measured, words: str) -> No
     assert verdict.message == f"acc of words cannot be compared with EvalJob base: {words}"
 
 
+def test_a_verdict_is_no_longer_than_a_status_may_be() -> None:
+    known = [f"acc of task mmlu_{number} with filter none" for number in range(200)]
+    said = judge_value(gate(at_least=0.4), None, known=known).message
+    assert said.startswith("there is no acc of task words")
+    assert len(said) == 1024
+    long = measured([1.0], settings=SETTINGS | {"systemInstruction": "Think. " * 1000})
+    said = judge_pair(compared(max_drop=0.1), measured([1.0]), long).message
+    assert "systemInstruction is None here and 'Think. " in said
+    assert len(said) < 300
+
+
 def test_infinite_values_do_not_pass() -> None:
     infinite = Measured(value=math.inf, settings=SETTINGS, samples=measured(TENS).samples, aggregate=None)
     assert not judge_pair(compared(max_drop=1.0), infinite, measured(TENS)).passed

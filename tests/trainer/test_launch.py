@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -244,3 +245,92 @@ def test_the_interface_of_the_default_route_is_found(tmp_path: Path) -> None:
     )
     assert default_route_interface(table) == "eth1"
     assert default_route_interface(tmp_path / "none") is None
+
+
+HANGS = """
+    import threading
+    from kubetune_trainer.heartbeat import sign_of_step, unwatched, watched
+    def stand_still():
+        threading.Event().wait()
+"""
+IMPATIENT = {"KUBETUNE_HANG_SECONDS": "1"}
+
+
+def test_a_rank_that_hangs_in_training_is_ended_and_says_where(tmp_path: Path) -> None:
+    body = (
+        HANGS
+        + """
+    with watched(first_seconds=1):
+        sign_of_step()
+        stand_still()
+    """
+    )
+    code, record, _, err = launch(tmp_path, body, processes=1, **IMPATIENT)
+    assert code == 76
+    assert {key: record[key] for key in ("result", "exitCode", "reason", "rank")} == {
+        "result": "Failed", "exitCode": 76, "reason": "Hang", "rank": 0,
+    }  # fmt: skip
+    assert re.fullmatch(r"rank 0 made no progress in training for \d+ s", record["message"])
+    assert "hangTimeoutSeconds" in record["hint"]
+    assert "in stand_still" in record["logTail"]
+    assert "in stand_still" in err
+
+
+def test_a_rank_that_cannot_even_say_where_it_hangs_is_ended_too(tmp_path: Path) -> None:
+    body = (
+        HANGS
+        + """
+    with watched(first_seconds=1):
+        sign_of_step()
+        os.kill(os.getpid(), signal.SIGSTOP) if rank else stand_still()
+    """
+    )
+    code, record, _, _ = launch(tmp_path, body, **IMPATIENT)
+    assert (code, record["reason"]) == (76, "Hang")
+
+
+def test_a_rank_that_is_late_for_a_reason_is_left_alone(tmp_path: Path) -> None:
+    body = (
+        HANGS
+        + """
+    time.sleep(8 if rank == 0 else 0)
+    with watched(first_seconds=1):
+        time.sleep(8 if rank == 1 else 0)
+        sign_of_step()
+        with unwatched():
+            time.sleep(8 if rank == 2 else 0)
+        for _ in range(20 if rank == 3 else 0):
+            sign_of_step()
+            time.sleep(0.4)
+    time.sleep(8 if rank == 4 else 0)
+    message(result="Complete")
+    """
+    )
+    code, record, _, err = launch(tmp_path, body, processes=5, **IMPATIENT)
+    assert (code, record) == (0, {"result": "Complete"}), err
+
+
+def test_a_node_that_was_held_has_no_rank_that_hangs(tmp_path: Path) -> None:
+    body = (
+        HANGS
+        + """
+    with watched(first_seconds=2):
+        print(os.getpid(), flush=True)
+        for _ in range(50):
+            sign_of_step()
+            time.sleep(0.2)
+    message(result="Complete")
+    """
+    )
+    process = start(tmp_path, body, processes=1, KUBETUNE_HANG_SECONDS="2")
+    assert process.stdout is not None
+    rank = int(process.stdout.readline())
+    time.sleep(1)
+    for pid in (process.pid, rank):
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(5)
+    os.kill(process.pid, signal.SIGCONT)
+    time.sleep(1)  # the launcher finds the rank's sign overdue, and no look after the next will
+    os.kill(rank, signal.SIGCONT)
+    code, record, _, _ = finish(process, tmp_path)
+    assert (code, record) == (0, {"result": "Complete"})

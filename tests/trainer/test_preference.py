@@ -53,6 +53,17 @@ def test_orpo_and_simpo_are_those_of_trl() -> None:
     torch.testing.assert_close((mine.losses, mine.chosen_rewards, mine.rejected_rewards), theirs, atol=1e-5, rtol=0)
 
 
+def test_orpo_of_answers_that_are_certain_stays_finite() -> None:
+    chosen = torch.tensor([0.0, -1.0, 0.0, -1e-9], requires_grad=True)
+    rejected = torch.tensor([-1.0, 0.0, 0.0, -1e-3], requires_grad=True)
+    found = orpo(chosen, rejected, beta=0.3)
+    found.losses.sum().backward()
+    for told in (found.losses, chosen.grad, rejected.grad):
+        assert told is not None
+        assert told.isfinite().all()
+    assert found.losses[0] < 1e-6 < found.losses[1]
+
+
 def test_smoothed_dpo_is_that_of_trl() -> None:
     told = SimpleNamespace(alpha=0.0, beta=0.4, loss_type="sigmoid", label_smoothing=0.2, accelerator=ACCELERATOR)
     theirs, *_ = CPOTrainer.cpo_loss(told, CHOSEN, REJECTED)
@@ -259,5 +270,20 @@ def test_a_record_becomes_an_answer_that_is_good_or_bad() -> None:
     assert answer_of(record, mapping={}) == (Chat(messages=[USER, BAD], num_given=1), False)
     record = {"question": "1+1=", "completion": "2", "label": 1}
     assert answer_of(record, mapping={"prompt": "question"}) == (Text(prompt="1+1=", completion="2"), True)
+    for cell, label in {"True": True, "0": False, " false ": False}.items():  # as csv has them
+        assert answer_of({"prompt": "a", "completion": "b", "label": cell}, mapping={})[1] == label
     with pytest.raises(RecordError, match="label must be true or false, got 'yes'"):
         answer_of({"prompt": "a", "completion": "b", "label": "yes"}, mapping={})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": [USER], "chosen": "2", "rejected": "3"},
+        {"prompt": "1+1?", "chosen": [GOOD], "rejected": [BAD]},
+    ],
+    ids=["messages and texts", "a text and messages"],
+)
+def test_a_prompt_that_its_answers_cannot_have_is_not_dropped(record: dict[str, Any]) -> None:
+    with pytest.raises(RecordError, match="prompt must be of the sort of chosen and rejected"):
+        pair_of(record, mapping={})

@@ -145,6 +145,14 @@ def test_another_run_over_the_same_data_uses_its_rows(project: Project) -> None:
     assert ("prepare", {"stage": "Using tokenized data of an earlier run"}) in project.events
 
 
+def test_rows_are_found_where_this_run_reaches_them(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.folder)
+    first = project.prepare("workspace.uri=file://runs")
+    second = project.prepare("run.name=other")
+    assert first.train.location.startswith("file://runs/")
+    assert second.train.location == first.train.location.replace("file://runs", f"file://{project.folder}/runs")
+
+
 @pytest.mark.parametrize(
     "override", ["dataset.train_on=All", "dataset.packing=None", "training.seed=1", "dataset.max_sequence_length=128"]
 )

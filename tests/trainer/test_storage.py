@@ -4,8 +4,11 @@ import contextlib
 import json
 import re
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +196,94 @@ def test_a_service_that_does_not_answer_is_worth_another_attempt(
         service = s3.model_copy(update={"endpoint": f"http://127.0.0.1:{closed.getsockname()[1]}"})
         with pytest.raises(StorageError, match="s3://team/x"):
             open_store("s3://team", s3=service).read_bytes("x")
+
+
+@contextlib.contextmanager
+def moody_server(*moods: str) -> Iterator[tuple[str, list[str]]]:
+    """A service that takes each connection in its next mood: silent, broken in the middle, or well; its URL and moods.
+
+    With the last mood it stays.
+    """
+    left, taken = list(moods), []
+
+    class Moody(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            taken.append(left.pop(0) if len(left) > 1 else left[0])
+            if taken[-1] == "silent":
+                time.sleep(3)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", "10")
+            self.end_headers()
+            self.wfile.write(b"01234" if taken[-1] == "broken" else b"0123456789")
+            self.close_connection = True
+
+        def log_message(self, *_words: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Moody)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", taken
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("moods", "content"),
+    [
+        (["silent"], None),
+        (["silent", "well"], b"0123456789"),
+        (["broken"], None),
+        (["broken", "broken", "well"], b"0123456789"),
+    ],
+    ids=["silent", "silent once", "broken", "broken twice"],
+)
+def test_a_service_that_falls_silent_is_worth_another_attempt(
+    s3: S3Storage, monkeypatch: pytest.MonkeyPatch, moods: list[str], content: bytes | None
+) -> None:
+    monkeypatch.setattr(storage, "REQUEST_ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 0.5)
+    with moody_server(*moods) as (url, taken):
+        store = open_store("s3://team", s3=s3.model_copy(update={"endpoint": url}))
+        if content is None:
+            with pytest.raises(StorageError, match="s3://team/x"):
+                store.read_bytes("x")
+        else:
+            assert store.read_bytes("x") == content
+            assert taken == moods
+
+
+def test_what_is_there_stays_where_nothing_is_to_be_replaced(store: Store, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).write_text(name)
+    store.upload(tmp_path / "first", "model", replace=False)
+    [before] = store.list()
+    store.upload(tmp_path / "second", "model", replace=False)
+    assert store.list() == [before]
+    assert store.read_bytes("model") == b"first"
+    store.upload(tmp_path / "second", "model")
+    assert store.read_bytes("model") == b"second"
+
+
+def test_folders_of_a_console_are_no_files(s3: S3Storage, endpoint: str, tmp_path: Path) -> None:
+    keys = {"aws_access_key_id": "user", "aws_secret_access_key": "password"}
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
+    for key in ("", "sub/", "sub/file"):
+        client.put_object(Bucket=BUCKET, Key=f"{tmp_path.name}/{key}", Body=b"x" if key == "sub/file" else b"")
+    store = open_store(f"s3://{BUCKET}/{tmp_path.name}", s3=s3)
+    assert [info.path for info in store.list()] == ["sub/file"]
+    download_tree(store, "", tmp_path / "copy")
+    assert (tmp_path / "copy" / "sub" / "file").read_bytes() == b"x"
+
+
+def test_a_path_stays_in_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setenv(ENV_PVC_DIR, str(tmp_path))
+    assert open_store("pvc://disk//runs/").local_path() == tmp_path / "disk" / "runs"
+    with pytest.raises(ConfigError, match=r"pvc://disk/\.\./other: a path must stay in its claim"):
+        open_store("pvc://disk/../other")
 
 
 def test_a_secret_without_a_key_is_named(s3: S3Storage, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ ASSISTANT = "assistant"
 _BEGIN, _END = "\ue0f0", "\ue0f1"
 """Around what a template marks as generated, until the text is taken apart; from Unicode's private use area."""
 _CONTENT_END = "\ue0f2"
-"""Put behind a message's content to see where that ends in the text; from the same area."""
+"""Put behind a message's content to see where that ends in the text, or before it; from the same area."""
 
 
 class TemplateError(Exception):
@@ -123,6 +123,7 @@ def encode_messages(
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)  # as a whole, as at inference
     offsets = encoding.offsets
     stops = [tokenizer.decode([stop], skip_special_tokens=False) for stop in tokenizer.stop_ids]
+    stops = [stop for stop in stops if stop]  # an id beyond the vocabulary is no text
     if train_on == "All":
         spans = [(0, len(text))]
     else:
@@ -153,41 +154,59 @@ class _Written:
         before, upto = self.messages[:number], self.text
         if number < len(self.messages) - 1:
             upto = self._render(self.messages[: number + 1])
+        if not number:
+            begin = self._begin_of_first()
+            return begin, len(upto) if self.text.startswith(upto) else self._shared_with(self.messages[:1], 0)[1]
         if self.text.startswith(upto):
+            asked = self._render(before, add_generation_prompt=True)
+            if upto.startswith(asked):
+                return len(asked), len(upto)
             # Some templates write no header, or begin the answer to come with something of their own.
-            for prompt in (True, False):
-                head = self._render(before, add_generation_prompt=prompt)
-                if upto.startswith(head):
-                    return len(head), len(upto)
+            head = self._render(before)
+            if upto.startswith(head):
+                return max(len(head), self._whole_tokens(0, _num_shared(upto, asked))), len(upto)
         begin = self.begin_of_answer(number)
         end_of_content, end = self._shared_with(self.messages[: number + 1], number)
         if begin > end_of_content:
             raise _not_found(number)
         return begin, end
 
+    def _begin_of_first(self) -> int:
+        """Finds where an answer begins that nothing stands before: few templates write out an empty conversation."""
+        message = self.messages[0]
+        content = message.get("content")
+        if isinstance(content, str) and content and not message.get("tool_calls"):
+            signed = {**message, "content": f"{_CONTENT_END}{content}"}
+            head, found, _ = self._render([signed, *self.messages[1:]]).partition(_CONTENT_END)
+            if found and self.text.startswith(head):
+                return len(head)
+        raise _not_found(0)
+
     def begin_of_answer(self, number: int) -> int:
         """Finds the end of the header that asks for an answer."""
+        if not number:
+            return self._begin_of_first()
         head = self._render(self.messages[:number], add_generation_prompt=True)
         if self.text.startswith(head):
             return len(head)
-        if not number:
-            raise _not_found(number)
         return self._shared_with(self.messages[:number], number - 1, add_generation_prompt=True)[1]
 
     def _shared_with(self, beginning: Sequence[Message], number: int, **prompt: bool) -> Span:
         """Finds what stands behind a message's content both in the text and in the render of a beginning."""
         after = self._behind(self.messages, number)
         other = self._behind(beginning, number, **prompt)
-        same = (one == two for one, two in zip(after, other, strict=False))
-        num_shared = len(list(itertools.takewhile(bool, same)))
+        num_shared = _num_shared(after, other)
         if not self.text.endswith(after[num_shared:]):
             raise _not_found(number)
         begin = len(self.text) - len(after)
         end = begin + num_shared
         if num_shared < len(other):
-            # Two special tokens may begin alike: only whole tokens count.
-            end = max((token_end for token_end in self.token_ends if begin <= token_end <= end), default=begin)
+            end = self._whole_tokens(begin, end)
         return begin, end
+
+    def _whole_tokens(self, begin: int, end: int) -> int:
+        """Where the last token ends that does so by the end: two special tokens may begin alike."""
+        return max((token_end for token_end in self.token_ends if begin <= token_end <= end), default=begin)
 
     def _behind(self, messages: Sequence[Message], number: int, **prompt: bool) -> str:
         """Returns what is written behind the content of a message."""
@@ -213,6 +232,12 @@ def _answers(written: _Written, marked: Sequence[Span], *, num_given: int, last_
     # One answer may have several marks: their place tells whose they are, not their number.
     begin = written.begin_of_answer(wanted[0]) if wanted else len(written.text)
     return [span for span in marked if span[1] > begin]
+
+
+def _num_shared(text: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    same = (one == two for one, two in zip(text, other, strict=False))
+    return len(list(itertools.takewhile(bool, same)))
 
 
 def _with_content_end(message: Message) -> Message:

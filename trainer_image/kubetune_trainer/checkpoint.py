@@ -38,15 +38,17 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from kubetune_trainer.distributed import World, broadcast_object, gather_vector
-from kubetune_trainer.errors import DataError, StorageError, TrainerError, is_out_of_memory
+from kubetune_trainer.errors import ConfigError, DataError, StorageError, TrainerError, is_out_of_memory
+from kubetune_trainer.heartbeat import unwatched
 from kubetune_trainer.names import COMPLETE_MARKER
 from kubetune_trainer.report import end_with, last_step, report, set_last_step
+from kubetune_trainer.storage import open_store
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from kubetune_trainer.config import Checkpoint
+    from kubetune_trainer.config import Checkpoint, FineTuneConfig
     from kubetune_trainer.storage import Store
 
 TRAINER_FILE: Final = "trainer.json"
@@ -121,6 +123,7 @@ class Checkpointer:
         if self._world.is_first:
             discard_newer(self._store, than=resumed.step)
 
+    @unwatched()
     def save(self, step: int, model: "nn.Module", optimizer: "Optimizer", *, hurry: bool = False) -> None:
         """Copies the state and begins to write it; in mode Sync, waits until it is complete or given up.
 
@@ -162,6 +165,7 @@ class Checkpointer:
             began, best = self._saved_at, self._best_step
             self._jobs.put(lambda: self._complete(step, began, best))
 
+    @unwatched()
     def wait(self) -> bool:
         """Waits until the newest checkpoint is complete or given up, and tells which; the same on every rank."""
         self._jobs.join()
@@ -297,6 +301,45 @@ def find_checkpoint(store: "Store") -> str | None:
             hint="Restore the files, or remove the folder to begin anew.",
         )
     return None
+
+
+def check_resumable(config: "FineTuneConfig", *, total_steps: int | None = None) -> None:
+    """Looks for the checkpoint that a run is to begin with, if it names one.
+
+    Args:
+        config: The run.
+        total_steps: Of the whole run, where that is known.
+
+    Raises:
+        ConfigError: There is none that is complete, or one after which the run has no step left.
+    """
+    first = config.checkpoint.resume_from
+    if first is None:
+        return
+    store = open_store(first.uri, s3=config.storage.s3)
+    if (folder := find_checkpoint(store)) is None:
+        raise ConfigError(
+            f"{config.title}: checkpoint.resume_from.uri must hold a complete checkpoint, got {first.uri}"
+        )
+    prefix, uri = f"{folder}/" if folder else "", store.uri(folder)
+    with _reading(uri, TRAINER_FILE):
+        step = int(json.loads(store.read_bytes(f"{prefix}{TRAINER_FILE}"))["step"])
+    if total_steps is not None:
+        check_steps_left(config, step=step, uri=uri, total_steps=total_steps)
+
+
+def check_steps_left(config: "FineTuneConfig", *, step: int, uri: str, total_steps: int) -> None:
+    """Refuses another run's checkpoint that leaves this run nothing to train.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if step >= total_steps:
+        raise ConfigError(
+            f"{config.title}: checkpoint.resume_from must be of a step below the run's total of {total_steps}, "
+            f"got step {step} of {uri}",
+            hint="The other run's steps count: raise training.max_steps or training.epochs, or begin with its outputs.",
+        )
 
 
 def _is_whole(store: "Store", folder: str) -> bool:

@@ -27,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from kubetune_trainer.errors import PeerLostError, TrainerError, is_out_of_memory
+from kubetune_trainer.heartbeat import watched
 from kubetune_trainer.names import ENV_SCRATCH
 
 RENDEZVOUS_SECONDS: Final = 300.0
@@ -381,9 +382,13 @@ class StopSignal:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """While the block runs, a signal only sets `requested`; one that nobody heeded ends the process after it."""
+        """While the block runs, a signal only sets `requested`; one that nobody heeded ends the process after it.
+
+        The block is training: signs of life are expected in it.
+        """
         self._training = True
-        yield
+        with watched(first_seconds=2 * COLLECTIVE_SECONDS):  # what collectives say of a hang in the first step is more
+            yield
         self._training = False
         if self.requested:
             self._leave()

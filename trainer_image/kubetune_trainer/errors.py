@@ -7,6 +7,7 @@ TrainerError
 ├── StorageError        69  the object store did not answer after retries
 ├── OutOfMemoryError    71  the device, or the process, has no more memory to give
 ├── PreemptedError      75  asked to stop; a checkpoint was written
+├── HangError           76  training made no progress; only the launcher can tell
 ├── NonFiniteLossError  77  a loss or a weight became NaN or infinite
 └── PeerLostError       78  another rank went away
 """
@@ -95,6 +96,13 @@ class PreemptedError(TrainerError):
 
     exit_code = ExitCode.PREEMPTED
     reason = "Preempted"
+
+
+class HangError(TrainerError):
+    """A rank gave no sign of life for longer than it may. The rank cannot tell; its launcher does."""
+
+    exit_code = ExitCode.HANG
+    reason = "Hang"
 
 
 class NonFiniteLossError(TrainerError):

@@ -27,9 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from kubetune_trainer.errors import ConfigError, PeerLostError, PreemptedError
+from kubetune_trainer.errors import ConfigError, HangError, PeerLostError, PreemptedError
+from kubetune_trainer.heartbeat import DUMP_SIGNAL
 from kubetune_trainer.names import (
     ENV_CPUS,
+    ENV_HEARTBEAT,
     ENV_SCRATCH,
     ENV_TERMINATION_LOG,
     ExitCode,
@@ -39,6 +41,10 @@ from kubetune_trainer.software import recipe_folders
 
 LINGER_SECONDS: Final = 10.0
 """How long the other ranks of a node have, after one failed, to notice it and end by themselves."""
+SILENT_LOOKS: Final = 5
+"""How many looks in a row must find a rank silent for too long: it may have been held together with this process."""
+DUMP_SECONDS: Final = 2.0
+"""How long a rank that hangs has to write the stacks of its threads."""
 TAIL_BYTES: Final = 2048
 """How much of a rank's stderr is kept for the termination message."""
 _PR_SET_PDEATHSIG: Final = 1
@@ -101,17 +107,35 @@ class Rank:
     rank: int
     process: subprocess.Popen[bytes]
     message_path: Path
+    heartbeat: Path
     stderr: deque[bytes] = field(default_factory=deque)
     reader: threading.Thread | None = None
     code: int | None = None
     overdue: bool = False
     """Killed from here, because another rank had failed and this one did not end by itself."""
+    silent_looks: int = 0
+    hung_seconds: float | None = None
+    """Killed from here, because for so long it had given no sign of life."""
 
     @property
     def exit_code(self) -> int:
         """As a shell tells it: a signal n is 128 + n."""
+        if self.hung_seconds is not None:
+            return ExitCode.HANG
         code = self.code or 0
         return code if code >= 0 else 128 - code
+
+    def hangs(self) -> bool:
+        """Whether its sign of life is overdue, and has been for some looks."""
+        try:
+            times = self.heartbeat.stat()
+        except OSError:
+            return False
+        self.silent_looks = self.silent_looks + 1 if time.monotonic() > times.st_mtime else 0
+        if self.code is not None or self.silent_looks < SILENT_LOOKS:
+            return False
+        self.hung_seconds = time.monotonic() - times.st_atime
+        return True
 
     def tail(self) -> str:
         """The end of its stderr."""
@@ -237,17 +261,17 @@ def _free_port() -> int:
 
 def _start(gang: Gang, command: Sequence[str], environment: Mapping[str, str], local_rank: int, folder: Path) -> Rank:
     own = gang.rank_environment(local_rank)
-    message_path = folder / f"message-{local_rank}.json"
+    message_path, heartbeat = folder / f"message-{local_rank}.json", folder / f"heartbeat-{local_rank}"
     process = subprocess.Popen(
         command,
-        env={**environment, **own, ENV_TERMINATION_LOG: str(message_path)},
+        env={**environment, **own, ENV_TERMINATION_LOG: str(message_path), ENV_HEARTBEAT: str(heartbeat)},
         stdin=subprocess.DEVNULL,
         stdout=None if own["RANK"] == "0" else subprocess.PIPE,
         stderr=subprocess.PIPE if own["RANK"] == "0" else subprocess.STDOUT,
         process_group=0,  # a terminal's Ctrl-C reaches this process alone, which passes it on as SIGTERM
         preexec_fn=_prepare_child,  # noqa: PLW1509 (no thread runs yet)
     )
-    return Rank(rank=int(own["RANK"]), process=process, message_path=message_path)
+    return Rank(rank=int(own["RANK"]), process=process, message_path=message_path, heartbeat=heartbeat)
 
 
 def _prepare_child() -> None:
@@ -283,11 +307,20 @@ def _wait(ranks: Sequence[Rank]) -> tuple[list[Rank], bool]:
             # A preempted rank's peers are writing the same checkpoint: Kubernetes' grace period bounds them.
             if rank.exit_code not in (ExitCode.DONE, ExitCode.PREEMPTED):
                 deadline = min(deadline, time.monotonic() + LINGER_SECONDS)
+        _end_hung([rank for rank in ranks if rank.hangs()])
         if time.monotonic() >= deadline:
             for rank in ranks:
                 rank.overdue = rank.overdue or rank.code is None
             _signal_all(ranks, signal.SIGKILL)
     return order, stopped
+
+
+def _end_hung(hung: Sequence[Rank]) -> None:
+    """Ends ranks that hang, once they have written where."""
+    if hung:
+        _signal_all(hung, DUMP_SIGNAL)
+        time.sleep(DUMP_SECONDS)
+        _signal_all(hung, signal.SIGKILL)
 
 
 def _reap(ranks: Sequence[Rank]) -> list[Rank]:
@@ -332,6 +365,10 @@ def _stopped_early(rank: Rank) -> dict[str, Any]:
 
 def _describe_death(rank: Rank) -> dict[str, Any]:
     """The message of a rank that could not write its own."""
+    if rank.hung_seconds is not None:
+        message = f"rank {rank.rank} made no progress in training for {rank.hung_seconds:.0f} s"
+        hint = "Its log has the stack of each thread. A job that needs that long sets lifecycle.hangTimeoutSeconds."
+        return _failed(rank.exit_code, HangError.reason, message, rank=rank.rank, hint=hint)
     if rank.exit_code == ExitCode.PEER_LOST:
         return _failed(rank.exit_code, PeerLostError.reason, f"rank {rank.rank} lost a peer", rank=rank.rank)
     if rank.code is not None and rank.code < 0:

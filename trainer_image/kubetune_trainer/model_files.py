@@ -332,8 +332,11 @@ def _copy_from_hub(repo: HubRepo, cache: Store, *, report: Report) -> None:
     folder = scratch_dir() / "hub"
     for number, path in enumerate(wanted):
         report("prepare", stage=f"Downloading {repo.repo}", done=number, total=len(wanted))
+        if cache.exists(path):
+            continue
         local = repo.download(path, folder)
-        cache.upload(local, path)
+        # The folder is of one commit, and another run, which copies it too, may use this file already.
+        cache.upload(local, path, replace=False)
         local.unlink()
     cache.write_bytes(COMPLETE_MARKER, b"")
 

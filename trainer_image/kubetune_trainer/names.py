@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     STORAGE = 69
     OUT_OF_MEMORY = 71
     PREEMPTED = 75
+    HANG = 76
     NON_FINITE_LOSS = 77
     PEER_LOST = 78
     """This rank ended because another one did; it never explains a failure."""
@@ -32,7 +33,11 @@ ENV_ATTEMPT: Final = "KUBETUNE_ATTEMPT"
 ENV_CPUS: Final = "KUBETUNE_CPUS"
 ENV_METRICS_PORT: Final = "KUBETUNE_METRICS_PORT"
 ENV_TERMINATION_LOG: Final = "KUBETUNE_TERMINATION_LOG"
+ENV_HANG_SECONDS: Final = "KUBETUNE_HANG_SECONDS"
 ENV_IMAGE: Final = "KUBETUNE_IMAGE"
+
+# Written by the launcher into each rank.
+ENV_HEARTBEAT: Final = "KUBETUNE_HEARTBEAT"
 
 # Where those stand in a pod when the variable is not set.
 DEFAULT_SECRETS_DIR: Final = "/var/run/kubetune/secrets"

@@ -134,7 +134,8 @@ def simpo(chosen_P: Tensor, rejected_P: Tensor, *, beta: float, gamma: float) ->
 
 
 def _log_of_rest(log_probabilities: Tensor) -> Tensor:
-    """Return log(1 - p) from log p < 0 without cancellation (Mächler 2012)."""
+    """Return log(1 - p) from log p without cancellation (Mächler 2012); where p is rounded to 1, of the next below."""
+    log_probabilities = log_probabilities.clamp(max=-torch.finfo(log_probabilities.dtype).eps)
     near_one = log_probabilities > -0.6931471805599453
     # Each branch gets only arguments that it is finite for, so that gradients of the other are no NaN.
     small = torch.where(near_one, log_probabilities, torch.full_like(log_probabilities, -0.5))

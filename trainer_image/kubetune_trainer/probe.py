@@ -60,6 +60,7 @@ def main() -> int:
             problem = f"{error}. {error.hint}" if error.hint else str(error)
             found |= {"problem": problem, "unreachable": isinstance(error, StorageError)}
         sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.flush()  # what was found counts, though time may run out over another place
     return 0
 
 
@@ -75,6 +76,9 @@ def places(config: JobConfig) -> Iterator[Place]:
     if isinstance(config, EvalConfig):
         yield from _task_files(config)
     s3 = config.storage.s3
+    if isinstance(config, FineTuneConfig) and config.checkpoint.resume_from is not None:
+        uri = config.checkpoint.resume_from.uri
+        yield Place("spec.checkpoint.resumeFrom.uri", uri, partial(_look_for_checkpoint, config))
     yield Place("spec.workspace.uri", config.workspace.uri, partial(_write, config.workspace.uri, s3))
     for index, output in enumerate(getattr(config, "outputs", ())):
         if output.uri is not None:
@@ -108,13 +112,21 @@ def _look_for_tasks(folder: UriSource, *, config: EvalConfig, name: str) -> None
         raise DataError(f"task_files {name} has no .yaml files")
 
 
+def _look_for_checkpoint(config: FineTuneConfig) -> None:
+    from kubetune_trainer.checkpoint import check_resumable  # noqa: PLC0415 (slow, and only where it is asked for)
+
+    check_resumable(config)
+
+
 def _model(config: JobConfig, *, field: str) -> Place:
     if config.model.hub is not None:
         hub = config.model.hub
         return Place(f"{field}.hub", _repository(hub), partial(find_repo, hub, kind="model"))
     uri = config.model.uri
     assert uri is not None
-    return Place(f"{field}.uri.location", uri.location, partial(find_model, uri.location, s3=model_s3(config)))
+    takes_gguf = isinstance(config, EvalConfig)
+    check = partial(find_model, uri.location, s3=model_s3(config), takes_gguf=takes_gguf)
+    return Place(f"{field}.uri.location", uri.location, check)
 
 
 def _first_adapters(source: FirstAdapters, config: JobConfig) -> Place:

@@ -7,23 +7,23 @@ another output has left of its model; whatever else lies in the repository stays
 """
 
 import glob
-from typing import Any, Final
+import json
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import CommitInfo
 
 from kubetune_trainer.checkpoint import complete_steps
 from kubetune_trainer.config import FineTuneConfig
+from kubetune_trainer.data.prepare import Prepared
 from kubetune_trainer.errors import ConfigError, StorageError
 from kubetune_trainer.export.output_files import is_output_file
 from kubetune_trainer.hub import UNREACHABLE, ask_hub, endpoint, token_of
 from kubetune_trainer.lineage import stored_lineage
-from kubetune_trainer.names import CHECKPOINTS_DIR, COMPLETE_MARKER
+from kubetune_trainer.names import ABOUT_FILES, CHECKPOINTS_DIR, LINEAGE_FILE
+from kubetune_trainer.prepared import read_prepared
 from kubetune_trainer.report import attempt, report, write_termination_message
-from kubetune_trainer.storage import download_tree, open_store, scratch_dir
-
-IGNORED: Final = (COMPLETE_MARKER, ".*")
-"""What may lie in an output's folder and is no part of it."""
+from kubetune_trainer.storage import open_store, scratch_dir
 
 
 def push_output(config: FineTuneConfig, outputs: list[dict[str, Any]]) -> dict[str, str] | None:
@@ -46,10 +46,14 @@ def push_output(config: FineTuneConfig, outputs: list[dict[str, Any]]) -> dict[s
     report("phase", phase="Pushing")
     [uri] = [output["uri"] for output in outputs if output["name"] == asked.output]
     store = open_store(uri, s3=config.storage.s3)
+    # Its folder may hold what is none of the output's.
+    names = list(json.loads(store.read_bytes(LINEAGE_FILE))["files"])
+    names += [name for name in ABOUT_FILES if store.exists(name)]
     folder = store.local_path()
     if folder is None:
         folder = scratch_dir() / "push"
-        download_tree(store, "", folder)
+        for name in names:
+            store.download(name, folder / name)
     api = huggingface_hub.HfApi(endpoint=endpoint(), token=token_of(asked.token_secret) or False)
     what = f"{config.title}: pushToHub.repo {asked.repo} on the Hub"
     ask_hub(lambda: api.create_repo(asked.repo, private=asked.private, exist_ok=True), what=what)
@@ -60,7 +64,7 @@ def push_output(config: FineTuneConfig, outputs: list[dict[str, Any]]) -> dict[s
                 repo_id=asked.repo,
                 folder_path=folder,
                 commit_message=f"{config.title}: output {asked.output}",
-                ignore_patterns=list(IGNORED),
+                allow_patterns=[glob.escape(name) for name in names],
                 delete_patterns=[glob.escape(path) for path in _model_files(api, asked.repo)] or None,
             )
         except RuntimeError as error:  # what befell one of the files is its cause
@@ -95,7 +99,8 @@ def push_again(config: FineTuneConfig, outputs: list[dict[str, Any]]) -> None:
     """Do what an earlier attempt has left: push, and say that the run is done."""
     found = open_store(f"{config.run.directory}/{CHECKPOINTS_DIR}", s3=config.storage.s3).list()
     step = max(complete_steps({info.path for info in found}), default=0)
-    report("start", attempt=attempt(), step=step, total_steps=step)
+    prepared = read_prepared(open_store(config.run.directory, s3=config.storage.s3), Prepared)
+    report("start", attempt=attempt(), step=step, total_steps=prepared.total_steps if prepared else step)
     pushed = push_output(config, outputs)
     report("done", step=step)
     write_termination_message("Complete", exit_code=0, outputs=outputs, pushed_to_hub=pushed)

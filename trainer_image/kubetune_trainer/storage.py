@@ -45,6 +45,8 @@ CONNECT_TIMEOUT_SECONDS: Final = 5
 READ_TIMEOUT_SECONDS: Final = 60
 REQUEST_ATTEMPTS: Final = 5
 """Tries per request, with pauses that grow to 20 s: at the worst about a minute when nobody listens."""
+READ_ATTEMPTS: Final = 3
+"""How often an object is read whose connection breaks in the middle."""
 LIST_ATTEMPTS: Final = 5
 """How often a local folder is listed while files go from under it."""
 _DENIED: Final = frozenset({"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "401"})
@@ -95,8 +97,8 @@ class Store(Protocol):
     def download(self, path: str, local: Path, *, etag: str | None = None) -> None:
         """Copy `path` to `local`; with `etag`, only if that is still its ETag."""
 
-    def upload(self, local: Path, path: str) -> None:
-        """Copy `local` to `path`; large files in parts, each with a checksum."""
+    def upload(self, local: Path, path: str, *, replace: bool = True) -> None:
+        """Copy `local` to `path`; large files in parts, each with a checksum. Without `replace` what is there stays."""
 
     def delete(self, path: str) -> None:
         """Remove the file `path`, and no folder; nothing there is no error."""
@@ -122,10 +124,12 @@ def open_store(uri: str, *, s3: "S3Storage | None" = None) -> Store:
         return S3Store(bucket, prefix.strip("/"), s3)
     if scheme == "pvc":
         claim, _, path = rest.partition("/")
+        if ".." in path.split("/"):
+            raise ConfigError(f"{uri}: a path must stay in its claim, without '..'")
         root = Path(os.environ.get(ENV_PVC_DIR, DEFAULT_PVC_DIR)) / claim
         if not root.is_dir():
             raise ConfigError(f"{uri}: the claim {claim} is not mounted at {root}")
-        return LocalStore(uri, root / path)
+        return LocalStore(uri, root / path.strip("/"))
     if scheme == "file":
         return LocalStore(uri, Path(rest))
     raise ConfigError(f"a URI must begin with s3://, pvc:// or file://, got {uri}")
@@ -249,9 +253,9 @@ class LocalStore:
             with _replacing(local) as temporary:
                 shutil.copyfile(self._root / path, temporary)
 
-    def upload(self, local: Path, path: str) -> None:
+    def upload(self, local: Path, path: str, *, replace: bool = True) -> None:
         """As `Store.upload`."""
-        with _local_errors(self.uri(path)), _replacing(self._root / path) as temporary:
+        with _local_errors(self.uri(path)), _replacing(self._root / path, keep=not replace) as temporary:
             shutil.copyfile(local, temporary)
 
     def delete(self, path: str) -> None:
@@ -311,9 +315,19 @@ class S3Store:
 
     def read_bytes(self, path: str, *, length: int | None = None) -> bytes:
         """As `Store.read_bytes`."""
+        from botocore.exceptions import HTTPClientError, IncompleteReadError  # noqa: PLC0415 (as below)
+
         part = {} if length is None else {"Range": f"bytes=0-{length - 1}"}
         with self._errors(path):
-            content: bytes = self._client.get_object(Bucket=self._bucket, Key=self._key(path), **part)["Body"].read()
+            for attempt in range(1, READ_ATTEMPTS + 1):
+                body = self._client.get_object(Bucket=self._bucket, Key=self._key(path), **part)["Body"]
+                try:
+                    content: bytes = body.read()
+                except (HTTPClientError, IncompleteReadError):  # in the middle, where the client tries nothing again
+                    if attempt == READ_ATTEMPTS:
+                        raise
+                else:
+                    break
         return content
 
     def write_bytes(self, path: str, data: bytes) -> None:
@@ -332,8 +346,10 @@ class S3Store:
         with self._errors(path), _replacing(local) as temporary:
             self._client.download_file(self._bucket, self._key(path), str(temporary))
 
-    def upload(self, local: Path, path: str) -> None:
+    def upload(self, local: Path, path: str, *, replace: bool = True) -> None:
         """As `Store.upload`."""
+        if not replace and self.exists(path):
+            return
         with self._errors(path):
             self._client.upload_file(str(local), self._bucket, self._key(path))
 
@@ -381,6 +397,8 @@ class S3Store:
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=key)
             for entry in (entry for page in pages for entry in page.get("Contents", ())):
                 name: str = entry["Key"]
+                if name.endswith("/"):  # what consoles make where somebody makes a folder: it is no file
+                    continue
                 # A prefix of S3's is a prefix of names: step-1 is also one of step-10, which is another folder.
                 if name == key or not key or name.startswith(f"{key}/"):
                     yield ObjectInfo(
@@ -396,9 +414,12 @@ class S3Store:
     def _errors(self, path: str) -> Iterator[None]:
         from boto3.exceptions import Boto3Error  # noqa: PLC0415 (a slow import that local runs do without)
         from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
+        from s3transfer.exceptions import S3DownloadFailedError  # noqa: PLC0415
 
         try:
             yield
+        except S3DownloadFailedError as error:
+            raise DataError(f"{self.uri(path)} has changed while it was read: {error}") from error
         except (ClientError, BotoCoreError, Boto3Error) as error:
             raise _translate(error, uri=self.uri(path), bucket=self._bucket) from error
         except OSError as error:
@@ -475,7 +496,7 @@ def _translate(error: Exception, *, uri: str, bucket: str) -> TrainerError:  # n
     cause = error
     while not hasattr(cause, "response") and isinstance(cause.__cause__ or cause.__context__, Exception):
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-    response: dict[str, Any] = getattr(cause, "response", {})
+    response: dict[str, Any] = getattr(cause, "response", None) or {}  # a broken connection has one that is None
     code = str(response.get("Error", {}).get("Code", ""))
     if code == "NoSuchBucket" or "NoSuchBucket" in str(error):
         return ConfigError(f"{uri}: bucket {bucket} does not exist", hint="Create the bucket or correct the URI.")
@@ -523,8 +544,11 @@ def _local_error(error: OSError, uri: str) -> TrainerError:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` if the block succeeds, and leaves nothing if it does not."""
+def _replacing(path: Path, *, keep: bool = False) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` if the block succeeds, and leaves nothing if it does not.
+
+    With `keep` it does not where there is a file by then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Pods that share the folder count their processes each from 1: only chance keeps their files apart.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
@@ -533,7 +557,16 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.replace(path)
+        if keep and path.exists():
+            return
+        try:
+            os.link(temporary, path) if keep else temporary.replace(path)
+        except FileExistsError:  # of a link: somebody else was faster
+            return
+        except OSError:
+            if not keep:
+                raise
+            temporary.replace(path)  # a file system without hard links
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -61,9 +61,14 @@ def verify(store: Store, *, digest: str | None = None) -> tuple[str, list[str]]:
 def _recorded(store: Store) -> tuple[str, Mapping[str, str]]:
     """What lineage.json says: the folder's digest, and the hash of each of its files."""
     lineage: dict[str, Any] = {}
+    outputs: dict[str, str] = {}
     if store.exists(LINEAGE_FILE):
-        lineage = json.loads(store.read_bytes(LINEAGE_FILE))
-    outputs = {output["name"]: output["digest"] for output in lineage.get("outputs", ())}
+        try:
+            lineage = json.loads(store.read_bytes(LINEAGE_FILE))
+            outputs = {output["name"]: output["digest"] for output in lineage.get("outputs", ())}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise DataError(f"{store.uri()}: {LINEAGE_FILE} is not what a job wrote ({problem})") from error
     if lineage.get("output") not in outputs:
         raise DataError(f"{store.uri()} has no {LINEAGE_FILE} that says its digest", hint="Give it with --digest.")
     return outputs[lineage["output"]], lineage.get("files", {})

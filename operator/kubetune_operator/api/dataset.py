@@ -1,6 +1,6 @@
 """Data: where samples come from and how they become rows of tokens."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,9 @@ from kubetune_operator.api.common import (
     matches,
 )
 from kubetune_operator.api.model import ApiModel, Unique, exactly_one_of
+
+JUDGED: Final = ("Preference", "UnpairedPreference")
+"""Formats of answers of which it is known how good they are."""
 
 ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
 

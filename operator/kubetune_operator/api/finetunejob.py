@@ -10,6 +10,7 @@ from kubetune_operator.api.common import (
     ATOMIC,
     ConfigMapKeyRef,
     DnsLabel,
+    Lifecycle,
     ModelSource,
     Number,
     PositiveNumber,
@@ -20,7 +21,7 @@ from kubetune_operator.api.common import (
     Uri,
     matches,
 )
-from kubetune_operator.api.dataset import Dataset, Source
+from kubetune_operator.api.dataset import JUDGED, Dataset, Source
 from kubetune_operator.api.jobs import (
     Count,
     Digest,
@@ -300,7 +301,7 @@ class Training(ApiModel):
     learning_rate: PositiveNumber = "2e-4"
     """Highest learning rate, after the warm-up."""
     scheduler: Literal["Cosine", "Linear", "Constant"] = "Cosine"
-    """How the learning rate falls after the warm-up; Cosine and Linear end at 0."""
+    """How the learning rate falls after the warm-up; Cosine and Linear fall towards 0."""
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
     """Steps over which the learning rate rises from 0."""
     weight_decay: Number = "0.0"
@@ -326,7 +327,8 @@ class Training(ApiModel):
     parallelism: Parallelism | None = None
     """How the processes share the model. Unset: FSDP shards it over all of them."""
     seed: Annotated[int, Field(ge=0, le=4_294_967_295)] = 42
-    """Seed of the order of samples, the validation split, dropout and new weights."""
+    """Seed of the order of samples, of which samples a fractional weight takes, of dropout, new weights and stochastic
+    rounding."""
     validate_every_steps: Steps | None = None
     """Steps between validations. Unset: only at the end."""
     early_stopping: EarlyStopping | None = None
@@ -394,8 +396,6 @@ BLOCKS: Final = {
 """The block that goes with a recipe."""
 OTHER_MODELS: Final = (("dpo", "reference"), ("kto", "reference"), ("lora", "adapter"), ("distillation", "teacher"))
 """Blocks and their fields that name a model which is used beside the one that is trained."""
-JUDGED: Final = ("Preference", "UnpairedPreference")
-"""Formats of answers of which it is known how good they are."""
 
 _EXAMPLES: Final = (
     "(self.recipe in ['SFT', 'Distillation', 'QAT'] || (self.recipe == 'Custom' && "
@@ -413,7 +413,8 @@ def _formats_rule(sources: str) -> str:
     return (
         f"{_EXAMPLES} ? {sources}.all(s, !(s.format in ['Preference', 'UnpairedPreference'])) : "
         f"{sources}.all(s, s.format in ['Auto', 'Preference'] || "
-        "(s.format == 'UnpairedPreference' && self.recipe in ['KTO', 'Custom']))"
+        "(s.format == 'UnpairedPreference' && (self.recipe == 'KTO' || (self.recipe == 'Custom' && "
+        "self.dataset.sources.exists(t, t.format == 'UnpairedPreference')))))"
     )
 
 
@@ -437,7 +438,9 @@ def _formats_fit(spec: "FineTuneJobSpec", sources: Sequence[Source]) -> bool:
     formats = {source.format for source in sources}
     if learns_from_examples(spec):
         return not formats & {*JUDGED}
-    return formats <= {"Auto", *(JUDGED if spec.recipe in {"KTO", "Custom"} else JUDGED[:1])}
+    has_unpaired = any(source.format == "UnpairedPreference" for source in spec.dataset.sources)
+    takes_unpaired = spec.recipe == "KTO" or (spec.recipe == "Custom" and has_unpaired)
+    return formats <= {"Auto", *(JUDGED if takes_unpaired else JUDGED[:1])}
 
 
 class PushToHub(ApiModel):
@@ -457,8 +460,24 @@ class PushToHub(ApiModel):
     """Token that may write to the repository. Unset: HF_TOKEN of the environment."""
 
 
+class TrainingLifecycle(Lifecycle):
+    """How long a job may live, how often it may start again, and how long it may stand still."""
+
+    hang_timeout_seconds: Annotated[int, Field(ge=10, le=604_800)] = 600
+    """A process that is in training for this long without finishing a micro batch hangs: its stacks go to the log, and
+    the job starts again from its last checkpoint. The first step of an attempt has an hour at least, and no micro batch
+    has less than three times what the longest before it took."""
+
+
 def _has_its_recipe(value: Any, *, recipe: str, block: str) -> bool:
     return value.recipe in {recipe, "Custom"} or getattr(value, block) is None
+
+
+_HANG_TIMEOUT = "(has({0}.lifecycle) ? {0}.lifecycle.hangTimeoutSeconds : 600)"
+_SAME_HANG_TIMEOUT = Rule(
+    cel=f"{_HANG_TIMEOUT.format('self')} == {_HANG_TIMEOUT.format('oldSelf')}",
+    message="spec.lifecycle.hangTimeoutSeconds is immutable; make a new job to change it",
+)
 
 
 class FineTuneJobSpec(JobSpec):
@@ -629,6 +648,7 @@ class FineTuneJobSpec(JobSpec):
                 or (value.dataset.train_on == "Assistant" and value.dataset.overlong != "Split")
             ),
         ),
+        _SAME_HANG_TIMEOUT,
         *frozen(
             "dataset",
             "recipe",
@@ -691,6 +711,9 @@ class FineTuneJobSpec(JobSpec):
     """Trackers of the run. Unset: none."""
     push_to_hub: PushToHub | None = None
     """Output that is pushed to the Hugging Face Hub. Unset: none."""
+    lifecycle: TrainingLifecycle | None = None
+    """How long the job may live, how often it may start again, and how long it may stand still. Unset: the defaults of
+    its fields."""
 
 
 # ------------------------------------------------------------------------------------------------------ status

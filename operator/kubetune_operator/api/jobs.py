@@ -374,14 +374,20 @@ def root_rules(kind: str) -> tuple[Rule, ...]:
     )
 
 
-def parse_as(model: type[J], manifest: Mapping[str, Any]) -> J:
+def parse_as(model: type[J], manifest: Mapping[str, Any], *, is_stored: bool = False) -> J:
     """Check a manifest of one kind as the API server would and return it with defaults filled in.
+
+    Args:
+        model: The kind's.
+        manifest: The object.
+        is_stored: Whether unknown fields are passed over.
 
     Raises:
         SpecError: The manifest breaks rules; all of them are named.
     """
     try:
-        return model.model_validate(dict(manifest), by_alias=True, by_name=False)
+        extra: Literal["ignore"] | None = "ignore" if is_stored else None
+        return model.model_validate(dict(manifest), by_alias=True, by_name=False, extra=extra)
     except ValidationError as error:
         raise SpecError(called(manifest), problems=problems_of(error)) from error
 

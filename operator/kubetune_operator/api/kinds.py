@@ -84,8 +84,13 @@ MODELS: Final[Mapping[str, KindModels]] = {
 }
 
 
-def parse_job(manifest: Mapping[str, Any]) -> Job:
+def parse_job(manifest: Mapping[str, Any], *, is_stored: bool = False) -> Job:
     """Check a manifest of any kind as the API server would and return it with defaults filled in.
+
+    Args:
+        manifest: The object.
+        is_stored: Whether the API server has it already. Fields that a newer version of the CRD has are passed over
+            then: the server fills in their defaults, and an older operator has to go on.
 
     Raises:
         SpecError: The manifest breaks rules, or is of no kind of ours.
@@ -96,4 +101,4 @@ def parse_job(manifest: Mapping[str, Any]) -> Job:
         raise SpecError(
             called(manifest), problems=[f'kind: Unsupported value: "{kind}": supported values: {supported}']
         )
-    return parse_as(MODELS[kind].job, manifest)
+    return parse_as(MODELS[kind].job, manifest, is_stored=is_stored)

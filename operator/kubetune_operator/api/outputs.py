@@ -49,10 +49,13 @@ class Gguf(ApiModel):
     """How its weights are stored. F16: not quantized. Q8_0: 8 bits. Q4_0, Q4_1: 4 bits."""
 
 
+PROGRAM_LENGTH: Final = 512
+
+
 class ExecuTorch(ApiModel):
     """Options of an ExecuTorch program."""
 
-    max_sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 512
+    max_sequence_length: Annotated[int, Field(ge=16, le=131_072)] = PROGRAM_LENGTH
     """Tokens that its cache holds, prompt and answer together."""
 
 

@@ -1,12 +1,13 @@
 """QuantizeJob: make a model smaller, in formats that engines load, and say what it costs."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
 from kubetune_operator.api.common import DnsLabel, ModelSource, Number
-from kubetune_operator.api.dataset import Samples
+from kubetune_operator.api.dataset import JUDGED, Samples
 from kubetune_operator.api.jobs import (
     Count,
     Figure,
@@ -20,7 +21,7 @@ from kubetune_operator.api.jobs import (
     root_rules,
 )
 from kubetune_operator.api.model import ApiModel, Rule, StatusModel, Unique
-from kubetune_operator.api.outputs import OUTPUT_RULES, FinishedOutput, OutputBase
+from kubetune_operator.api.outputs import OUTPUT_RULES, PROGRAM_LENGTH, FinishedOutput, OutputBase
 
 # -------------------------------------------------------------------------------------------------------- spec
 
@@ -71,6 +72,20 @@ class QuantizeGate(ApiModel):
     """How much higher, in percent, its perplexity may be than that of the model that it was made from."""
 
 
+def _programs_take_the_rows(spec: Any) -> bool:
+    return spec.verify is None or all(
+        spec.verify.dataset.max_sequence_length
+        <= (output.execu_torch.max_sequence_length if output.execu_torch else PROGRAM_LENGTH)
+        for output in spec.outputs
+        if output.type == "ExecuTorch"
+    )
+
+
+def _has_no_pairs(spec: Any, *, block: str) -> bool:
+    rows = getattr(spec, block)
+    return rows is None or not {source.format for source in rows.dataset.sources} & {*JUDGED}
+
+
 def _gates_name_outputs(spec: Any) -> bool:
     names = {output.name for output in spec.outputs}
     return all(gate.output is None or gate.output in names for gate in spec.gates or [])
@@ -97,6 +112,26 @@ class QuantizeJobSpec(JobSpec):
             cel="!has(self.gates) || self.gates.all(g, !has(g.output) || self.outputs.exists(o, o.name == g.output))",
             message="the output of each of spec.gates must be one of spec.outputs",
             check=_gates_name_outputs,
+        ),
+        Rule(
+            cel=(
+                "!has(self.verify) || self.outputs.all(o, o.type != 'ExecuTorch' || "
+                "self.verify.dataset.maxSequenceLength <= "
+                f"(has(o.execuTorch) ? o.execuTorch.maxSequenceLength : {PROGRAM_LENGTH}))"
+            ),
+            message=(
+                "spec.verify.dataset.maxSequenceLength must be at most execuTorch.maxSequenceLength "
+                f"({PROGRAM_LENGTH} if unset) of each of spec.outputs of type ExecuTorch"
+            ),
+            check=_programs_take_the_rows,
+        ),
+        *(
+            Rule(
+                cel=f"!has(self.{block}) || self.{block}.dataset.sources.all(s, !(s.format in {list(JUDGED)}))",
+                message=f"spec.{block}.dataset.sources must not have format {' or '.join(JUDGED)}",
+                check=partial(_has_no_pairs, block=block),
+            )
+            for block in ("calibration", "verify")
         ),
         *frozen("outputs", optional=("calibration", "verify", "gates")),
     )

@@ -159,7 +159,7 @@ def get(target: str | None, *, namespace: str | None) -> None:
     cluster = connect("kubetune get")
     namespace = namespace or cluster.namespace
     if target is not None:
-        job = parse_job(find(cluster, target, namespace=namespace, purpose="kubetune get"))
+        job = parse_job(find(cluster, target, namespace=namespace, purpose="kubetune get"), is_stored=True)
         typer.echo("\n".join(summary(job)))
         return
     tables = [lines for kind in KINDS if (lines := _table(cluster, kind, namespace=namespace))]
@@ -191,7 +191,7 @@ def logs(target: str, *, namespace: str | None, follow: bool, raw: bool) -> None
     namespace = namespace or cluster.namespace
     seen: set[str] = set()
     while True:
-        job = parse_job(find(cluster, target, namespace=namespace, purpose="kubetune logs"))
+        job = parse_job(find(cluster, target, namespace=namespace, purpose="kubetune logs"), is_stored=True)
         pod = _first_pod(cluster, job)
         if pod is not None and pod.metadata.uid not in seen and _has_begun(pod):
             seen.add(pod.metadata.uid)

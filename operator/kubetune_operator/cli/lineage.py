@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.markup import escape
@@ -176,20 +175,18 @@ def _fetch(uri: str, *, s3_endpoint: str | None) -> bytes:
     Raises:
         SpecError: It is not there, or cannot be reached.
     """
-    try:
-        parts = urlsplit(uri)
-    except ValueError as error:
-        raise SpecError(uri, problems=[f"is no URI: {error}"]) from error
-    if parts.scheme == "s3" and parts.netloc:
-        return _fetch_s3(uri, bucket=parts.netloc, key=parts.path.lstrip("/"), endpoint=s3_endpoint)
-    if parts.scheme == "file":
-        path = Path(parts.path)
-    elif parts.scheme == "pvc":
+    scheme, _, rest = uri.partition("://")
+    place, _, below = rest.partition("/")
+    if scheme == "s3" and place:
+        return _fetch_s3(uri, bucket=place, key=below.lstrip("/"), endpoint=s3_endpoint)
+    if scheme == "file":
+        path = Path(rest)
+    elif scheme == "pvc":
         claims = os.environ.get(ENV_PVC_DIR)
         if not claims:
             problem = f"pvc:// needs {ENV_PVC_DIR}, a folder that holds a folder for each claim"
             raise SpecError(uri, problems=[problem])
-        path = Path(claims) / parts.netloc / parts.path.lstrip("/")
+        path = Path(claims) / place / below.lstrip("/")
     else:
         raise SpecError(uri, problems=["must be s3://bucket/path, pvc://claim/path or file:///path"])
     try:

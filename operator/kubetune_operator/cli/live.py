@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kubetune_operator.api.references import models_of
+from kubetune_operator.api.references import models_of, resumed_from
 from kubetune_operator.cli.bundle import Bundle, Objects, Reference, references
 from kubetune_operator.cli.cluster import Connection, asking, connect, message_of
 from kubetune_operator.cli.local import local_config, local_environment, require_trainer
@@ -154,29 +154,31 @@ def _probe(bundle: Bundle, *, found: dict[str, Objects], say: Say) -> list[str]:
         say(f"{named}: the storage is not looked at; the operator waits for the other job")
         return []
     with tempfile.TemporaryDirectory(prefix="kubetune-probe-") as folder:
-        config = Path(folder) / "config.yaml"
-        config.write_text(dump_config(local_config(held, processes=1)), encoding="utf-8")
+        config, rendered = Path(folder) / "config.yaml", local_config(held, processes=1)
+        if resumed_from(bundle.job):
+            del rendered["checkpoint"]["resume_from"]  # of another job, in whose folder nothing has to be yet
+        config.write_text(dump_config(rendered), encoding="utf-8")
         environment = os.environ | local_environment(held, os.environ, folder=Path(folder))
         command = [sys.executable, "-P", "-m", "kubetune_trainer.probe", "--config", str(config)]
         try:
             ran = subprocess.run(
                 command, env=environment, check=False, capture_output=True, text=True, timeout=_PROBE_SECONDS
             )
-        except subprocess.TimeoutExpired:
-            return [f"the storage did not answer within {_PROBE_SECONDS:.0f} s"]
-    return list(_findings(ran, say=say))
+        except subprocess.TimeoutExpired as error:
+            found_so_far = error.stdout.decode() if isinstance(error.stdout, bytes) else ""
+            problems = list(_findings(found_so_far, say=say))
+            say(f"note: what is not told above did not answer this machine within {_PROBE_SECONDS:.0f} s")
+            return problems
+    problems = list(_findings(ran.stdout, say=say))
+    if ran.returncode or not ran.stdout:
+        last = (ran.stderr.strip().splitlines() or ["no answer"])[-1]
+        problems.append(f"the storage could not be looked at: {last}")
+    return problems
 
 
-def _findings(ran: "subprocess.CompletedProcess[str]", *, say: Say) -> Iterator[str]:
+def _findings(said: str, *, say: Say) -> Iterator[str]:
     """Say what the probe found right and yield what it found wrong."""
-    try:
-        places = [json.loads(line) for line in ran.stdout.splitlines()]
-    except ValueError:
-        places = []
-    if ran.returncode or not places:
-        yield f"the storage could not be looked at: {(ran.stderr.strip().splitlines() or ['no answer'])[-1]}"
-        return
-    for place in places:
+    for place in map(json.loads, said.splitlines()):
         if place["problem"] is None:
             say(f"{place['field']}: {place['uri']} is there")
         elif place["unreachable"]:

@@ -31,6 +31,7 @@ from kubetune_operator.lifecycle.upstream import FIRST_ADAPTERS
 from kubetune_operator.names import (
     CONFIG_FILE,
     ENV_CONFIGMAPS_DIR,
+    ENV_HANG_SECONDS,
     ENV_MASTER_ADDRESS,
     ENV_MASTER_PORT,
     ENV_NODE_RANK,
@@ -44,7 +45,7 @@ from kubetune_operator.names import (
     ExitCode,
 )
 from kubetune_operator.render.config import Resolved, dump_config, render_config
-from kubetune_operator.render.job import micro_batch_override
+from kubetune_operator.render.job import hang_seconds, micro_batch_override
 
 _TAIL_LINES = 20
 
@@ -58,12 +59,14 @@ class Outcome:
         record: Its termination message; empty if it wrote none.
         tail: The last lines of its log.
         measured: What it measured last, as in `Display`.
+        is_stopped: Whether somebody asked it to stop, however it ended then.
     """
 
     code: int
     record: Mapping[str, Any]
     tail: str
     measured: Mapping[str, Any] = field(default_factory=dict)
+    is_stopped: bool = False
 
 
 def run(bundle: Bundle, *, fresh: bool, verbose: bool) -> int:
@@ -97,6 +100,8 @@ def outcome_of(bundle: Bundle, *, fresh: bool = False, verbose: bool = False) ->
         stage = partial(_stage, config=config, environment=environment, display=display, verbose=verbose)
         if not outcome.code:
             outcome = stage("prepare", (), ranks=1)
+            if outcome.is_stopped and not outcome.code:  # it came too late for prepare to notice
+                outcome = replace(outcome, code=ExitCode.PREEMPTED)
         if not outcome.code:
             outcome = _work(bundle.job, *work, stage=partial(stage, ranks=processes), display=display)
         if outcome.code:
@@ -189,6 +194,7 @@ def local_environment(bundle: Bundle, environment: Mapping[str, str], *, folder:
         SpecError: A variable's Secret, or the folder of volume claims, is missing.
     """
     own = {ENV_NUM_NODES: "1", ENV_NODE_RANK: "0", ENV_MASTER_ADDRESS: "", ENV_MASTER_PORT: ""}
+    own[ENV_HANG_SECONDS] = str(hang_seconds(bundle.job))
     if bundle.secrets:
         own[ENV_SECRETS_DIR] = str(_write(bundle.secrets, folder=folder / "secrets"))
     if bundle.config_maps:
@@ -316,7 +322,7 @@ def _work(
         outcome: Outcome = stage(script, [*arguments, *overrides])
         killed = outcome.code == 128 + signal.SIGKILL and _out_of_memory_kills() > kills
         smaller = smaller_micro_batch(size, accumulates=accumulates(job))
-        if smaller is None or not (killed or outcome.code == ExitCode.OUT_OF_MEMORY):
+        if outcome.is_stopped or smaller is None or not (killed or outcome.code == ExitCode.OUT_OF_MEMORY):
             return outcome
         said = outcome.record.get("message") or "the kernel killed a process for its memory"
         display.say(f"{said}; another attempt has microBatchSize {smaller} in place of {size}")
@@ -355,14 +361,15 @@ def _stage(
         process_group=0,  # Ctrl-C reaches this process alone, which asks the launcher to stop
     )
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    with process, _stopping(process, display=display):
+    with process, _stopping(process, display=display) as stop:
         assert process.stdout is not None  # noqa: S101 (PIPE)
         reader = threading.Thread(target=_drain, args=(process.stderr, tail, display if verbose else None))
         reader.start()
         display.show_lines(process.stdout)
         code = process.wait()
         reader.join()
-    return Outcome(code=code if code >= 0 else 128 - code, record=_record(message), tail="".join(tail))
+    code = code if code >= 0 else 128 - code
+    return Outcome(code=code, record=_record(message), tail="".join(tail), is_stopped=stop.is_asked)
 
 
 def _drain(stream: IO[str], tail: deque[str], display: Display | None) -> None:
@@ -372,23 +379,29 @@ def _drain(stream: IO[str], tail: deque[str], display: Display | None) -> None:
             display.say(line.rstrip("\n"))
 
 
+@dataclass
+class _Stop:
+    """Whether a run was asked to stop."""
+
+    is_asked: bool = False
+
+
 @contextmanager
-def _stopping(process: "subprocess.Popen[str]", *, display: Display) -> Iterator[None]:
+def _stopping(process: "subprocess.Popen[str]", *, display: Display) -> Iterator[_Stop]:
     """Pass Ctrl-C and SIGTERM on: the first asks for a checkpoint, the second kills."""
-    asked = False
+    asked = _Stop()
 
     def stop(_number: int, _frame: Any) -> None:
-        nonlocal asked
-        if asked:
+        if asked.is_asked:
             process.kill()
         else:
             process.terminate()
             display.say("stopping: a checkpoint is written; once more to stop without")
-        asked = True
+        asked.is_asked = True
 
     former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

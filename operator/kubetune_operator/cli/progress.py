@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,7 +30,8 @@ def parse_event(line: str) -> Event | None:
 def describe(event: Event) -> str:
     """One event as a sentence; its fields as they are where it is of another kind."""
     if sentence := _SENTENCES.get(event["event"]):
-        return sentence(event)
+        with suppress(TypeError, ValueError):  # of somebody's own script, with fields of its own
+            return sentence(event)
     told = (f"{key}={value}" for key, value in event.items() if key not in {"event", "time", "attempt"})
     return " ".join([event["event"], *told])
 
@@ -43,6 +45,17 @@ def _step(event: Event) -> str:
     if (eta := event.get("etaSeconds")) is not None:
         parts.append(f"ETA {duration(int(eta))}")
     return "  ".join(parts)
+
+
+def _start(event: Event) -> str:
+    """What an attempt is about to do; recipes that do not train have other fields."""
+    if "trainableParameters" in event:
+        return (
+            f"{event['trainableParameters']:,} of {event.get('parameters'):,} parameters are trained, from step "
+            f"{event.get('step')} to {event.get('totalSteps')}, by {event.get('worldSize')} x {event.get('device')}"
+        )
+    told = (f"{value} {_words(key)}" for key, value in event.items() if key not in {"event", "time", "attempt"})
+    return f"started: {', '.join(told)}"
 
 
 def _progress(event: Event) -> str:
@@ -114,11 +127,8 @@ _SENTENCES: dict[str, Callable[[Event], str]] = {
     "error": lambda event: f"error: {event.get('message')}",
     "phase": lambda event: str(event.get("phase")).lower(),
     "prepare": _prepare,
-    "start": lambda event: (
-        f"{event.get('trainableParameters'):,} of {event.get('parameters'):,} parameters are trained, from step "
-        f"{event.get('step')} to {event.get('totalSteps')}, by {event.get('worldSize')} x {event.get('device')}"
-    ),
-    "done": lambda event: f"done after step {event.get('step')}",
+    "start": _start,
+    "done": lambda event: f"done after step {event['step']}" if "step" in event else "done",
 }
 
 

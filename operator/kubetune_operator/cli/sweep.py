@@ -1,5 +1,6 @@
 """`kubetune sweep`: one manifest and several values of some fields make a job for every combination of them."""
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from kubetune_operator.api.common import NAME_LENGTH
 from kubetune_operator.api.finetunejob import FineTuneJob, batch_problem, parse_finetunejob
 from kubetune_operator.cli.bundle import Bundle
 from kubetune_operator.errors import SpecError
-from kubetune_operator.names import ANNOTATION_SWEEP_VALUES, LABEL_SWEEP
+from kubetune_operator.names import ANNOTATION_SWEEP_DIGEST, ANNOTATION_SWEEP_VALUES, LABEL_SWEEP
 
 Json = dict[str, Any]
 
@@ -147,14 +148,24 @@ def _run(bundle: Bundle, *, number: int, values: Mapping[str, Any]) -> Run:
     metadata = manifest["metadata"]
     metadata["name"] = f"{base}-{number}"
     metadata["labels"] = (metadata.get("labels") or {}) | {LABEL_SWEEP: base}
-    metadata["annotations"] = (metadata.get("annotations") or {}) | {ANNOTATION_SWEEP_VALUES: json.dumps(values)}
     for output in manifest["spec"]["outputs"]:
         if output.get("uri"):  # jobs must not write over each other's results
             output["uri"] = f"{output['uri'].rstrip('/')}/{metadata['name']}"
+    if manifest["spec"].get("pushToHub"):
+        manifest["spec"]["pushToHub"]["repo"] += f"-{number}"
+    metadata["annotations"] = (metadata.get("annotations") or {}) | {
+        ANNOTATION_SWEEP_VALUES: json.dumps(values),
+        ANNOTATION_SWEEP_DIGEST: _digest(manifest["spec"]),
+    }
     job = parse_finetunejob(manifest)
     if problem := batch_problem(job.spec, ranks=job.spec.ranks):
         raise SpecError(f"{bundle.title} with {told(values)}", problems=[problem])
     return Run(job=job, manifest=manifest, values=values)
+
+
+def _digest(spec: Json) -> str:
+    """Tells a job from one of the same name and values of a manifest that was changed since."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def told(values: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from kubetune_operator.cli.sweep import Run, told
 from kubetune_operator.cli.sweep_report import Result, cells
 from kubetune_operator.errors import ClusterError, SpecError
 from kubetune_operator.names import (
+    ANNOTATION_SWEEP_DIGEST,
     ANNOTATION_SWEEP_VALUES,
     API_GROUP,
     API_VERSION,
@@ -67,7 +68,7 @@ def _table(results: Sequence[Result], *, metric: str) -> Table:
 
 
 def in_cluster(runs: Sequence[Run], *, namespace: str | None, parallel: int | None, show: Show) -> list[Result]:
-    """Make the jobs, those that are not there yet, and follow them to their end.
+    """Make the jobs, those that are not there yet, and follow them to their end; one that is deleted is not made again.
 
     Args:
         runs: The jobs.
@@ -80,22 +81,23 @@ def in_cluster(runs: Sequence[Run], *, namespace: str | None, parallel: int | No
     """
     cluster = connect("kubetune sweep")
     namespace = namespace or runs[0].manifest["metadata"].get("namespace") or cluster.namespace
-    found = _found(cluster, runs, namespace=namespace)
+    found = known = _found(cluster, runs, namespace=namespace)
     for run in runs:
         if run.name not in found:
             _create(cluster, run, namespace=namespace, dry_run=True)
     while True:
-        results = [_result(run, found.get(run.name)) for run in runs]
+        results = [_result(run, known.get(run.name), is_there=run.name in found) for run in runs]
         show(results)
         if all(result.state in FINISHED for result in results):
             return results
         room = len(runs) if parallel is None else parallel
-        room -= sum(1 for result in results if result.run.name in found and result.state not in FINISHED)
-        missing = [run for run in runs if run.name not in found]
+        room -= sum(1 for result in results if result.run.name in known and result.state not in FINISHED)
+        missing = [run for run in runs if run.name not in known]
         for run in missing[: max(0, room)]:
             _create(cluster, run, namespace=namespace)
         time.sleep(POLL_SECONDS)
         found = _found(cluster, runs, namespace=namespace)
+        known = known | found
 
 
 def _found(cluster: Connection, runs: Sequence[Run], *, namespace: str) -> dict[str, Json]:
@@ -113,7 +115,8 @@ def _found(cluster: Connection, runs: Sequence[Run], *, namespace: str) -> dict[
     for run in runs:
         if run.name in found and not _is_of(run, found[run.name]):
             problem = (
-                f"exists and is not of this sweep ({told(run.values)}); delete it, or rename this sweep's manifest"
+                f"exists and is not of this sweep ({told(run.values)}) and manifest; "
+                "delete it, or rename this sweep's manifest"
             )
             raise SpecError(f"{KIND_FINETUNEJOB} {namespace}/{run.name}", problems=[problem])
     return found
@@ -124,7 +127,10 @@ def _is_of(run: Run, item: Json) -> bool:
     written = run.manifest["metadata"]
     return bool(
         labels.get(LABEL_SWEEP) == written["labels"][LABEL_SWEEP]
-        and annotations.get(ANNOTATION_SWEEP_VALUES) == written["annotations"][ANNOTATION_SWEEP_VALUES]
+        and all(
+            annotations.get(name) == written["annotations"][name]
+            for name in (ANNOTATION_SWEEP_VALUES, ANNOTATION_SWEEP_DIGEST)
+        )
     )
 
 
@@ -143,8 +149,17 @@ def _create(cluster: Connection, run: Run, *, namespace: str, dry_run: bool = Fa
         raise
 
 
-def _result(run: Run, item: Json | None) -> Result:
+def _result(run: Run, item: Json | None, *, is_there: bool) -> Result:
+    """What is known of a job.
+
+    Args:
+        run: The job.
+        item: It, as it was last seen; None before it was made.
+        is_there: Whether it still is.
+    """
     status = (item or {}).get("status") or {}
+    if item is not None and not is_there and status.get("state") not in FINISHED:
+        return Result(run=run, state="Failed", progress=status.get("progress") or {}, message="it was deleted")
     outputs = status.get("outputs") or [{}]
     conditions = {each["type"]: each for each in status.get("conditions") or []}
     told_by = conditions.get("Failed") or conditions.get("Running") or {}
@@ -172,18 +187,20 @@ def on_this_machine(runs: Sequence[Run], bundle: Bundle, *, memory: Path, show: 
     Raises:
         SpecError: A job has to be stopped, or cannot run here.
     """
-    done = {tuple(sorted(each["values"].items())): each["progress"] for each in _remembered(memory)}
-    results = [
-        Result(run=run, progress=done.get(_key(run), {}), state="Complete" if _key(run) in done else "") for run in runs
-    ]
+    done = {(each["job"], each["digest"]): each for each in _remembered(memory)}
+    results = [_recalled(run, done.get(_key(run))) for run in runs]
     for index, run in enumerate(runs):
         if results[index].state:
             continue
         show([*results[:index], Result(run=run, state="Running", progress={}), *results[index + 1 :]])
-        results[index] = _run_here(run, bundle)
-        kept = [{"values": dict(each.run.values), "progress": each.progress} for each in results if _is_done(each)]
+        results[index], is_stopped = _run_here(run, bundle)
+        kept = [_to_remember(each) for each in results if _is_done(each)]
         memory.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         show(results)
+        if is_stopped:
+            raise SpecError(
+                "kubetune sweep", problems=[f"stopped after {run.name}; the same command goes on from there"]
+            )
     return results
 
 
@@ -191,18 +208,33 @@ def _is_done(result: Result) -> bool:
     return result.state == "Complete"
 
 
-def _key(run: Run) -> tuple[Any, ...]:
-    return tuple(sorted(run.values.items()))
+def _key(run: Run) -> tuple[str, str]:
+    """What tells a job from all others: its folder goes by its name, and its manifest may have been changed."""
+    return run.name, run.manifest["metadata"]["annotations"][ANNOTATION_SWEEP_DIGEST]
+
+
+def _to_remember(result: Result) -> Json:
+    job, digest = _key(result.run)
+    known = {"job": job, "digest": digest, "values": dict(result.run.values)}
+    return {**known, "progress": dict(result.progress), "output": result.output}
+
+
+def _recalled(run: Run, known: Json | None) -> Result:
+    if known is None:
+        return Result(run=run, state="", progress={})
+    return Result(run=run, state="Complete", progress=known["progress"], output=known["output"])
 
 
 def _remembered(memory: Path) -> list[Json]:
+    """The jobs that are done, of those that the file tells apart: an early version kept their values alone."""
     if not memory.exists():
         return []
     found: list[Json] = json.loads(memory.read_text(encoding="utf-8"))
-    return found
+    return [each for each in found if "digest" in each]
 
 
-def _run_here(run: Run, bundle: Bundle) -> Result:
+def _run_here(run: Run, bundle: Bundle) -> tuple[Result, bool]:
+    """Run a job to its end, and tell whether it was asked to stop, too late for that."""
     outcome = local.outcome_of(
         Bundle(
             job=run.job,
@@ -212,13 +244,16 @@ def _run_here(run: Run, bundle: Bundle) -> Result:
             others=bundle.others,
         )
     )
-    if outcome.code == ExitCode.PREEMPTED:
+    if outcome.code == ExitCode.PREEMPTED or (outcome.is_stopped and outcome.code):
         raise SpecError("kubetune sweep", problems=[f"stopped during {run.name}; the same command goes on from there"])
-    outputs = outcome.record.get("outputs") or [{}]
-    return Result(
+    outputs, told = outcome.record.get("outputs") or [{}], outcome.record.get("progress")
+    # What the outputs are made of is the record's to say: where the best checkpoint was gone, no best step.
+    measured = {key: value for key, value in outcome.measured.items() if not (told and key.startswith("best"))}
+    result = Result(
         run=run,
         state="Failed" if outcome.code else "Complete",
-        progress={**(outcome.record.get("progress") or {}), **outcome.measured},
+        progress={**(told or {}), **measured},
         message=str(outcome.record.get("message") or ""),
         output=str(outputs[0].get("uri") or ""),
     )
+    return result, outcome.is_stopped

@@ -115,7 +115,7 @@ def next_attempt(draft: Draft, *, cause: Ending, size: int | None = None) -> Non
     draft.set(
         attempt=attempt + 1,
         restarts=(draft.status.restarts or 0) + 1,
-        preemptions=(draft.status.preemptions or 0) + (1 if cause.preempted else 0) or None,
+        preemptions=(draft.status.preemptions or 0) + (1 if cause.preempted and size is None else 0) or None,
         last_failure=failure,
         pods=None,
     )

@@ -41,17 +41,19 @@ def take_results(draft: Draft, *, report: Json) -> str:
             ]
             pushed = report.get("pushedToHub")
             draft.set(outputs=outputs, pushed_to_hub=taken(draft, PushedToHub, pushed) if pushed else None)
-            return "; ".join([*_ended_early(draft.status), _located(outputs)])
+            return "; ".join([*_ended_early(job, draft.status), _located(outputs)])
     return ""
 
 
-def _ended_early(status: JobStatus) -> list[str]:
+def _ended_early(job: FineTuneJob, status: JobStatus) -> list[str]:
     """What a job that training.earlyStopping ended says of it."""
     progress = status.progress if isinstance(status, FineTuneJobStatus) else None
-    if progress is None or progress.best_validation_step is None or progress.step >= (progress.total_steps or 0):
+    if progress is None or job.spec.training.early_stopping is None or progress.step >= (progress.total_steps or 0):
         return []
-    best = f"with the weights of step {progress.best_validation_step}, whose validation loss is the lowest"
-    return [f"ended early, after step {progress.step} of {progress.total_steps}, {best}"]
+    said = f"ended early, after step {progress.step} of {progress.total_steps}"
+    if progress.best_validation_step is None:
+        return [f"{said}, with its weights: the best checkpoint was gone"]
+    return [f"{said}, with the weights of step {progress.best_validation_step}, whose validation loss is the lowest"]
 
 
 def is_lost(draft: Draft, *, report: Json) -> bool:
@@ -74,7 +76,9 @@ def _take_progress(draft: Draft, *, report: Json) -> None:
     status = draft.status
     if isinstance(status, FineTuneJobStatus):
         if isinstance(told, dict):
-            fields = progresses.step_fields(told) | at_the_end
+            # The last word on what the outputs are made of: where the best checkpoint was gone, of no best step.
+            no_best = {"best_validation_loss": None, "best_validation_step": None}
+            fields = no_best | progresses.step_fields(told) | at_the_end
             draft.set(progress=(status.progress or Progress()).model_copy(update=fields))
         return
     model = EvalProgress if isinstance(draft.job, EvalJob) else QuantizeProgress

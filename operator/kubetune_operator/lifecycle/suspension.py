@@ -17,8 +17,10 @@ def suspend(draft: Draft) -> bool:
         return _suspend(draft)
     if not is_true(draft.status.conditions, "Suspended"):
         return False
-    if [job for job in draft.seen.jobs if not (job_condition(job, "Complete", "Failed") or given_up(draft, job=job))]:
-        return True  # the pods are still writing their checkpoint
+    live = [job for job in draft.seen.jobs if not job_condition(job, "Complete", "Failed")]
+    if [job for job in live if not given_up(draft, job=job)]:  # the pods are still writing their checkpoint
+        draft.do(*(action for job in live for action in delete_attempt(job)))  # once more, where that was lost
+        return True
     draft.condition("Suspended", status="False", reason="Resumed", message="spec.suspend is false again")
     draft.waiting("Pending", reason="Resumed", message="the job goes on")
     draft.set(start_time=timestamp(draft.seen.now), pods=None)
@@ -30,8 +32,8 @@ def suspend(draft: Draft) -> bool:
 
 def _suspend(draft: Draft) -> bool:
     live = [job for job in draft.seen.jobs if not job_condition(job, "Complete", "Failed")]
+    read_log(draft)  # in every pass: the last checkpoint comes after the first
     if not is_true(draft.status.conditions, "Suspended"):
-        read_log(draft)
         draft.condition("Suspended", status="True", reason="Suspended", message="spec.suspend is true")
         draft.waiting("Suspended", reason="Suspended", message="spec.suspend is true")
         draft.note(

@@ -1,6 +1,7 @@
 """What the spec refers to: other jobs are waited for, then all is fixed in the ConfigMap."""
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Final
 
 from kubetune_operator.api import jobs as api
@@ -23,8 +24,8 @@ from kubetune_operator.lifecycle.draft import Create, Draft
 from kubetune_operator.names import config_name
 from kubetune_operator.progress import timestamp
 from kubetune_operator.render.config import Resolved, render_config, run_directory
-from kubetune_operator.render.job import processes_per_node, render_configmap
-from kubetune_operator.status import find_condition
+from kubetune_operator.render.job import lifecycle_of, processes_per_node, render_configmap
+from kubetune_operator.status import find_condition, parse_time
 
 Json = dict[str, Any]
 
@@ -270,9 +271,19 @@ def _resolve_checkpoint(draft: Draft, found: _Found) -> Waiting | None:
     if parent.status.state not in {"Complete", "Failed", "Suspended"}:
         return _unfinished(parent)
     status = parent.status
-    if not isinstance(status, FineTuneJobStatus) or status.checkpoint is None:
+    failed = find_condition(status.conditions, "Failed")
+    # What pods write after their job has failed, no status tells.
+    may_have = status.attempt is not None and failed is not None
+    if not isinstance(status, FineTuneJobStatus) or (status.checkpoint is None and not may_have):
         return Waiting(reason="UpstreamNotUsable", message=f"{parent.title} has no checkpoint to resume from")
-    found.resume_from = status.checkpoint.uri
+    ended = parse_time(status.completion_time)
+    if failed is not None and failed.reason == "DeadlineExceeded" and ended is not None:
+        until = ended + timedelta(seconds=lifecycle_of(parent).grace_period_seconds)
+        if (left := (until - draft.seen.now).total_seconds()) > 0:
+            draft.look_again(seconds=left)
+            message = f"the pods of {parent.title} have until {timestamp(until)} to write a checkpoint"
+            return Waiting(reason="WaitingForUpstream", message=message)
+    found.resume_from = f"{run_directory(parent)}/checkpoints"
     return None
 
 

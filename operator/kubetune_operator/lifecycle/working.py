@@ -9,7 +9,7 @@ from kubetune_operator.lifecycle.moves import blocked_by, delete_attempt, given_
 from kubetune_operator.lifecycle.queueing import admitted_attempt
 from kubetune_operator.lifecycle.restarts import count_endings, new_endings, next_attempt
 from kubetune_operator.names import KINDS, ExitCode
-from kubetune_operator.render.job import backoff_limit, compute_of, render_service, render_work_job
+from kubetune_operator.render.job import backoff_limit, compute_of, lifecycle_of, render_service, render_work_job
 from kubetune_operator.status import (
     Ending,
     attempt_of,
@@ -28,8 +28,9 @@ from kubetune_operator.status import (
 
 Json = dict[str, Any]
 
-CULPRIT_SECONDS: Final = 3.0
-"""How long to wait for the pod that failed first, when only its peers have told so far."""
+CULPRIT_SECONDS: Final = 15.0
+"""How long to wait for the pod that failed first, when only its peers have told so far: its launcher gives the ranks
+beside the one that failed ten seconds to end by themselves."""
 
 LINGERING_SECONDS: Final = 30.0
 """How long pods may stay after their grace period before the status says so."""
@@ -171,6 +172,9 @@ def _follow_max_restarts(draft: Draft, *, current: Json) -> None:
     seen = sum(1 for pod in pods if phase_of(pod) == "Failed" and not ending_of(pod).preempted)
     failed_here = max(seen, current.get("status", {}).get("failed") or 0)
     limit = backoff_limit(draft.job, counted=max(0, draft.counted - failed_here))
+    if draft.counted >= lifecycle_of(draft.job).max_restarts:
+        # Nothing is counted beyond that, so that the count says nothing of the last failures here.
+        limit = min(limit, current["spec"].get("backoffLimit", limit))
     if current["spec"].get("backoffLimit") != limit:
         draft.do(PatchJob(name=current["metadata"]["name"], spec={"backoffLimit": limit}))
 

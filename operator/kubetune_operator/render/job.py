@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from kubetune_operator.api.common import Compute, Lifecycle, Toleration
-from kubetune_operator.api.finetunejob import FineTuneJob
+from kubetune_operator.api.finetunejob import FineTuneJob, TrainingLifecycle
 from kubetune_operator.api.jobs import Job
 from kubetune_operator.names import (
     ANNOTATION_COMPLETION_INDEX,
@@ -18,6 +18,7 @@ from kubetune_operator.names import (
     ENV_ATTEMPT,
     ENV_CONFIGMAPS_DIR,
     ENV_CPUS,
+    ENV_HANG_SECONDS,
     ENV_IMAGE,
     ENV_MASTER_ADDRESS,
     ENV_MASTER_PORT,
@@ -82,6 +83,13 @@ def compute_of(job: Job) -> Compute:
 def lifecycle_of(job: Job) -> Lifecycle:
     """The lifecycle block, with its defaults where the spec has none."""
     return job.spec.lifecycle or Lifecycle()
+
+
+def hang_seconds(job: Job) -> int:
+    """How long training may stand still; 0 for a job that does not train."""
+    if not isinstance(job, FineTuneJob):
+        return 0
+    return (job.spec.lifecycle or TrainingLifecycle()).hang_timeout_seconds
 
 
 def backoff_limit(job: Job, *, counted: int) -> int:
@@ -212,6 +220,8 @@ def render_work_job(
         {"name": ENV_MASTER_ADDRESS, "value": f"{name}-0.{name}" if nodes > 1 else "localhost"},
         {"name": ENV_MASTER_PORT, "value": str(RENDEZVOUS_PORT)},
     ]
+    if limit := hang_seconds(job):
+        environment.append({"name": ENV_HANG_SECONDS, "value": str(limit)})
     spec = _pod_spec(
         job,
         config=config,

@@ -11,11 +11,12 @@ from typing import Any, Final
 
 from kubetune_operator.api.jobs import Job
 from kubetune_operator.names import (
+    API_GROUP,
     COMPONENT_QUEUE,
     LABEL_ATTEMPT,
     LABEL_COMPONENT,
+    LABEL_MANAGED_BY,
     LABEL_QUEUE_NAME,
-    PREFIX_KUEUE,
     QUEUE_JOB_MANAGER,
     queue_job_name,
 )
@@ -24,6 +25,9 @@ Json = dict[str, Any]
 
 GIVEN: Final = ("nodeSelector", "tolerations", "schedulingGates")
 """What Kueue adds to a pod's spec when it admits a Job: where the quota that it gave is."""
+PREFIXES_OF_JOBS: Final = ("batch.kubernetes.io/", f"{API_GROUP}/")
+OF_JOBS: Final = frozenset({"job-name", "controller-uid", LABEL_MANAGED_BY})
+"""Marks of a pod template that the API server and we write, and no admission."""
 
 
 def render_queue_job(job: Job, *, attempt: Json) -> Json:
@@ -66,7 +70,7 @@ def as_admitted(attempt: Json, *, queue_job: Json) -> Json:
     template, admitted = attempt["spec"]["template"], queue_job["spec"]["template"]
     given = {name: admitted["spec"][name] for name in GIVEN if name in admitted["spec"]}
     metadata: Json = {
-        key: (template["metadata"].get(key) or {}) | _of_kueue(admitted["metadata"].get(key) or {})
+        key: _of_admission(admitted["metadata"].get(key) or {}) | (template["metadata"].get(key) or {})
         for key in ("labels", "annotations")
     }
     owners = [owner | {"controller": False} for owner in attempt["metadata"]["ownerReferences"]]
@@ -83,6 +87,9 @@ def as_admitted(attempt: Json, *, queue_job: Json) -> Json:
     }
 
 
-def _of_kueue(marks: Mapping[str, str]) -> dict[str, str]:
-    """The labels or annotations that Kueue wrote. The API server's own, such as the Job's name, stay behind."""
-    return {key: value for key, value in marks.items() if key.startswith(PREFIX_KUEUE)}
+def _of_admission(marks: Mapping[str, str]) -> dict[str, str]:
+    """The labels or annotations of an admission: Kueue's, and those of its checks, whatever they are called.
+
+    Ours, and the API server's own, such as the Job's name, stay behind.
+    """
+    return {key: value for key, value in marks.items() if not key.startswith(PREFIXES_OF_JOBS) and key not in OF_JOBS}

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from kubetune_trainer.config.blocks import Block, Dataset, JobConfig, ResourceName, check_unique_names
 from kubetune_trainer.config.outputs import OutputBase
 
+JUDGED: Final = ("Preference", "UnpairedPreference")
+"""Formats of answers of which it is known how good they are: no text to compute as it stands."""
 CALIBRATED: Final = ("CompressedTensors",)
 """Types of outputs whose weights can be rounded by data."""
 
@@ -28,6 +30,9 @@ class RowsOf(Block):
     def _nothing_is_held_out(self) -> Self:
         if self.dataset.validation is not None:
             raise ValueError("must have a dataset without validation: nothing is trained")
+        for number, source in enumerate(self.dataset.sources):
+            if source.format in JUDGED:
+                raise ValueError(f"dataset.sources[{number}].format must not be of preferences, got {source.format}")
         return self
 
 

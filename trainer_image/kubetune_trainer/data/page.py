@@ -67,6 +67,8 @@ def _parts(samples: DataStore, index: int, tokenizer: Tokenizer) -> tuple[Part, 
     row = samples[index]
     tokens = row.tokens[:EXAMPLE_TOKENS].tolist()
     trained = [False, *(row.labels[: len(tokens) - 1] != IGNORE_LABEL).tolist()]
+    for at in np.flatnonzero(np.diff(row.documents[: len(tokens)])).tolist():
+        trained[at + 1] = False  # the other side of a pair begins: the label before is of what was cut off
     return tuple(
         Part(text=tokenizer.decode([token for token, _ in pairs], skip_special_tokens=False), trained=is_trained)
         for is_trained, pairs in groupby(zip(tokens, trained, strict=True), key=lambda pair: pair[1])

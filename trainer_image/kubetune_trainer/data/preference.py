@@ -1,8 +1,9 @@
 """Preferences: pairs of answers of which one is better, or answers that are good or bad each by itself.
 
 A record of format Preference has prompt, chosen and rejected: texts, or lists of messages. Without a prompt, or with
-one of another sort than the answers, the prompt is what chosen and rejected begin with in common. What is given is
-never scored. A row has the better answer as its document 0 and the other one as 1, each with the prompt.
+one of another sort than the answers, the prompt is what chosen and rejected begin with in common: of another sort, they
+have to begin with something. What is given is never scored. A row has the better answer as its document 0 and the other
+one as 1, each with the prompt.
 
 A record of format UnpairedPreference has prompt, completion and label, which says whether the completion is a good one.
 A row of it is one side of a pair's: document 0 if the answer is good, 1 if it is bad.
@@ -19,6 +20,7 @@ from kubetune_trainer.data.store import Row
 from kubetune_trainer.names import IGNORE_LABEL
 
 Answer = Chat | Text
+_LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,11 @@ def pair_of(record: Mapping[str, Any], *, mapping: Mapping[str, str]) -> Pair:
         given = read("prompt")
     else:
         given = chosen[: _num_common(chosen, rejected)]
+        if prompt is not None and not given:
+            raise RecordError(
+                f"{fields.column('prompt')} must be of the sort of {fields.column('chosen')} and "
+                f"{fields.column('rejected')}, text or messages, or they must begin with it"
+            )
         chosen, rejected = chosen[len(given) :], rejected[len(given) :]
     if chosen == rejected:
         raise RecordError(f"{fields.column('chosen')} and {fields.column('rejected')} must differ")
@@ -68,6 +75,8 @@ def answer_of(record: Mapping[str, Any], *, mapping: Mapping[str, str]) -> tuple
     """
     fields = Fields(record, mapping)
     label = fields.optional("label")
+    if isinstance(label, str):  # as all cells of csv
+        label = _LABELS.get(label.strip().lower(), label)
     if label not in (True, False):  # 1 and 0 are equal to them
         raise RecordError(f"{fields.column('label')} must be true or false, got {label!r}")
     read = fields.messages if isinstance(fields.optional("completion"), list) else fields.text

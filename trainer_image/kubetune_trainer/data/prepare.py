@@ -192,6 +192,7 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
         return _checked(known, config, directory)
     report("prepare", stage="Checking the model")
     check_places(config)
+    _check_resumable(config)
     model, adapter = locate_model(config, report=report), locate_adapter(config)
     first_adapters = _locate_first_adapters(config, report=report)
     folder = _grown(fetch_small(model, adapter, config=config), config, model, first_adapters, with_weights=False)
@@ -226,11 +227,20 @@ def prepare(config: FineTuneConfig, *, report: Report) -> Prepared:
             max_steps=config.training.max_steps,
         ),
     )
+    _check_resumable(config, total_steps=prepared.total_steps)
     statistics = data.data.model_dump(by_alias=True) | {"totalSteps": prepared.total_steps}
     directory.write_bytes(REPORT_FILE, render_page(config.title, statistics, data.preview))
     write_prepared(directory, prepared)
     report("prepare", stage="Prepared", **dict(data.data), total_steps=prepared.total_steps, report=prepared.report)
     return prepared
+
+
+def _check_resumable(config: FineTuneConfig, *, total_steps: int | None = None) -> None:
+    """Looks for a checkpoint to begin with, before an accelerator is used."""
+    if config.checkpoint.resume_from is not None:
+        from kubetune_trainer.checkpoint import check_resumable  # noqa: PLC0415 (slow, and only where it is asked for)
+
+        check_resumable(config, total_steps=total_steps)
 
 
 def fetch(prepared: Prepared, config: FineTuneConfig) -> Local:
@@ -347,12 +357,15 @@ def _prepare_data(
     cache = open_store(f"{config.run.cache}/data/{key}", s3=config.storage.s3)
     if cache.exists(COMPLETE_MARKER):
         report("prepare", stage="Using tokenized data of an earlier run")
-        return PreparedData.model_validate_json(cache.read_bytes(DATA_FILE))
+        # Whoever put it there may have reached the cache by another URI.
+        return _locate(PreparedData.model_validate_json(cache.read_bytes(DATA_FILE)), cache)
     staging = scratch_dir() / "prepare" / key
     shutil.rmtree(staging, ignore_errors=True)
     try:
         data = _tokenize(config, sources, held_out, tokenizer=tokenizer, staging=staging, report=report)
         stored = _locate(data, cache)
+        if cache.exists(COMPLETE_MARKER):  # another run was faster, and may read its rows already
+            return stored
         report("prepare", stage="Storing")
         for name in (TRAIN_DIR, VALIDATION_DIR):
             if (staging / name).is_dir():

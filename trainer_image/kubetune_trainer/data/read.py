@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from kubetune_trainer.data.formats import json_complaint
-from kubetune_trainer.errors import DataError
+from kubetune_trainer.errors import ConfigError, DataError
 
 _GZIP = ".gz"
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
@@ -42,6 +42,7 @@ def read_records(file: Path, *, name: str) -> Iterator[tuple[str, Record]]:
 
     Raises:
         DataError: The file is not what its suffix says, or one of its records is no object.
+        ConfigError: It may not be read.
     """
     if not name.endswith(SUFFIXES):
         raise DataError(f"{name} must be a file of type {', '.join(SUFFIXES)}")
@@ -52,6 +53,8 @@ def read_records(file: Path, *, name: str) -> Iterator[tuple[str, Record]]:
             yield place, record
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{name} is not a whole gzip file: {error}") from error
+    except PermissionError as error:
+        raise ConfigError(f"{name}: permission denied", hint="The pod runs as user and group 65532.") from error
 
 
 def is_table(name: str) -> bool:
@@ -154,7 +157,19 @@ def _read_csv(file: Path, name: str) -> Iterator[tuple[str, Any]]:
         except csv.Error as error:
             raise DataError(f"{name} line {table.reader.line_num} is not CSV: {error}") from error
         except UnicodeDecodeError as error:
-            raise DataError(f"{name} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
+            raise _not_utf8(file, name) from error
+
+
+def _not_utf8(file: Path, name: str) -> DataError:
+    """Says where a file is not UTF-8: it is decoded in blocks, of which none knows its line."""
+    with _open(file, name) as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                place = f"{name} line {number}"
+                return DataError(f"{place} is not UTF-8: byte {error.start} is {line[error.start]:#04x}")
+    return DataError(f"{name} is not UTF-8")
 
 
 def _read_parquet(file: Path, name: str) -> Iterator[tuple[str, Any]]:
@@ -165,7 +180,9 @@ def _read_parquet(file: Path, name: str) -> Iterator[tuple[str, Any]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{name} row {number}", {column: _without_empty(value) for column, value in record.items()}
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the disk; what is wrong in a page has none
+            raise
         raise DataError(f"{name} is not a whole parquet file: {error}") from error
 
 

@@ -15,6 +15,12 @@ from kubetune_trainer.data.read import SUFFIXES, is_data
 from kubetune_trainer.errors import ConfigError, DataError
 
 _SPLIT = re.compile(r"^(?P<name>[\w.-]+)(\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\])?$")
+_SAME = {
+    "train": "train|training", "validation": "validation|valid|val|dev", "test": "test|testing|eval|evaluation",
+}  # fmt: skip
+"""What files of a split may be called as well."""
+_BETWEEN = r"[/_. \-\d]"
+_SHARD = re.compile(r"^data/(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\D")
 _OTHER_SPLITS = re.compile(r"(^|[/_.\-])(test|eval|evaluation|dev|valid|validation|val|holdout|heldout)([/_.\-]|\d|$)")
 
 Item = TypeVar("Item")
@@ -72,6 +78,8 @@ def split_files(
         found = _of_config(_choose_config(configs, config, repo=repo), files, split)
     else:
         found = _of_folder(config or "", files, split)
+        if not found and config == "default":  # what the only configuration is called that nobody has described
+            found = _of_folder("", files, split)
     if not found:
         shown = ", ".join(files[:8]) or "none"
         of_config = f" of config {config}" if config else ""
@@ -114,7 +122,10 @@ def _of_folder(folder: str, files: Sequence[str], split: str) -> list[str]:
     """Returns the files of a split by their names below a folder, which may be a pattern; "" is the repository."""
     depth = len([part for part in folder.split("/") if part not in ("", ".")])
     names = {path: "/".join(path.split("/")[depth:]) for path in files if _matches(path, f"./{folder}/")}
-    of_split = re.compile(rf"(^|[/_.\-]){re.escape(split)}([/_.\-]|$)")
+    shards = {path: match["split"] for path, name in names.items() if (match := _SHARD.match(name))}
+    if shards:
+        return [path for path, of_split in shards.items() if of_split == split]
+    of_split = re.compile(rf"(^|{_BETWEEN})({_SAME.get(split, re.escape(split))})({_BETWEEN}|$)")
     found = [path for path, name in names.items() if of_split.search(name)]
     if found or split != "train":
         return found

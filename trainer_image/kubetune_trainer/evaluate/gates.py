@@ -5,6 +5,7 @@ Pure: numbers in, a verdict out. A gate that cannot be judged does not pass, and
 
 import math
 import random
+import reprlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from kubetune_trainer.config import ComparedTo, Gate
 
 TOLERANCE: Final = 1e-9
 """A difference that is nothing but rounding decides no gate: 0.41 - 0.40 is more than 0.01 in binary."""
+MESSAGE_LENGTH: Final = 1024
+"""What a status takes of a sentence."""
 DRAWS: Final = 200
 """Samples are drawn again so many times for the error of what is no mean."""
 
@@ -140,7 +143,7 @@ def unjudged(gate: Gate, message: str, *, value: float | None = None) -> Verdict
 def differences(ours: Measured, theirs: Measured) -> list[str]:
     """Return what keeps two evaluations from being compared, in words; empty when nothing does."""
     found = [
-        f"{name} is {ours.settings.get(name)!r} here and {theirs.settings.get(name)!r} there"
+        f"{name} is {reprlib.repr(ours.settings.get(name))} here and {reprlib.repr(theirs.settings.get(name))} there"
         for name in sorted(ours.settings.keys() | theirs.settings.keys())
         if ours.settings.get(name) != theirs.settings.get(name)
     ]
@@ -185,4 +188,14 @@ def _what(gate: Gate) -> str:
 
 
 def _verdict(gate: Gate, **found: Any) -> Verdict:
-    return Verdict(name=gate.name, task=gate.task, metric=gate.metric, filter=gate.filter, rule=rule_of(gate), **found)
+    said: str = found.pop("message")
+    message = said if len(said) <= MESSAGE_LENGTH else f"{said[: MESSAGE_LENGTH - 1]}…"
+    return Verdict(
+        name=gate.name,
+        task=gate.task,
+        metric=gate.metric,
+        filter=gate.filter,
+        rule=rule_of(gate),
+        message=message,
+        **found,
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from kubetune_trainer.checkpoint import Checkpointer, Resumed, find_checkpoint, load_checkpoint
+from kubetune_trainer.checkpoint import Checkpointer, check_steps_left, find_checkpoint, load_checkpoint
 from kubetune_trainer.compiled import check_compiler, keep_kernels
 from kubetune_trainer.config import FineTuneConfig, load_config
 from kubetune_trainer.data.prepare import Local, Prepared, fetch, prepare
@@ -120,6 +120,7 @@ def set_up(
     if training.cpu_offload and world.device.type == "cpu":
         report("warning", message="training.cpu_offload saves nothing on a CPU: host memory is all there is")
     model = build(config, local.model_dir, world, first_adapters=local.first_adapters_dir)
+    _warn_of_stretched_positions(config, model.config)
     optimizer = build_optimizer(
         model,
         training,
@@ -180,6 +181,20 @@ def build(config: FineTuneConfig, model_dir: Path, world: World, *, first_adapte
     if first_adapters is not None:
         set_lora(model, read_first_adapters(first_adapters, config=config, shape=model.config, trained_ids=trained_ids))
     return model
+
+
+def _warn_of_stretched_positions(config: FineTuneConfig, shape: ModelConfig) -> None:
+    """Says where rows that share a micro batch do not compute what each would by itself."""
+    length = config.dataset.max_sequence_length
+    for rope in shape.ropes:
+        if rope is not None and rope.kind in {"dynamic", "longrope"} and length > rope.original_max_positions:
+            report(
+                "warning",
+                message=f"dataset.max_sequence_length is {length}, and this model's {rope.kind} positions change "
+                f"beyond {rope.original_max_positions} tokens: as in transformers, the longest document of a micro "
+                "batch decides for all of it, so that the loss depends on how rows are spread",
+            )
+            return
 
 
 def activation_offload(config: FineTuneConfig, world: World) -> ActivationOffload | None:
@@ -270,7 +285,7 @@ def _load_newest_checkpoint(job: Job) -> int:
         if folder is not None:
             resumed = load_checkpoint(store, folder, model=job.model, optimizer=job.optimizer, scratch=scratch)
             if place != own:
-                _check_steps_left(job, resumed)
+                check_steps_left(config, step=resumed.step, uri=resumed.uri, total_steps=job.total_steps)
                 resumed = resumed.without_validation()
             if config.training.early_stopping is None:
                 resumed = resumed.without_best()
@@ -288,16 +303,6 @@ def _load_newest_checkpoint(job: Job) -> int:
             f"{config.title}: checkpoint.resume_from.uri must hold a complete checkpoint, got {first.uri}"
         )
     return 0
-
-
-def _check_steps_left(job: Job, resumed: Resumed) -> None:
-    """Refuses another run's checkpoint that leaves this run nothing to train."""
-    if resumed.step >= job.total_steps:
-        raise ConfigError(
-            f"{job.config.title}: checkpoint.resume_from must be of a step below the run's total of {job.total_steps}, "
-            f"got step {resumed.step} of {resumed.uri}",
-            hint="The other run's steps count: raise training.max_steps or training.epochs, or begin with its outputs.",
-        )
 
 
 def _digest(config: FineTuneConfig) -> str:

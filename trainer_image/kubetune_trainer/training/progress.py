@@ -2,6 +2,7 @@
 
 import time
 
+from kubetune_trainer.heartbeat import sign_of_step
 from kubetune_trainer.memory import peak_memory_bytes
 from kubetune_trainer.report import attempt, report
 from kubetune_trainer.training.job import Job
@@ -23,7 +24,7 @@ class Progress:
         self._began = self._step_began = time.monotonic()
 
     def report_step(self, step: int, *, loss: float, tokens: int, grad_norm: float, **measures: float) -> None:
-        """Reports a step; the time that is left follows from the steps of this attempt.
+        """Reports a step, which is a sign of life too; the time that is left follows from the steps of this attempt.
 
         Args:
             step: Its number.
@@ -50,3 +51,4 @@ class Progress:
             **measures,
         )
         self._profiler.after(step)
+        sign_of_step()

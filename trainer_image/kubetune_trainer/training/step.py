@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from kubetune_trainer.data.sampler import Batch, rows_for_step
 from kubetune_trainer.distributed import gather_vector, local_part
 from kubetune_trainer.errors import NonFiniteLossError, listed
+from kubetune_trainer.heartbeat import sign_of_life
 from kubetune_trainer.optim import clip_grad_norm, learning_rate_factor
 from kubetune_trainer.report import last_step, report
 from kubetune_trainer.training.job import Job
@@ -81,8 +82,10 @@ def count_trained_tokens(job: Job, batches: Sequence[Batch]) -> None:
 def share_gradients(job: Job, *, is_last: bool) -> None:
     """Says when ranks add up their gradients: after the step's last micro batch, or, with all weights, after each.
 
-    Those of adapters are small enough to be kept whole until then.
+    Those of adapters are small enough to be kept whole until then. Belongs before each micro batch, which is a sign of
+    life too.
     """
+    sign_of_life()
     if isinstance(job.model, FSDPModule):
         job.model.set_requires_gradient_sync(is_last or job.config.tuning == "Full")
 
@@ -139,6 +142,7 @@ def until_stopped(job: Job, rounds: Iterable[_T]) -> Iterator[_T]:
     for each in rounds:
         if stop_requested(job):
             return
+        sign_of_life()
         yield each
 
 
