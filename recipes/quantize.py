@@ -91,7 +91,7 @@ def quantize(config: QuantizeConfig) -> None:
 
     finished: list[FinishedOutput] = []
     for output in config.outputs:
-        made = find_finished(output, config=config, store=store, asked=prepared.asked)
+        made = find_finished(output, config=config, store=store, prepared=prepared.digest)
         if made is None:
             forget_finished(output, store=store)  # another config may have left one, whose files are written over now
             made = work.make(output)
@@ -157,7 +157,7 @@ class Work:
                 comparison = self._compare(output, folder)
         self._progress.phase("Storing")
         made = FinishedOutput(
-            asked=self._prepared.asked,
+            prepared=self._prepared.digest,
             stored=store_output(output, folder, config=self._config),
             scheme=output.scheme,
             source_bytes=model_bytes(self._local.model_dir),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from kubetune_trainer.config import QuantizeConfig, load_config
 from kubetune_trainer.export.digest import folder_digest
@@ -201,3 +202,31 @@ def test_the_config_to_clone_is_complete() -> None:
     config = load_config(ROOT / "recipes" / "configs" / "smollm2_int8.yaml", expect=QuantizeConfig)
     assert [output.scheme for output in config.outputs] == ["Int8WeightOnly", "Int4WeightOnly"]
     assert (config.calibration.method, config.gates[0].output) == ("GPTQ", "int8")
+
+
+def test_an_output_of_a_model_that_was_trained_on_since_is_made_again(zygote: Zygote, place: Path) -> None:
+    both, one = write_config(place, INT8, Q8).read_text(), write_config(place, INT8).read_text()
+    config = place / "run.yaml"
+    config.write_text(both)
+    first = start(zygote, place / "first", config).succeed().message()["outputs"]
+    weights = place / "model" / "model.safetensors"
+    changed = {name: weight * 1.5 for name, weight in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    config.write_text(one)
+    start(zygote, place / "second", config).succeed()
+    config.write_text(both)
+    third = start(zygote, place / "third", config).succeed().message()["outputs"]
+    for before, after in zip(first, third, strict=True):
+        assert before["name"] == after["name"]
+        assert before["digest"] != after["digest"]
+
+
+@pytest.mark.parametrize("output", [INT8, AO, Q8])
+def test_a_model_that_lacks_a_tensor_is_no_output(zygote: Zygote, place: Path, output: dict[str, Any]) -> None:
+    weights = place / "model" / "model.safetensors"
+    fewer = {name: weight for name, weight in load_file(weights).items() if "layers.1.mlp.up_proj" not in name}
+    save_file(fewer, weights, metadata={"format": "pt"})
+    config = write_config(place, output, verify=None)
+    gang = start(zygote, place / "ranks", config)
+    assert gang.wait() == [65], gang.stderr()
+    assert "is missing tensors: model.layers.1.mlp.up_proj.weight" in gang.message()["message"]

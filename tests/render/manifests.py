@@ -186,7 +186,9 @@ spec:
     samples: 16
     method: GPTQ
   verify:
-    dataset: {sources: [{name: v, configMap: {name: held-out, key: v.jsonl}, weight: "0.5"}]}
+    dataset:
+      sources: [{name: v, configMap: {name: held-out, key: v.jsonl}, weight: "0.5"}]
+      maxSequenceLength: 512
     samples: 8
   gates:
   - {name: close, maxPerplexityIncreasePercent: "2.0"}

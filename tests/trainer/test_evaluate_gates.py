@@ -122,7 +122,7 @@ def test_unlike_evaluations_are_not_compared(theirs: Measured, words: str) -> No
 def test_a_verdict_is_no_longer_than_a_status_may_be() -> None:
     known = [f"acc of task mmlu_{number} with filter none" for number in range(200)]
     said = judge_value(gate(at_least=0.4), None, known=known).message
-    assert said.startswith("there is no acc of task words")
+    assert said.startswith("there is no acc of words; there are acc of task mmlu_0")
     assert len(said) == 1024
     long = measured([1.0], settings=SETTINGS | {"systemInstruction": "Think. " * 1000})
     said = judge_pair(compared(max_drop=0.1), measured([1.0]), long).message

@@ -1,5 +1,6 @@
 """Tasks are found by name, with their data from task files, from a copy in the workspace, or once from the Hub."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,85 @@ def test_ones_own_task_stands_in_front_of_the_librarys(project: Project) -> None
     assert (
         len(load_tasks(config, find_dataset=lambda *_: Path(), report=project.report).tasks["arc_easy"].eval_docs) == 3
     )
+
+
+def own_tasks(project: Project, *more: dict[str, Any], rows: int = 2) -> dict[str, Any]:
+    """Task files of OWN_TASK and more, as a config has them."""
+    folder = project.folder / "tasks"
+    folder.mkdir()
+    for number, task in enumerate((OWN_TASK, *more)):
+        (folder / f"{number}.yaml").write_text(
+            yaml.safe_dump(task).replace("'!function utils.shuffled'", "!function utils.shuffled")
+        )
+    (folder / "mine.jsonl").write_text("".join(f'{{"q": "Question {row}?", "a": 0}}\n' for row in range(rows)))
+    return {"task_files": [{"name": "own", "uri": {"location": f"file://{folder}"}}]}
+
+
+def test_groups_inside_of_groups_are_found_with_their_parts() -> None:
+    library = Path(tasks.lm_eval.tasks.__file__).parent
+    index = tasks.lm_eval.tasks.TaskManager(include_path=[library / "mmlu"], include_defaults=False).task_index
+    assert tasks._is_whole("mmlu_generative", index)
+    parts = {"task": [{"group": "inner", "task": ["mmlu_anatomy", {"task": "arc_easy", "num_fewshot": 5}]}]}
+    assert not tasks._has_its_parts(parts, index, within="outer")
+    parts["task"][0]["task"].pop()
+    assert tasks._has_its_parts(parts, index, within="outer")
+
+
+def test_ones_own_group_may_have_tasks_of_the_library(project: Project) -> None:
+    own_tasks(project, {"group": "suite_of_mine", "task": ["mine", "arc_easy"]})
+    finder = tasks._TaskFinder([project.folder / "tasks"], lambda *_: Path())
+    assert list(finder._places("suite_of_mine"))[-1] == [finder._library]
+
+
+def test_tasks_that_shuffle_are_the_same_each_time(project: Project) -> None:
+    shuffling = OWN_TASK | {"task": "shuffled", "process_docs": "!function utils.shuffled"}
+    config = project.config(tasks=[{"name": "shuffled"}], **own_tasks(project, shuffling, rows=40))
+    (project.folder / "tasks" / "utils.py").write_text(
+        "import random\ndef shuffled(docs):\n    return docs.select(random.sample(range(len(docs)), len(docs)))\n"
+    )
+    orders = []
+    for _ in range(2):
+        random.random()
+        loaded = load_tasks(config, find_dataset=lambda *_: Path(), report=project.report)
+        orders.append([doc["q"] for doc in loaded.tasks["shuffled"].eval_docs])
+    assert orders[0] == orders[1] != sorted(orders[0])
+
+
+@pytest.mark.parametrize(
+    ("task", "asked", "gates", "words"),
+    [
+        (
+            {"task": "few", "num_fewshot": None},
+            {"name": "few", "num_fewshot": 3},
+            [],
+            "tasks[0]: task few has 2 solved examples, and num_fewshot is 3",
+        ),
+        (
+            {"task": "long", "output_type": "generate_until", "doc_to_target": "yes", "metric_list": [],
+             "generation_kwargs": {"until": ["."], "max_gen_toks": 100_000}},
+            {"name": "long"},
+            [],
+            "task long asks for answers of 100000 tokens",
+        ),
+        (
+            {"group": "all_of_mine", "task": ["mine"], "aggregate_metric_list": [{"metric": "acc"}]},
+            {"name": "all_of_mine"},
+            [{"name": "g", "task": "all_of_mine", "metric": "acc",
+              "compared_to": {"name": "base", "max_drop": 0.1, "directory": "file:///none"}}],
+            "gates[0].task must be a task with comparedTo, which goes sample by sample, got the group all_of_mine",
+        ),
+    ],
+    ids=["too few examples", "too long answers", "a group that is compared"],
+)  # fmt: skip
+def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
+    project: Project, task: dict[str, Any], asked: dict[str, Any], gates: list[dict[str, Any]], words: str
+) -> None:
+    own = {key: value for key, value in OWN_TASK.items() if value is not None} if "task" in task else {}
+    whole = {key: value for key, value in {**({} if "group" in task else own), **task}.items() if value is not None}
+    config = project.config(tasks=[asked], gates=gates, **own_tasks(project, whole))
+    error = project.error(config)
+    assert isinstance(error, ConfigError)
+    assert words in str(error)
 
 
 def test_few_of_the_librarys_files_are_read(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

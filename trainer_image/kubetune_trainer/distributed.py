@@ -34,6 +34,8 @@ RENDEZVOUS_SECONDS: Final = 300.0
 """How long a rank waits for its peers: their pods may be scheduled, and pull an image, a few minutes later."""
 COLLECTIVE_SECONDS: Final = 1800.0
 """How long a collective may take: by then a peer that does not answer is lost, though its connections are open."""
+PATIENCE: Final = timedelta(days=30)
+"""How long a collective of a `patient_group` may take."""
 SIGN_SECONDS: Final = 10.0
 """How often a rank that others wait for in `waiting_for_all` gives a sign of life."""
 
@@ -198,10 +200,18 @@ def is_peer_loss(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or bool(_PEER_LOST.search(str(error)))
 
 
-def broadcast_object(value: _T | None) -> _T:
+def patient_group() -> "dist.ProcessGroup":
+    """All ranks once more, for collectives in which one waits for as long as another works.
+
+    A rank whose connections close is missed at once here too. All ranks have to call it.
+    """
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def broadcast_object(value: _T | None, *, group: "dist.ProcessGroup | None" = None) -> _T:
     """Rank 0's value, on every rank."""
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
     return box[0]  # type: ignore[no-any-return]
 
 
@@ -287,10 +297,10 @@ def gather_vector(values: list[float], *, group: "dist.ProcessGroup | None" = No
     return everyone.view(-1, len(values))
 
 
-def gather_objects(value: _T) -> list[_T]:
+def gather_objects(value: _T, *, group: "dist.ProcessGroup | None" = None) -> list[_T]:
     """Every rank's value in rank order, on rank 0; empty on the others."""
     everyone: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
-    dist.gather_object(value, everyone or None)
+    dist.gather_object(value, everyone or None, group=group)
     return everyone
 
 

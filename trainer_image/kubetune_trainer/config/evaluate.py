@@ -73,7 +73,7 @@ class Gate(Block):
     name: ResourceName
     """Its name in the status."""
     task: str = Field(min_length=1)
-    """The task, or the group of tasks."""
+    """The task, or the group of tasks; with compared_to a task."""
     metric: str = Field(min_length=1)
     """The task's metric, as in acc."""
     filter: str = "none"

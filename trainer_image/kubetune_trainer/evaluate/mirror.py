@@ -91,7 +91,8 @@ def _copy(repo: HubRepo, dataset_config: str | None, place: Store, *, report: Re
 def _chosen(repo: HubRepo, dataset_config: str | None) -> tuple[dict[str, Any] | None, list[str]]:
     """Return a configuration's entry in the README, where there are any, and its files."""
     files = [path for path in repo.paths if path.endswith(_SUFFIXES)]
-    entries = [dict(entry) for entry in repo.card.get("configs") or () if entry.get("data_files")]
+    known = [dict(entry) for entry in repo.card.get("configs") or ()]
+    entries = [entry for entry in known if entry.get("data_files") or entry.get("data_dir")]
     if not entries:
         return None, _there(files, repo, dataset_config)
     named = [entry for entry in entries if entry.get("config_name", "default") == (dataset_config or "default")]
@@ -100,7 +101,9 @@ def _chosen(repo: HubRepo, dataset_config: str | None) -> tuple[dict[str, Any] |
     if not chosen:
         names = ", ".join(str(entry.get("config_name", "default")) for entry in entries)
         raise DataError(f"dataset {repo.repo} on the Hub has the configs {names}, and a task asks for {dataset_config}")
-    patterns = _patterns(chosen[0]["data_files"])
+    patterns = _patterns(chosen[0]["data_files"]) if chosen[0].get("data_files") else ["*"]
+    if folder := str(chosen[0].get("data_dir") or "").strip("./"):
+        patterns = [f"{folder}/{pattern}" for pattern in patterns]
     matching = [path for path in files if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)]
     return chosen[0], _there(matching, repo, dataset_config)
 

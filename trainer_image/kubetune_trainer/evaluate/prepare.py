@@ -91,7 +91,9 @@ def prepare(config: EvalConfig, *, report: Report) -> PreparedEval:
             found[name, dataset_config] = find_dataset(name, dataset_config, config=config, report=report)
         return fetch_dataset(found[name, dataset_config], config=config)
 
-    _check_gates(config, load_tasks(config, find_dataset=find, report=report))
+    loaded = load_tasks(config, find_dataset=find, report=report)
+    _check_gates(config, loaded)
+    _check_lengths(config, loaded, max_length=config.max_sequence_length or shape.max_positions)
     prepared = PreparedEval(
         asked=_asked(config),
         model=model,
@@ -138,12 +140,29 @@ def dataset_finder(prepared: PreparedEval, config: EvalConfig) -> Callable[[str,
 def _check_gates(config: EvalConfig, loaded: LoadedTasks) -> None:
     known = [*loaded.tasks, *loaded.groups]
     for number, gate in enumerate(config.gates):
+        if gate.compared_to is not None and gate.task in loaded.groups:
+            raise ConfigError(
+                f"{config.title}: gates[{number}].task must be a task with comparedTo, which goes sample by sample, "
+                f"got the group {gate.task}"
+            )
         if gate.task not in known:
             raise ConfigError(
                 f"{config.title}: gates[{number}].task must be one of {', '.join(known[:20])}, got {gate.task}"
             )
 
 
+def _check_lengths(config: EvalConfig, loaded: LoadedTasks, *, max_length: int) -> None:
+    """Refuses tasks whose answers alone may be longer than the model's context."""
+    for name, task in loaded.tasks.items():
+        longest = (task.get_config("generation_kwargs") or {}).get("max_gen_toks")
+        if task.OUTPUT_TYPE == "generate_until" and isinstance(longest, int) and longest >= max_length:
+            raise ConfigError(
+                f"{config.title}: task {name} asks for answers of {longest} tokens (generation_kwargs.max_gen_toks), "
+                f"which must be less than the longest context, {max_length}"
+            )
+
+
 def _asked(config: EvalConfig) -> str:
-    asked = config.model_dump(mode="json", include={"model", "tasks", "task_files", "gates"})
+    decide = {"model", "tasks", "task_files", "gates", "apply_chat_template", "max_sequence_length", "seed"}
+    asked = config.model_dump(mode="json", include=decide)
     return fingerprint(asked, length=16)

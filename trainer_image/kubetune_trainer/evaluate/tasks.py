@@ -5,6 +5,7 @@ mention a name are read.
 """
 
 import difflib
+import random
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,9 @@ from typing import Any, Final
 
 import datasets
 import lm_eval.tasks
+import numpy as np
 from lm_eval.api.group import Group
+from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import Task
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry
@@ -73,11 +76,14 @@ def load_tasks(config: EvalConfig, *, find_dataset: FindDataset, report: Report)
     samples: dict[str, range] = {}
     for number, asked in enumerate(config.tasks):
         place = f"{config.title}: tasks[{number}].name"
+        random.seed(0)  # as lm_eval does: some tasks put their choices into another order while they are loaded
+        np.random.seed(config.seed)  # noqa: NPY002 (as above)
         found = finder.load(asked.name, place=place)
         for name, task in found["tasks"].items():
             if name in tasks:
                 raise ConfigError(f"{place} must not bring a task again, got {asked.name}, and {name} is there already")
             _set_fewshot(task, asked.num_fewshot, seed=config.seed, report=report)
+            _check_fewshot(task, place=f"{config.title}: tasks[{number}]")
             tasks[name] = task
             if asked.limit is not None:
                 samples[name] = range(min(asked.limit, len(task.eval_docs)))
@@ -120,6 +126,20 @@ def _set_fewshot(task: Task, num_fewshot: int | None, *, seed: int, report: Repo
     task.set_fewshot_seed(seed=seed)
 
 
+def _check_fewshot(task: Task, *, place: str) -> None:
+    """Refuses more solved examples than there are, besides the question itself where they are of one split.
+
+    Raises:
+        ConfigError: There are not so many.
+    """
+    wanted, sampler = task.get_config("num_fewshot") or 0, getattr(task, "sampler", None)
+    if not wanted or type(sampler) is not ContextSampler:
+        return
+    there = len(sampler.fewshot_docs()) - (task.config.fewshot_split == task.config.test_split)
+    if there < wanted:
+        raise ConfigError(f"{place}: task {task.task_name} has {there} solved examples, and num_fewshot is {wanted}")
+
+
 class _TaskFinder:
     """Finds tasks by name, in one's own folders first."""
 
@@ -147,8 +167,10 @@ class _TaskFinder:
     def _places(self, name: str) -> Iterator[list[Path]]:
         """Yield in which of the library's folders to look beside one's own: none, some, all."""
         yield []
-        if mentioning := self._mentioning(name):
+        mentioning = self._mentioning(name)
+        if mentioning:
             yield mentioning
+        if mentioning or name in self._own_names:  # one's own group may have any of the library's tasks
             yield [self._library]
 
     def _mentioning(self, name: str) -> list[Path]:
@@ -158,9 +180,12 @@ class _TaskFinder:
         return [self._library / part for part in sorted(parts)]
 
     def _names(self) -> list[str]:
+        return sorted({*self._own_names, *(name for _, text in self._texts for name in _NAMES.findall(text))})
+
+    @cached_property
+    def _own_names(self) -> set[str]:
         own = (path.read_text(errors="replace") for folder in self._folders for path in folder.rglob("*.yaml"))
-        texts = [*own, *(text for _, text in self._texts)]
-        return sorted({name for text in texts for name in _NAMES.findall(text)})
+        return {name for text in own for name in _NAMES.findall(text)}
 
     @cached_property
     def _texts(self) -> list[tuple[Path, str]]:
@@ -197,13 +222,22 @@ class _LocalFactory(TaskFactory):  # type: ignore[misc]  # lm_eval has no types
 
 def _is_whole(name: str, index: Mapping[str, Entry]) -> bool:
     """Whether a name is there with everything that it consists of."""
-    if name not in index:
-        return False
-    parts = (index[name].cfg or {}).get("task")
-    if not isinstance(parts, list):
-        return True
-    named = [part if isinstance(part, str) else part.get("group") for part in parts]
-    return all(_is_whole(part, index) for part in named if part is not None and part != name)
+    return name in index and _has_its_parts(index[name].cfg or {}, index, within=name)
+
+
+def _has_its_parts(group: Mapping[str, Any], index: Mapping[str, Entry], *, within: str) -> bool:
+    parts = group.get("task")
+    return not isinstance(parts, list) or all(_is_there(part, index, within=within) for part in parts)
+
+
+def _is_there(part: Any, index: Mapping[str, Entry], *, within: str) -> bool:
+    """Whether a part of a group is there: a name, a group inside it, or a task with settings or data of its own."""
+    if not isinstance(part, Mapping):
+        return part == within or _is_whole(str(part), index)
+    if isinstance(part.get("task"), list):
+        return _has_its_parts(part, index, within=within)
+    name = part.get("task") or part.get("group")
+    return "dataset_path" in part or "class" in part or name in (None, within) or _is_whole(str(name), index)
 
 
 def _with_local_files(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from kubetune_trainer.distributed import (
     broadcast_object,
     gather_objects,
     gather_vector,
+    patient_group,
 )
 from kubetune_trainer.errors import PreemptedError
 from kubetune_trainer.evaluate.answers import Answer, Answers
@@ -119,6 +120,8 @@ class Crew:
         self.model, self.tokenizer, self.repetition_penalty = model, tokenizer, repetition_penalty
         self.answers, self.world = answers, world
         self._batch_size, self._stop = batch_size, stop
+        # One batch, or rank 0's metrics, may take longer than a collective may.
+        self._group = patient_group()
         self.progress = Progress()
 
     def score(self, requests: Sequence[tuple[Sequence[int], int]], *, num_requests: int | None = None) -> list[Score]:
@@ -165,12 +168,12 @@ class Crew:
 
     def work(self) -> None:
         """Do what rank 0 orders until it says that nothing is left; called on the other ranks."""
-        while (order := broadcast_object(None)) is not None:
+        while (order := broadcast_object(None, group=self._group)) is not None:
             self._do(order)
 
     def release(self) -> None:
         """Let the other ranks go; called on rank 0."""
-        broadcast_object(None)
+        broadcast_object(None, group=self._group)
 
     def _batches(self, prompts: list[Prompt], drawing: Drawing) -> Iterator[list[Prompt]]:
         """Put prompts of like length together; one that is drawn for stays alone, so that nothing else decides it."""
@@ -190,7 +193,7 @@ class Crew:
             open_requests=len(open_requests),
         )
         order = Order(name=uuid.uuid4().hex, batches=left, keys=open_requests)
-        found = self._do(broadcast_object(order))
+        found = self._do(broadcast_object(order, group=self._group))
         by_key = {open_requests[index]: answer for index, answer in found.items()}
         return [by_key[key] if key in by_key else cast("Answer", self.answers.get(key)) for key in keys]
 
@@ -211,12 +214,12 @@ class Crew:
                     )
                     stopped = counters.add("stop", int(self._stop.requested)) > 0
                 self.answers.flush()
-                stopped = bool(gather_vector([float(stopped)]).any())
+                stopped = bool(gather_vector([float(stopped)], group=self._group).any())
                 if stopped:
                     raise PreemptedError("stopped; what is answered is stored")
         finally:
             self.answers.flush()
-        everyone = gather_objects(mine)
+        everyone = gather_objects(mine, group=self._group)
         if order.batches:
             self.progress.report(done=counters.add("done", 0), num_tokens=counters.add("tokens", 0), at_end=True)
         return {index: answer for theirs in everyone for index, answer in theirs.items()}

@@ -18,7 +18,7 @@ from torch.nn import functional
 from kubetune_trainer.export.huggingface import copy_companions
 from kubetune_trainer.export.shards import MAX_SHARD_BYTES, Planned, ShardWriter
 from kubetune_trainer.model.config import CONFIG_FILE, read_config, read_json
-from kubetune_trainer.model.weights import WeightFiles
+from kubetune_trainer.model.weights import WeightFiles, build_model
 from kubetune_trainer.quantize.layers import check_groups, kept_layers, linear_layers
 from kubetune_trainer.quantize.rounding import Rounded, integer_range, round_to_nearest
 
@@ -89,6 +89,7 @@ def save_compressed_tensors(
     size = group_size if chosen.grouped else None
     layers = linear_layers(config)
     with WeightFiles(source, tied_embeddings=config.tied_embeddings) as files:
+        files.check({name: tuple(weight.shape) for name, weight in build_model(config).named_parameters()})
         planned = [each for name in files.names for each in _plan(files, name, layers, chosen, group_size=size)]
         with ShardWriter(target, planned, max_shard_bytes=max_shard_bytes) as writer:
             for name in files.names:

@@ -20,7 +20,7 @@ from kubetune_trainer.export.huggingface import copy_companions
 from kubetune_trainer.export.shards import MAX_SHARD_BYTES, Planned, ShardWriter
 from kubetune_trainer.model.config import CONFIG_FILE, read_config, read_json
 from kubetune_trainer.model.decoder import Decoder
-from kubetune_trainer.model.weights import WeightFiles
+from kubetune_trainer.model.weights import WeightFiles, build_model
 from kubetune_trainer.quantize import nf4
 from kubetune_trainer.quantize.layers import KEPT, check_groups, linear_layers
 
@@ -90,6 +90,7 @@ def save_torchao(
     like: dict[tuple[Any, ...], tuple[dict[str, Tensor], str]] = {}  # layers of one shape have one form
     planned, metadata = [], {}
     with WeightFiles(source, tied_embeddings=config.tied_embeddings) as files:
+        files.check({name: tuple(weight.shape) for name, weight in build_model(config).named_parameters()})
         for name in files.names:
             shape, dtype = files.shape(name), files.dtype(name)
             if name not in quantized:

@@ -31,8 +31,8 @@ class FinishedOutput(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    asked: str
-    """Digest of what the run was prepared for."""
+    prepared: str
+    """Digest of what was prepared when it was made: an output of another model is none of this run's."""
     stored: StoredOutput
     """Where it is."""
     scheme: str | None
@@ -77,7 +77,7 @@ def forget_finished(output: QuantizedOutput, *, store: Store) -> None:
 
 
 def find_finished(
-    output: QuantizedOutput, *, config: QuantizeConfig, store: Store, asked: str
+    output: QuantizedOutput, *, config: QuantizeConfig, store: Store, prepared: str
 ) -> FinishedOutput | None:
     """Return an output that an earlier attempt finished; None where there is none, or not this one, or not all of it.
 
@@ -85,7 +85,7 @@ def find_finished(
         output: The output.
         config: The run.
         store: The run's folder.
-        asked: Digest of what the run was prepared for.
+        prepared: Digest of what is prepared.
     """
     if not store.exists(_path(output.name)):
         return None
@@ -94,7 +94,7 @@ def find_finished(
     except ValidationError:
         return None
     there = {info.path for info in open_store(found.stored.uri, s3=config.storage.s3).list()}
-    return found if found.asked == asked and there.issuperset(found.stored.files) else None
+    return found if found.prepared == prepared and there.issuperset(found.stored.files) else None
 
 
 def _path(name: str) -> str:

@@ -65,6 +65,11 @@ class PreparedQuantization(BaseModel):
     total: int
     """Tensors of the model, once for each output."""
 
+    @property
+    def digest(self) -> str:
+        """A digest of all that decides an output: what was asked for, the model and the rows as they were found."""
+        return fingerprint(self.model_dump(mode="json"), length=16)
+
     def message(self) -> dict[str, Any]:
         """Return the fields of the termination message."""
         told = self.model_dump(
