@@ -1,6 +1,5 @@
 """Tasks are found by name, with their data from task files, from a copy in the workspace, or once from the Hub."""
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -256,7 +255,6 @@ def test_tasks_that_shuffle_are_the_same_each_time(project: Project) -> None:
     )
     orders = []
     for _ in range(2):
-        random.random()
         loaded = load_tasks(config, find_dataset=lambda *_: Path(), report=project.report)
         orders.append([doc["q"] for doc in loaded.tasks["shuffled"].eval_docs])
     assert orders[0] == orders[1] != sorted(orders[0])
