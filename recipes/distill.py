@@ -68,7 +68,7 @@ def train(job: Job, teacher: Decoder, first_step: int) -> None:
     for step in steps_left(job, first_step):
         set_learning_rate(job, step)
         model.train()
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64, device=job.world.device)
         batches = micro_batches(job, step)
         count_trained_tokens(job, batches)
         for number, batch in enumerate(batches):
@@ -76,7 +76,7 @@ def train(job: Job, teacher: Decoder, first_step: int) -> None:
             seed_dropout(training.seed, step, number, job.world.data_rank)
             distilled = compare(job, teacher, batch)
             distilled.loss.backward()
-            sums += torch.stack(distilled).detach().cpu()
+            sums += torch.stack(distilled).detach()
 
         totals = exchange(
             loss_sum=sums[0].item(),

@@ -75,7 +75,8 @@ def train(job: Job, reference: Reference | None, first_step: int) -> None:
         model.train()
         batches = micro_batches(job, step)
         told_tokens = sum(num_told_tokens(job.local.train_data, row) for row in global_rows(job, step))
-        loss_sum, measures = torch.zeros((), dtype=torch.float64), torch.zeros(NUM_MEASURES, dtype=torch.float64)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=job.world.device)
+        measures = torch.zeros(NUM_MEASURES, dtype=torch.float64, device=job.world.device)
         for number, batch in enumerate(batches):
             share_gradients(job, is_last=number == len(batches) - 1)
             by_reference = reference_log_probabilities(reference, batch)
@@ -84,7 +85,7 @@ def train(job: Job, reference: Reference | None, first_step: int) -> None:
             # Both are means over the whole step, so that they do not depend on how it is divided.
             loss = preferred.losses.sum() / training.global_batch_size + cross_entropy / told_tokens
             loss.backward()
-            loss_sum += loss.detach().cpu()
+            loss_sum += loss.detach()
             measures += measured(preferred)
 
         totals = exchange(
@@ -186,7 +187,7 @@ NUM_MEASURES = 3
 def measured(preferred: Preferred) -> Tensor:
     """Sums over the pairs of a micro batch: both rewards, and how often the chosen one is greater."""
     chosen, rejected = preferred.chosen_rewards.double(), preferred.rejected_rewards.double()
-    return torch.stack([chosen.sum(), rejected.sum(), (chosen > rejected).double().sum()]).cpu()
+    return torch.stack([chosen.sum(), rejected.sum(), (chosen > rejected).double().sum()])
 
 
 def rewards(measures: Sequence[float], *, num_pairs: float) -> dict[str, float]:
@@ -218,7 +219,7 @@ def validate(job: Job, reference: Reference | None, step: int) -> bool:
         if rows:
             told_tokens = sum(num_told_tokens(data, row) for row in rows)
             sums[:4] += torch.tensor([preferred.losses.sum(), len(rows), cross_entropy, told_tokens])
-            sums[4:] += measured(preferred)
+            sums[4:] += measured(preferred).cpu()
     if stop_requested(job):
         return False
     loss, num_pairs, cross_entropy, told_tokens, *measures = gather_vector(sums.tolist()).sum(dim=0).tolist()

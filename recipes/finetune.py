@@ -68,7 +68,7 @@ def train(job: Job, first_step: int) -> None:
     for step in steps_left(job, first_step):
         set_learning_rate(job, step)
         model.train()
-        loss_sum = torch.zeros((), dtype=torch.float64)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=job.world.device)
         batches = micro_batches(job, step)
         count_trained_tokens(job, batches)
         for number, batch in enumerate(batches):
@@ -76,7 +76,7 @@ def train(job: Job, first_step: int) -> None:
             seed_dropout(training.seed, step, number, job.world.data_rank)
             loss = summed_loss(job, batch)
             loss.backward()
-            loss_sum += loss.detach().cpu()
+            loss_sum += loss.detach()
 
         totals = exchange(
             loss_sum=loss_sum.item(),

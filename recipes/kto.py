@@ -91,7 +91,8 @@ def train(job: Job, reference: Reference, first_step: int) -> None:
         divergence = estimate_divergence(job, reference, data, mine, everyone)
         model.train()
         batches = [collate_answers(job, data, rows) for rows in mine]
-        loss_sum, measures = torch.zeros((), dtype=torch.float64), torch.zeros(NUM_MEASURES, dtype=torch.float64)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=job.world.device)
+        measures = torch.zeros(NUM_MEASURES, dtype=torch.float64, device=job.world.device)
         for number, (rows, batch) in enumerate(zip(mine, batches, strict=True)):
             share_gradients(job, is_last=number == len(batches) - 1)
             by_reference = reference_log_probabilities(reference, batch)
@@ -101,7 +102,7 @@ def train(job: Job, reference: Reference, first_step: int) -> None:
             # The mean over the whole step, so that it does not depend on how it is divided.
             loss = judged.losses.sum() / training.global_batch_size
             loss.backward()
-            loss_sum += loss.detach().cpu()
+            loss_sum += loss.detach()
             measures += measured(judged, good)
 
         totals = exchange(
@@ -232,7 +233,7 @@ def measured(judged: Judged, good: Tensor) -> Tensor:
     """Sums over the answers of a micro batch: rewards of the good ones and their number, and the same of the bad."""
     rewards_B = judged.rewards.double()
     parts = [(rewards_B[chosen].sum(), chosen.double().sum()) for chosen in (good, ~good)]
-    return torch.stack([number for part in parts for number in part]).cpu()
+    return torch.stack([number for part in parts for number in part])
 
 
 def rewards(measures: Sequence[float]) -> dict[str, float]:
@@ -264,7 +265,7 @@ def validate(job: Job, reference: Reference, step: int) -> bool:
         judged = judge(job, batch, good, by_reference=by_reference, divergence=divergence)
         if rows:
             sums[:2] += torch.tensor([judged.losses.sum(), len(rows)])
-            sums[2:] += measured(judged, good)
+            sums[2:] += measured(judged, good).cpu()
     if stop_requested(job):
         return False
     loss, num_answers, *measures = gather_vector(sums.tolist()).sum(dim=0).tolist()

@@ -39,8 +39,9 @@ class Leadership:
 
     async def hold(self) -> None:
         """Renew the Lease; return when it is lost."""
+        is_ours = True
         while True:
-            await asyncio.sleep(self._settings.lease_seconds / 3)
+            await asyncio.sleep(self._settings.lease_seconds / (3 if is_ours else 12))
             left = self._renewed_at + self._settings.lease_seconds * 2 / 3 - time.monotonic()
             try:
                 async with asyncio.timeout(max(0.0, left)):

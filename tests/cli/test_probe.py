@@ -106,6 +106,13 @@ def test_a_checkpoint_to_begin_with_is_looked_for(tmp_path: Path) -> None:
     assert "must hold a complete checkpoint" in found["spec.checkpoint.resumeFrom.uri"]["problem"]
 
 
+def test_damage_of_a_checkpoint_to_begin_with_is_a_problem_and_no_noise(tmp_path: Path) -> None:
+    (tmp_path / "old" / "step-3").mkdir(parents=True)
+    (tmp_path / "old" / "step-3" / "COMPLETE").write_text('{"step": 3, "files": {"trainer.json": 9}}')
+    found = probe(tmp_path, spec__checkpoint={"resumeFrom": {"uri": f"file://{tmp_path}/old"}})
+    assert "trainer.json is missing" in found["spec.checkpoint.resumeFrom.uri"]["problem"]
+
+
 def test_an_evaluation_may_be_of_a_gguf_output(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "model.gguf"):
         (tmp_path / name).write_text("{}")

@@ -342,17 +342,17 @@ def test_a_local_sweep_that_is_stopped_begins_no_other_job(
 def test_a_local_sweep_takes_no_old_result_for_another_manifest_or_number(
     kubetune: Any, tmp_path: Path, here: SimpleNamespace
 ) -> None:
-    def sweep(ranks: str, **changes: Any) -> None:
+    def sweep(ranks: str, **changes: Any) -> Any:
         command = ("sweep", write(tmp_path, **changes), "--set", f"lora.rank={ranks}", "--local", "--output", tmp_path)
-        assert kubetune(*command).code == 0
+        return kubetune(*command)
 
-    sweep("8,16")
-    sweep("16,8")
-    assert here.calls == ["run7-1", "run7-2"] * 2, "the folders are those of other values now"
-    sweep("16,8")
-    assert len(here.calls) == 4
-    sweep("16,8", spec__training__learningRate="3e-4")
-    assert len(here.calls) == 6
+    assert sweep("8,16").code == 0
+    for refused in (sweep("16,8"), sweep("8,16", spec__training__learningRate="3e-4")):
+        assert refused.code == 1
+        assert "FineTuneJob run7-1: was run here with other values or another manifest (lora.rank=8)" in refused.err
+        assert f"remove {tmp_path}/run7-sweep.json and the jobs' folders in s3://team/runs" in refused.err
+    assert sweep("8,16").code == 0
+    assert here.calls == ["run7-1", "run7-2"], "nothing ran again, and nothing was forgotten"
 
 
 def test_a_local_sweep_over_lists(kubetune: Any, tmp_path: Path, here: SimpleNamespace) -> None:

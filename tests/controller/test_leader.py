@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kubetune_operator.cluster import Cluster
-from kubetune_operator.errors import NotFoundError
+from kubetune_operator.errors import ClusterError, NotFoundError
 from kubetune_operator.leader import Leadership
 from kubetune_operator.settings import Settings
 from tests.controller.world import OperatorProcess, World
@@ -34,11 +34,15 @@ class SilentCluster(Cluster):
     def __init__(self) -> None:
         super().__init__()
         self.is_silent = False
+        self.failures = 0
         self.lease: dict[str, object] | None = None
 
     async def request(self, method: str, path: str, **told: Any) -> Any:
         if self.is_silent:
             await asyncio.sleep(60)
+        if self.failures:
+            self.failures -= 1
+            raise ClusterError(path)
         if method == "GET" and self.lease is None:
             raise NotFoundError(path)
         if method != "GET":
@@ -54,6 +58,18 @@ async def test_a_lease_that_nobody_answers_for_is_lost_before_another_may_take_i
     await asyncio.sleep(1.6)
     assert not holding.done()
     cluster.is_silent = True
+    await asyncio.wait_for(holding, timeout=settings.lease_seconds)
+
+
+async def test_a_renewal_that_fails_is_tried_again_before_the_lease_is_lost() -> None:
+    cluster, settings = SilentCluster(), Settings(identity="a", namespace="n", lease_seconds=1.5)
+    lease = Leadership(cluster, settings=settings)
+    await lease.acquire()
+    cluster.failures = 1
+    holding = asyncio.create_task(lease.hold())
+    await asyncio.sleep(2 * settings.lease_seconds)
+    assert not holding.done()
+    cluster.failures = 1000
     await asyncio.wait_for(holding, timeout=settings.lease_seconds)
 
 

@@ -313,11 +313,14 @@ def test_one_that_runs_out_of_memory_and_is_disrupted_is_taken_off_the_count_onc
 def test_the_checkpoint_that_pods_write_while_they_are_suspended_is_taken_down() -> None:
     status = TRAINING | {"state": "Suspended", "conditions": [*TRAINING["conditions"], condition("Suspended")]}
     line = '{"event":"checkpoint","time":1760000000,"step":8,"uri":"s3://runs/c/step-8","seconds":1}'
+    line = f'{{"event":"step","step":8,"totalSteps":9,"etaSeconds":41}}\n{line}'
     seen = observe(pods=[pod(0)], spec={"suspend": True}, status=status, log=line)
     found = decided(seen).status
     assert isinstance(found, FineTuneJobStatus)
     assert found.checkpoint is not None
     assert found.checkpoint.step == 8
+    assert found.progress is not None
+    assert (found.progress.step, found.progress.eta_seconds) == (8, None)
 
 
 def test_a_deletion_that_was_lost_is_asked_for_again_though_the_job_is_to_go_on() -> None:

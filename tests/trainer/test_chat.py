@@ -150,10 +150,13 @@ def test_an_answer_that_nothing_stands_before_is_found(source: str, tokenizer: T
     assert trained_text(FIRST[:2], source, tokenizer) == " Salut<|im_end|>"
 
 
-def test_a_call_that_nothing_stands_before_is_refused(tokenizer: Tokenizer) -> None:
+def test_a_call_that_nothing_stands_before_is_found_behind_the_header_or_refused(tokenizer: Tokenizer) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    found = trained_text([call, HELLO[1]], THINKS_LAST, tokenizer)
+    assert found.startswith("<call>{")
+    assert found.endswith("</call><|im_end|>")
     with pytest.raises(TemplateError, match=r"messages\[0\]: the chat template does not show"):
-        trained_text([call, *HELLO[1:]], THINKS_LAST, tokenizer)
+        trained_text([call, HELLO[1]], DEFAULT_SYSTEM, tokenizer)
 
 
 def test_a_header_is_not_trained_where_an_answer_to_come_begins_with_more(tokenizer: Tokenizer) -> None:

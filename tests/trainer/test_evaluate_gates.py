@@ -127,7 +127,7 @@ def test_a_verdict_is_no_longer_than_a_status_may_be() -> None:
     long = measured([1.0], settings=SETTINGS | {"systemInstruction": "Think. " * 1000})
     said = judge_pair(compared(max_drop=0.1), measured([1.0]), long).message
     assert "systemInstruction is None here and 'Think. " in said
-    assert len(said) < 300
+    assert len(said) < 400
 
 
 def test_infinite_values_do_not_pass() -> None:

@@ -44,8 +44,8 @@ def test_signs_are_expected_from_the_first_to_the_end_of_training(patience: Call
     assert patience() == math.inf, "before training"
     with watched(first_seconds=FIRST):
         assert patience() == math.inf, "a script that gives no sign is not watched"
-        sign_of_life()
-        assert patience() == FIRST
+        sign_of_step()
+        assert patience() == FIRST, "of one that tells steps alone the first says nothing yet"
         sign_of_step()
         assert patience() == LIMIT
     assert patience() == math.inf
@@ -57,6 +57,7 @@ def test_a_sign_is_told_with_the_moment_of_the_next(
     clock: SimpleNamespace, patience: Callable[[], float], tmp_path: Path
 ) -> None:
     with watched(first_seconds=FIRST):
+        sign_of_life()
         sign_of_step()
         clock.now += 60
         assert patience() == LIMIT - 60
@@ -78,6 +79,7 @@ def test_nothing_is_expected_while_something_with_limits_of_its_own_is_waited_fo
     clock: SimpleNamespace, patience: Callable[[], float]
 ) -> None:
     with watched(first_seconds=FIRST):
+        sign_of_life()
         sign_of_step()
         with unwatched():
             assert patience() > 1e6
@@ -102,12 +104,14 @@ def test_without_a_limit_or_somebody_to_look_there_is_no_sign(
 ) -> None:
     monkeypatch.delenv(missing)
     with watched(first_seconds=FIRST):
+        sign_of_life()
         sign_of_step()
         assert patience() == math.inf
 
 
 def test_training_goes_on_without_its_file(patience: Callable[[], float], tmp_path: Path) -> None:
     with watched(first_seconds=FIRST):
+        sign_of_life()
         sign_of_step()
         (tmp_path / "heartbeat").unlink()
         tmp_path.rename(tmp_path.with_name("gone"))

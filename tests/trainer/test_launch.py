@@ -90,9 +90,13 @@ def test_ranks_count_on_from_the_node_and_share_its_cpus(tmp_path: Path) -> None
         ("time.sleep(0.5 * (1 - rank))\nos.kill(os.getpid(), 9) if rank else sys.exit(78)", 137,
          {"reason": "Crashed", "message": "rank 1 was killed by SIGKILL"}),
         ("sys.exit(3)", 3, {"reason": "Crashed"}),
+        (("time.sleep(0.5 * (1 - rank))\nif rank: sys.stderr.write('ProcessGroupNCCL.cpp: watchdog')\n"
+          "sys.stderr.flush()\nos.abort() if rank else sys.exit(71)"), 71, {"reason": "Crashed"}),
+        ("sys.stderr.write('double free')\nsys.stderr.flush()\nos.abort()", 134, {"reason": "Crashed"}),
         ("raise ValueError('oops')", 1, {"reason": "Crashed"}),
     ],
-    ids=["failure, then lost peers", "a lost peer first", "lost peers alone", "killed", "a code of its own", "bug"],
+    ids=["failure, then lost peers", "a lost peer first", "lost peers alone", "killed", "a code of its own",
+         "lost peers by NCCL's watchdog", "aborted", "bug"],
 )  # fmt: skip
 def test_the_code_and_message_are_those_of_the_rank_that_failed_first_and_not_by_a_peer(
     tmp_path: Path, body: str, code: int, told: dict[str, Any]

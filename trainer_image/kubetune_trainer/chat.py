@@ -10,6 +10,7 @@ import datetime as dt
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -172,7 +173,7 @@ class _Written:
         return begin, end
 
     def _begin_of_first(self) -> int:
-        """Finds where an answer begins that nothing stands before: few templates write out an empty conversation."""
+        """Finds where an answer begins that nothing stands before: not all templates write an empty conversation."""
         message = self.messages[0]
         content = message.get("content")
         if isinstance(content, str) and content and not message.get("tool_calls"):
@@ -180,12 +181,14 @@ class _Written:
             head, found, _ = self._render([signed, *self.messages[1:]]).partition(_CONTENT_END)
             if found and self.text.startswith(head):
                 return len(head)
+        with suppress(TemplateError):
+            head = self._render([], add_generation_prompt=True)
+            if head and self.text.startswith(head):
+                return len(head)
         raise _not_found(0)
 
     def begin_of_answer(self, number: int) -> int:
         """Finds the end of the header that asks for an answer."""
-        if not number:
-            return self._begin_of_first()
         head = self._render(self.messages[:number], add_generation_prompt=True)
         if self.text.startswith(head):
             return len(head)

@@ -34,7 +34,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from kubetune_trainer.distributed import World, broadcast_object, gather_vector
@@ -145,7 +145,7 @@ class Checkpointer:
         shutil.rmtree(folder, ignore_errors=True)
         model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
         state = {"model": model_state, "optimizer": optimizer_state["state"]}
-        writer = FileSystemWriter(folder, sync_files=False)
+        writer = _Writer(folder, device=self._world.device)
         written = self._written = dcp.async_save(state, storage_writer=writer, process_group=self._group)
         record = {"step": step, **self._record, "progress": last_step()}
         self._best_step = record["progress"].get("bestValidationStep")
@@ -482,6 +482,19 @@ def _first_cause(error: BaseException) -> BaseException:
     """What befell the first rank whose part could not be written; otherwise the error itself."""
     failures = error.failures if isinstance(error, CheckpointException) else {}
     return next((failure[0] for failure in failures.values()), error)
+
+
+class _Writer(FileSystemWriter):
+    """Writes in a thread of DCP's, which on CUDA begins on the first device, where it would take memory for nothing."""
+
+    def __init__(self, folder: Path, *, device: torch.device) -> None:
+        super().__init__(folder, sync_files=False)
+        self._device = device
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        if self._device.type == "cuda":  # not run by us
+            torch.cuda.set_device(self._device)
+        return super().write_data(plan, planner)
 
 
 class _StoreReader(FileSystemReader):

@@ -18,7 +18,6 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.optim.adamw import adamw
 
@@ -117,13 +116,14 @@ class CompactAdamW(torch.optim.Optimizer):
         values, gradient = local_part(weight.detach()), local_part(weight.grad)
         randomness = self._randomness(weight, step=int(state["step"]))
         rows = max(1, CHUNK_NUMBERS // max(1, values[:1].numel()))
+        done = state["step"].to(values.device)
         for start in range(0, len(values), rows):
             chunk = slice(start, start + rows)
             moments = [self._read(state, moment, chunk) for moment in MOMENTS]
             updated = values[chunk].float()
             adamw(
                 [updated], [gradient[chunk].float()], [moments[0]], [moments[1]], [],
-                [state["step"].to(values.device, copy=True)],
+                [done.clone()],
                 fused=True, amsgrad=False, maximize=False, lr=group["lr"], beta1=group["betas"][0],
                 beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"],
             )  # fmt: skip
@@ -222,10 +222,9 @@ def _rounded(values: Tensor, dtype: torch.dtype, randomness: torch.Generator | N
 
 
 def _zeros_by_rows(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Return zeros with as many rows as a weight, which lie where its rows lie."""
-    local = torch.zeros(len(local_part(weight)), width, dtype=dtype, device=weight.device)
-    if not isinstance(weight, DTensor):
-        return local
-    return DTensor.from_local(
-        local, weight.device_mesh, weight.placements, run_check=False, shape=(len(weight), width), stride=(width, 1)
-    )
+    """Return zeros with as many rows as a weight, which lie where its rows lie.
+
+    Made of the weight itself: parts that FSDP keeps on the CPU would go to the ranks' device with `DTensor.from_local`.
+    """
+    like = weight.detach()[:, :1].expand(-1, width)
+    return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)

@@ -14,11 +14,10 @@ from typing import Final
 import torch
 
 from kubetune_trainer.errors import ConfigError
+from kubetune_trainer.model.block_attention import MAX_COMPILATIONS
 from kubetune_trainer.model.decoder import Decoder
 from kubetune_trainer.storage import scratch_dir
 
-MAX_COMPILATIONS: Final = 64
-"""Of one kind of layer: for rows of one length and of many, with and without a mask, in training and in validation."""
 COMPILERS: Final = {"cpu": ("CXX", ("g++",)), "cuda": ("CC", ("gcc", "clang"))}
 """The variable that names a compiler for a device, and where it is not set, the programs that are looked for."""
 

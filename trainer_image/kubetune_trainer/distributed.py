@@ -34,7 +34,7 @@ RENDEZVOUS_SECONDS: Final = 300.0
 """How long a rank waits for its peers: their pods may be scheduled, and pull an image, a few minutes later."""
 COLLECTIVE_SECONDS: Final = 1800.0
 """How long a collective may take: by then a peer that does not answer is lost, though its connections are open."""
-PATIENCE: Final = timedelta(days=30)
+PATIENCE: Final = timedelta(hours=12)
 """How long a collective of a `patient_group` may take."""
 SIGN_SECONDS: Final = 10.0
 """How often a rank that others wait for in `waiting_for_all` gives a sign of life."""

@@ -79,9 +79,12 @@ def sign_of_life() -> None:
 
 
 def sign_of_step() -> None:
-    """Says that a step is done. After the first, the environment's limit holds."""
+    """Says that a step is done. After the first of which the beginning was told too, the environment's limit holds."""
     for watch in _watch:
+        is_first = watch.heard is None
         watch.sign()
+        if is_first:  # how long micro batches take is not known yet
+            continue
         watch.patience = max(watch.limit, TIMES_SLOWEST * watch.slowest)
         watch.sign()
 

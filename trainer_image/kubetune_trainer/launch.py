@@ -14,6 +14,7 @@ import ctypes
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -47,6 +48,9 @@ DUMP_SECONDS: Final = 2.0
 """How long a rank that hangs has to write the stacks of its threads."""
 TAIL_BYTES: Final = 2048
 """How much of a rank's stderr is kept for the termination message."""
+_NCCL_GIVES_UP: Final = re.compile(rb"ProcessGroupNCCL|NCCL watchdog|Watchdog caught")
+"""What torch says where a collective of NCCL's fails: it aborts the process from a thread of its own, so that no error
+of ours tells that a peer was lost. Not run by us on a GPU."""
 _PR_SET_PDEATHSIG: Final = 1
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _SIGNALS: Final = (signal.SIGCHLD, *_STOP_SIGNALS)
@@ -123,6 +127,8 @@ class Rank:
         if self.hung_seconds is not None:
             return ExitCode.HANG
         code = self.code or 0
+        if code == -signal.SIGABRT and _NCCL_GIVES_UP.search(b"".join(self.stderr)):
+            return ExitCode.PEER_LOST
         return code if code >= 0 else 128 - code
 
     def hangs(self) -> bool:

@@ -8,6 +8,7 @@ What is found is what a run would find, in the same words: the functions are the
 
 import argparse
 import json
+import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +53,8 @@ def main() -> int:
     """Looks at every place of a config; returns 0 whatever is found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="a complete YAML file")
+    findings = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for what else is said, as warnings
     for place in places(load_config(parser.parse_args().config, expect=JobConfig)):
         found: dict[str, object] = {"field": place.field, "uri": place.uri, "problem": None, "unreachable": False}
         try:
@@ -59,8 +62,8 @@ def main() -> int:
         except TrainerError as error:
             problem = f"{error}. {error.hint}" if error.hint else str(error)
             found |= {"problem": problem, "unreachable": isinstance(error, StorageError)}
-        sys.stdout.write(json.dumps(found) + "\n")
-        sys.stdout.flush()  # what was found counts, though time may run out over another place
+        # What was found counts, though time may run out over another place.
+        print(json.dumps(found), file=findings, flush=True)
     return 0
 
 

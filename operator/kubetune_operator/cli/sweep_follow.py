@@ -185,10 +185,17 @@ def on_this_machine(runs: Sequence[Run], bundle: Bundle, *, memory: Path, show: 
         show: Called with all results, again and again.
 
     Raises:
-        SpecError: A job has to be stopped, or cannot run here.
+        SpecError: A job was stopped, cannot run here, or has run here with other values or of another manifest.
     """
-    done = {(each["job"], each["digest"]): each for each in _remembered(memory)}
-    results = [_recalled(run, done.get(_key(run))) for run in runs]
+    done = {each["job"]: each for each in _remembered(memory)}
+    for run in runs:
+        if run.name in done and done[run.name]["digest"] != _digest(run):
+            problem = (
+                f"was run here with other values or another manifest ({told(done[run.name]['values'])}); rename this "
+                f"sweep's manifest, or remove {memory} and the jobs' folders in {run.job.spec.workspace.uri}"
+            )
+            raise SpecError(f"{KIND_FINETUNEJOB} {run.name}", problems=[problem])
+    results = [_recalled(run, done.get(run.name)) for run in runs]
     for index, run in enumerate(runs):
         if results[index].state:
             continue
@@ -197,7 +204,7 @@ def on_this_machine(runs: Sequence[Run], bundle: Bundle, *, memory: Path, show: 
         kept = [_to_remember(each) for each in results if _is_done(each)]
         memory.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         show(results)
-        if is_stopped:
+        if is_stopped and not all(each.state for each in results):
             raise SpecError(
                 "kubetune sweep", problems=[f"stopped after {run.name}; the same command goes on from there"]
             )
@@ -208,14 +215,14 @@ def _is_done(result: Result) -> bool:
     return result.state == "Complete"
 
 
-def _key(run: Run) -> tuple[str, str]:
-    """What tells a job from all others: its folder goes by its name, and its manifest may have been changed."""
-    return run.name, run.manifest["metadata"]["annotations"][ANNOTATION_SWEEP_DIGEST]
+def _digest(run: Run) -> str:
+    """What tells a job from another one of its name, which goes by its number."""
+    digest: str = run.manifest["metadata"]["annotations"][ANNOTATION_SWEEP_DIGEST]
+    return digest
 
 
 def _to_remember(result: Result) -> Json:
-    job, digest = _key(result.run)
-    known = {"job": job, "digest": digest, "values": dict(result.run.values)}
+    known = {"job": result.run.name, "digest": _digest(result.run), "values": dict(result.run.values)}
     return {**known, "progress": dict(result.progress), "output": result.output}
 
 
@@ -246,13 +253,13 @@ def _run_here(run: Run, bundle: Bundle) -> tuple[Result, bool]:
     )
     if outcome.code == ExitCode.PREEMPTED or (outcome.is_stopped and outcome.code):
         raise SpecError("kubetune sweep", problems=[f"stopped during {run.name}; the same command goes on from there"])
-    outputs, told = outcome.record.get("outputs") or [{}], outcome.record.get("progress")
+    outputs, progress = outcome.record.get("outputs") or [{}], outcome.record.get("progress")
     # What the outputs are made of is the record's to say: where the best checkpoint was gone, no best step.
-    measured = {key: value for key, value in outcome.measured.items() if not (told and key.startswith("best"))}
+    measured = {key: value for key, value in outcome.measured.items() if not (progress and key.startswith("best"))}
     result = Result(
         run=run,
         state="Failed" if outcome.code else "Complete",
-        progress={**(told or {}), **measured},
+        progress={**(progress or {}), **measured},
         message=str(outcome.record.get("message") or ""),
         output=str(outputs[0].get("uri") or ""),
     )

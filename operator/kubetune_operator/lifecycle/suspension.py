@@ -35,11 +35,11 @@ def _suspend(draft: Draft) -> bool:
     read_log(draft)  # in every pass: the last checkpoint comes after the first
     if not is_true(draft.status.conditions, "Suspended"):
         draft.condition("Suspended", status="True", reason="Suspended", message="spec.suspend is true")
-        draft.waiting("Suspended", reason="Suspended", message="spec.suspend is true")
         draft.note(
             "Suspended",
             "spec.suspend is true; pods are told to stop and save what they have" if live else "spec.suspend is true",
         )
+    draft.waiting("Suspended", reason="Suspended", message="spec.suspend is true")
     draft.do(*(action for job in live for action in delete_attempt(job)))
     pause(draft)
     return True

@@ -66,7 +66,7 @@ class Resolved:
     Attributes:
         processes_per_node: Ranks on each node.
         models: Blocks in the trainer's words that stand for models with a jobRef, by field: model, dpo.reference.
-        resume_from: The checkpoint behind `checkpoint.resumeFrom.jobRef`, None if the spec has none.
+        resume_from: The folder of checkpoints behind `checkpoint.resumeFrom.jobRef`, None if the spec has none.
         compared: Run directories of the EvalJobs that gates compare with, by name.
         parents: The jobs whose results are used, for the lineage: kind, name, uid, and output where one is used.
     """

@@ -23,6 +23,9 @@ MESSAGE_LENGTH: Final = 1024
 DRAWS: Final = 200
 """Samples are drawn again so many times for the error of what is no mean."""
 
+_SHORT: Final = reprlib.Repr()
+_SHORT.maxstring = 200
+
 SampleKey = tuple[int, str, str]
 """Number of the sample in its task, and digests of its question and of its right answer."""
 Aggregate = Callable[[Sequence[Any]], float]
@@ -143,7 +146,7 @@ def unjudged(gate: Gate, message: str, *, value: float | None = None) -> Verdict
 def differences(ours: Measured, theirs: Measured) -> list[str]:
     """Return what keeps two evaluations from being compared, in words; empty when nothing does."""
     found = [
-        f"{name} is {reprlib.repr(ours.settings.get(name))} here and {reprlib.repr(theirs.settings.get(name))} there"
+        f"{name} is {_SHORT.repr(ours.settings.get(name))} here and {_SHORT.repr(theirs.settings.get(name))} there"
         for name in sorted(ours.settings.keys() | theirs.settings.keys())
         if ours.settings.get(name) != theirs.settings.get(name)
     ]

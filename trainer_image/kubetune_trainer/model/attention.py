@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 Mask = Union[Tensor, "BlockMask"]
 """Which keys each query sees: (B, 1, T, S), true or 0 where one is seen, false or -inf elsewhere, or by blocks."""
 
+# On CUDA cuDNN would be first, and plan anew for each length: for each token of an answer, about half a second.
+torch.backends.cuda.enable_cudnn_sdp(enabled=False)
+
 HAS_BF16_TILES: Final = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 """Whether this machine's CPU multiplies bf16 by tiles (AMX). Without, the bf16 backward of torch's attention takes 3 to
 4 times as long as the fp32 one; with it long rows take the same, and forward a third (torch 2.14)."""

@@ -26,6 +26,8 @@ from kubetune_trainer.model.recompute import ActivationCheckpointing, recomputed
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+MAX_COMPILATIONS: Final = 64
+"""Of one function: for rows of one length and of many, with and without a mask, in training and in validation."""
 TRIED_TOKENS: Final = 320
 """Tokens of the row on which it is tried: two blocks and a half."""
 TOLERANCE: Final = {torch.float32: 1e-2, torch.bfloat16: 5e-2}
@@ -122,4 +124,6 @@ def _kernels(device_type: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     if device_type == "cpu":
         return create_block_mask, flex_attention
+    # One function for every window, batch and kind of pass: beyond the limit it would run uncompiled, with all scores.
+    torch._dynamo.config.recompile_limit = MAX_COMPILATIONS  # noqa: SLF001 (torch documents it under this name)
     return torch.compile(create_block_mask), torch.compile(flex_attention)

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from kubetune_trainer.config import FineTuneConfig, Profile
 from kubetune_trainer.distributed import World
 from kubetune_trainer.errors import TrainerError
+from kubetune_trainer.heartbeat import unwatched
 from kubetune_trainer.names import PROFILE_DIR
 from kubetune_trainer.report import report
 from kubetune_trainer.storage import open_store, scratch_dir
@@ -66,6 +67,7 @@ class StepProfiler:
         self._running = profile(activities=activities, record_shapes=True, profile_memory=settings.memory)
         self._running.start()
 
+    @unwatched()
     def _end(self, running: profile, last: int, *, memory: bool) -> None:
         running.stop()
         self._running = self._settings = None
