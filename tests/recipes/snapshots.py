@@ -27,8 +27,8 @@ def before() -> None:
         shutil.copytree(workspace, snapshots / f"{number:02}-{what}")
 
     @contextmanager
-    def watched(path: Path) -> Iterator[Path]:
-        with replacing(path) as temporary:
+    def watched(path: Path, **how: Any) -> Iterator[Path]:
+        with replacing(path, **how) as temporary:
             yield temporary
             if path.is_relative_to(workspace):
                 whole = temporary.read_bytes()

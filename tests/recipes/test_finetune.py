@@ -165,7 +165,7 @@ def test_an_output_that_the_model_cannot_have_is_refused_before_training(zygote:
     [
         (["training.global_batch_size=5"], [64, 64], "ConfigInvalid", "must be divisible by ranks"),
         (["training.max_stps=5"], [64, 64], "ConfigInvalid", "training.max_stps is not a field"),
-        (["checkpoint.resume_from.uri=file:///nowhere"], [64, 64], "ConfigInvalid", "must hold a complete checkpoint"),
+        (["checkpoint.resume_from.uri=file:///nowhere"], [64, 78], "ConfigInvalid", "must hold a complete checkpoint"),
         (["dataset.sources.0.uri.location=file://broken.jsonl"], [65, 78], "DataInvalid", "broken.jsonl"),
         (["model.uri.location=file://empty"], [65, 78], "DataInvalid", "config.json"),
         (["training.learning_rate=1e30", "training.precision=FP32"], [77, 77], "NonFiniteLoss", ", over rows "),

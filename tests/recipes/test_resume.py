@@ -179,7 +179,7 @@ def test_another_runs_checkpoint_that_leaves_no_step_is_refused(zygote: Zygote, 
     Gang.start(zygote, place / "first", config, "training.max_steps=4", "run.name=first").succeed()
     begin = f"checkpoint.resume_from.uri=file://{place}/runs/first/checkpoints"
     gang = Gang.start(zygote, place / "second", config, f"training.max_steps={steps}", begin, ranks=RANKS)
-    assert gang.wait() == [64, 64], gang.stderr()
+    assert gang.wait() == [64, 78], "rank 0 finds it while it prepares"
     assert gang.message()["message"] == (
         f"FineTuneJob local/run: checkpoint.resume_from must be of a step below the run's total of {steps}, "
         f"got step 4 of file://{place}/runs/first/checkpoints/step-4"

@@ -48,12 +48,14 @@ def take_results(draft: Draft, *, report: Json) -> str:
 def _ended_early(job: FineTuneJob, status: JobStatus) -> list[str]:
     """What a job that training.earlyStopping ended says of it."""
     progress = status.progress if isinstance(status, FineTuneJobStatus) else None
-    if progress is None or job.spec.training.early_stopping is None or progress.step >= (progress.total_steps or 0):
+    if progress is None or progress.step >= (progress.total_steps or 0):
         return []
     said = f"ended early, after step {progress.step} of {progress.total_steps}"
-    if progress.best_validation_step is None:
-        return [f"{said}, with its weights: the best checkpoint was gone"]
-    return [f"{said}, with the weights of step {progress.best_validation_step}, whose validation loss is the lowest"]
+    if progress.best_validation_step is not None:
+        return [
+            f"{said}, with the weights of step {progress.best_validation_step}, whose validation loss is the lowest"
+        ]
+    return [f"{said}, with its weights: the best checkpoint was gone"] if job.spec.training.early_stopping else []
 
 
 def is_lost(draft: Draft, *, report: Json) -> bool:
