@@ -185,3 +185,10 @@ def test_the_page_shows_the_example_of_a_script_as_it_is() -> None:
     (block,) = [each for each in code_blocks(DOCS / "training.md", "yaml") if "recipe: Custom" in each]
     example = next(yaml.safe_load_all((ROOT / "examples" / "custom.yaml").read_text()))["spec"]
     assert yaml.safe_load(block)["spec"] == {name: example[name] for name in ("recipe", "custom")}
+
+
+def test_the_status_of_a_job_without_its_secret_was_taken_when_it_said_so() -> None:
+    text = (ROOT / "docs" / "status.md").read_text()
+    section = text.partition("## Pending: a Secret is missing")[2].partition("\n## ")[0]
+    assert 'secret "absent" not found' in section
+    assert "SecretMissing" in section
