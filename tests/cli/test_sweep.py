@@ -214,12 +214,12 @@ class Hand:
             self.most_at_once = max(self.most_at_once, len(open_jobs))
             for item in items if self.forgets else ():
                 if item not in open_jobs:
-                    time.sleep(1)  # so that it was seen
+                    time.sleep(3)  # so that it was seen
                     self._kubectl("delete", "ftj", item["metadata"]["name"])
             for item in open_jobs[:1]:
                 name = item["metadata"]["name"]
                 if name in self.deletes:
-                    time.sleep(1)
+                    time.sleep(3)
                     self._kubectl("delete", "ftj", name)
                     continue
                 self.completed.append(name)
