@@ -161,6 +161,9 @@ ENV_METRICS_PORT: Final = "KUBETUNE_METRICS_PORT"
 ENV_TERMINATION_LOG: Final = "KUBETUNE_TERMINATION_LOG"
 ENV_HANG_SECONDS: Final = "KUBETUNE_HANG_SECONDS"
 
+# The workspace, written by the trainer.
+CHECKPOINTS_DIR: Final = "checkpoints"
+
 # torch's own variables of the rendezvous.
 ENV_NUM_NODES: Final = "PET_NNODES"
 ENV_PROCESSES_PER_NODE: Final = "PET_NPROC_PER_NODE"

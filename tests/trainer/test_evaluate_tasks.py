@@ -289,8 +289,8 @@ def test_tasks_that_shuffle_are_the_same_each_time(project: Project) -> None:
 def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
     project: Project, task: dict[str, Any], asked: dict[str, Any], gates: list[dict[str, Any]], words: str
 ) -> None:
-    own = {key: value for key, value in OWN_TASK.items() if value is not None} if "task" in task else {}
-    whole = {key: value for key, value in {**({} if "group" in task else own), **task}.items() if value is not None}
+    given = task if "group" in task else OWN_TASK | task
+    whole = {key: value for key, value in given.items() if value is not None}
     config = project.config(tasks=[asked], gates=gates, **own_tasks(project, whole))
     error = project.error(config)
     assert isinstance(error, ConfigError)

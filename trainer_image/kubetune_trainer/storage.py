@@ -423,7 +423,7 @@ class S3Store:
         except (ClientError, BotoCoreError, Boto3Error) as error:
             raise _translate(error, uri=self.uri(path), bucket=self._bucket) from error
         except OSError as error:
-            raise _local_error(error, self.uri(path)) from error
+            raise local_error(error, self.uri(path)) from error
 
 
 @cache
@@ -530,10 +530,11 @@ def _local_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _local_error(error, uri) from error
+        raise local_error(error, uri) from error
 
 
-def _local_error(error: OSError, uri: str) -> TrainerError:
+def local_error(error: OSError, uri: str) -> TrainerError:
+    """Return what an error of the file system is to a run: whose turn it is."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DoesNotFitError(f"{uri}: the disk is full", hint="Enlarge the volume, or keep fewer checkpoints.")
     if isinstance(error, FileNotFoundError):

@@ -29,6 +29,7 @@ from kubetune_operator.cli.script import check_script, find_script
 from kubetune_operator.errors import SpecError
 from kubetune_operator.lifecycle.upstream import FIRST_ADAPTERS
 from kubetune_operator.names import (
+    CHECKPOINTS_DIR,
     CONFIG_FILE,
     ENV_CONFIGMAPS_DIR,
     ENV_HANG_SECONDS,
@@ -176,7 +177,7 @@ def local_config(bundle: Bundle, *, processes: int) -> dict[str, Any]:
             for path, model in model_sources(job).items()
             if model.job_ref is not None
         },
-        resume_from=f"{_former_run(job, resumed)}/checkpoints" if resumed else None,
+        resume_from=f"{_former_run(job, resumed)}/{CHECKPOINTS_DIR}" if resumed else None,
         compared={other.name: _former_run(job, other) for other in compared_with(job)},
     )
     return render_config(here, resolved=resolved)

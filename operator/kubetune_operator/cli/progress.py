@@ -54,8 +54,7 @@ def _start(event: Event) -> str:
             f"{event['trainableParameters']:,} of {event.get('parameters'):,} parameters are trained, from step "
             f"{event.get('step')} to {event.get('totalSteps')}, by {event.get('worldSize')} x {event.get('device')}"
         )
-    told = (f"{value} {_words(key)}" for key, value in event.items() if key not in {"event", "time", "attempt"})
-    return f"started: {', '.join(told)}"
+    return f"started: {_listed(event, but='attempt')}"
 
 
 def _progress(event: Event) -> str:
@@ -80,8 +79,12 @@ def _gate(event: Event) -> str:
 
 def _prepare(event: Event) -> str:
     """What prepare is at; at its end, what the data turned out to be."""
-    told = (f"{value} {_words(key)}" for key, value in event.items() if key not in {"event", "time", "stage"})
-    return ": ".join(part for part in (str(event.get("stage")).lower(), ", ".join(told)) if part)
+    return ": ".join(part for part in (str(event.get("stage")).lower(), _listed(event, but="stage")) if part)
+
+
+def _listed(event: Event, *, but: str) -> str:
+    """The fields of an event with their names, but one."""
+    return ", ".join(f"{value} {_words(key)}" for key, value in event.items() if key not in {"event", "time", but})
 
 
 def _words(key: str) -> str:

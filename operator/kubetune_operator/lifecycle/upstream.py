@@ -21,7 +21,7 @@ from kubetune_operator.api.references import (
     used_by,
 )
 from kubetune_operator.lifecycle.draft import Create, Draft
-from kubetune_operator.names import config_name
+from kubetune_operator.names import CHECKPOINTS_DIR, config_name
 from kubetune_operator.progress import timestamp
 from kubetune_operator.render.config import Resolved, render_config, run_directory
 from kubetune_operator.render.job import lifecycle_of, processes_per_node, render_configmap
@@ -283,7 +283,7 @@ def _resolve_checkpoint(draft: Draft, found: _Found) -> Waiting | None:
             draft.look_again(seconds=left)
             message = f"the pods of {parent.title} have until {timestamp(until)} to write a checkpoint"
             return Waiting(reason="WaitingForUpstream", message=message)
-    found.resume_from = f"{run_directory(parent)}/checkpoints"
+    found.resume_from = f"{run_directory(parent)}/{CHECKPOINTS_DIR}"
     return None
 
 

@@ -1,7 +1,7 @@
 """The blocks that configs of every kind are made of."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +11,10 @@ Uri = Annotated[str, Field(pattern=r"^(s3://[^/]+|pvc://[^/]+|file://.)", max_le
 """s3://bucket/path, pvc://claim/path, or file://path (from the working directory unless it starts with a slash)."""
 
 ResourceName = Annotated[str, Field(pattern=r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", max_length=63)]
+
+
+JUDGED: Final = ("Preference", "UnpairedPreference")
+"""Formats of answers of which it is known how good they are: no text to compute as it stands."""
 
 
 class Block(BaseModel):

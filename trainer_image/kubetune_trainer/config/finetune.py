@@ -6,6 +6,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, model_validator
 
 from kubetune_trainer.config.blocks import (
+    JUDGED,
     Block,
     Dataset,
     HubModel,
@@ -26,7 +27,7 @@ from kubetune_trainer.fingerprint import fingerprint
 
 EXAMPLES: Final = ("Auto", "Alpaca", "ShareGPT", "Messages", "PromptCompletion", "Text")
 PAIRS: Final = ("Auto", "Preference")
-ANSWERS: Final = ("Auto", "Preference", "UnpairedPreference")
+ANSWERS: Final = ("Auto", *JUDGED)
 FORMATS: Final[dict[str, tuple[str, ...]]] = {
     "SFT": EXAMPLES,
     "DPO": PAIRS,

@@ -4,11 +4,9 @@ from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kubetune_trainer.config.blocks import Block, Dataset, JobConfig, ResourceName, check_unique_names
+from kubetune_trainer.config.blocks import JUDGED, Block, Dataset, JobConfig, ResourceName, check_unique_names
 from kubetune_trainer.config.outputs import OutputBase
 
-JUDGED: Final = ("Preference", "UnpairedPreference")
-"""Formats of answers of which it is known how good they are: no text to compute as it stands."""
 CALIBRATED: Final = ("CompressedTensors",)
 """Types of outputs whose weights can be rounded by data."""
 

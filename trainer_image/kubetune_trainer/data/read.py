@@ -17,7 +17,8 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from kubetune_trainer.data.formats import json_complaint
-from kubetune_trainer.errors import ConfigError, DataError
+from kubetune_trainer.errors import DataError
+from kubetune_trainer.storage import local_error
 
 _GZIP = ".gz"
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
@@ -54,7 +55,7 @@ def read_records(file: Path, *, name: str) -> Iterator[tuple[str, Record]]:
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{name} is not a whole gzip file: {error}") from error
     except PermissionError as error:
-        raise ConfigError(f"{name}: permission denied", hint="The pod runs as user and group 65532.") from error
+        raise local_error(error, name) from error
 
 
 def is_table(name: str) -> bool:

@@ -1,15 +1,13 @@
 """One call of lm_eval: tasks become requests, the ranks answer them, and the answers become metrics."""
 
 import os
-import random
 
-import numpy as np
 from lm_eval.evaluator import evaluate
 
 from kubetune_trainer.config import EvalConfig
 from kubetune_trainer.evaluate.model import EvalModel
 from kubetune_trainer.evaluate.results import Evaluation, settings_of
-from kubetune_trainer.evaluate.tasks import LoadedTasks
+from kubetune_trainer.evaluate.tasks import LoadedTasks, seed_lm_eval
 from kubetune_trainer.evaluate.work import Crew
 
 BOOTSTRAP_DRAWS = 1000
@@ -27,8 +25,7 @@ def ask(config: EvalConfig, crew: Crew, loaded: LoadedTasks, *, name: str) -> Ev
     """
     max_length = config.max_sequence_length or crew.model.config.max_positions
     model = EvalModel(crew, loaded.tasks.values(), max_length=max_length, name=name, seed=config.seed)
-    random.seed(0)  # as lm_eval's own command line does
-    np.random.seed(config.seed)  # noqa: NPY002 (what lm_eval's metrics draw from)
+    seed_lm_eval(config.seed)
     # Else lm_eval would draw, the same numbers, in a pool of forks. They inherit the handler of SIGTERM, with which the
     # pool ends them, so that it could wait for one without end.
     os.environ["DISABLE_MULTIPROC"] = "1"

@@ -76,8 +76,7 @@ def load_tasks(config: EvalConfig, *, find_dataset: FindDataset, report: Report)
     samples: dict[str, range] = {}
     for number, asked in enumerate(config.tasks):
         place = f"{config.title}: tasks[{number}].name"
-        random.seed(0)  # as lm_eval does: some tasks put their choices into another order while they are loaded
-        np.random.seed(config.seed)  # noqa: NPY002 (as above)
+        seed_lm_eval(config.seed)  # some tasks put their choices into another order while they are loaded
         found = finder.load(asked.name, place=place)
         for name, task in found["tasks"].items():
             if name in tasks:
@@ -89,6 +88,12 @@ def load_tasks(config: EvalConfig, *, find_dataset: FindDataset, report: Report)
                 samples[name] = range(min(asked.limit, len(task.eval_docs)))
         groups |= found.get("groups", {})
     return LoadedTasks(tasks=tasks, groups=groups, samples=samples, files=files)
+
+
+def seed_lm_eval(seed: int) -> None:
+    """Seed what tasks and metrics draw from, as lm_eval's own command line does."""
+    random.seed(0)
+    np.random.seed(seed)  # noqa: NPY002 (what they draw from)
 
 
 def fetch_task_files(files: TaskFiles, *, config: EvalConfig) -> Path:
